@@ -1,0 +1,254 @@
+"""A small float32 twin of a model, and what it tells about the model's positions.
+
+Rotation conventions differ from family to family, and nothing in a config says which one a model uses: so we do not
+read the model's code, we ask it. The twin has the model's class and config, random weights, and few heads; its head
+size and everything that concerns positions stay. A token that is alone in the context attends only to itself, so
+between two runs of one token at two positions nothing may differ but its keys, and they must differ by a rotation.
+What does not behave so, or does not stream exactly with the rotation found, is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from .rotary import NotARotation, Rotation, first_unexplained, fit_rotation
+
+_SMALL = 100_000_000  # parameters that a twin may have
+_TOKENS = 16
+
+
+class CannotStream(Exception):
+    """A model on which sinks cannot be repositioned; `str` is the reason, as the end of a sentence about the model."""
+
+
+@dataclass(frozen=True)
+class PositionScheme:
+    """How a model uses positions, layer by layer.
+
+    Attributes:
+        rotations (`dict[int, Rotation]`): the layers that a sink window replaces, and how their keys rotate.
+        sliding_window (`int`, *optional*): set if these layers are natively sliding (no layer of the model attends to
+            everything, as in Mistral 7B v0.1): the most tokens that they attend to.
+        max_position (`int`, *optional*): set if the model has a table of positions: its length.
+    """
+
+    rotations: dict[int, Rotation]
+    sliding_window: int | None
+    max_position: int | None
+
+
+def bounded_layers(config: PreTrainedConfig) -> tuple[list[int], int | None]:
+    """The layers that a sink window replaces, and their native sliding window if they have one.
+
+    Full-attention layers are replaced, all others keep transformers' own layer class; in a model that has only sliding
+    layers, these are replaced.
+    """
+    layers = DynamicCache(config=config).layers
+    full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    if full:
+        return full, None
+    sliding = {i: layer for i, layer in enumerate(layers) if type(layer) is DynamicSlidingWindowLayer}
+    if not sliding or getattr(config, "attention_chunk_size", None) is not None:
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
+        raise CannotStream(f"it has no layer of ordinary attention to bound (its cache layers: {kinds})")
+    return list(sliding), min(layer.sliding_window for layer in sliding.values())
+
+
+def position_scheme(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, buffers: dict[str, torch.Tensor]
+) -> PositionScheme:
+    """Learns how models of this class, config and buffers use positions; remembers the answer for the process.
+
+    Args:
+        model_class (`type[PreTrainedModel]`): a class whose forward takes `input_ids`, `position_ids`, `past_key_values`.
+        config (`PreTrainedConfig`): its (text) config, of any size.
+        buffers (`dict[str, torch.Tensor]`): buffers of the live model, such as `inv_freq`; they replace the twin's, so that
+            frequencies that were changed or rounded after loading are found too.
+
+    Raises:
+        CannotStream: with the reason.
+    """
+    digest = hashlib.sha256(config.to_json_string(use_diff=False).encode())
+    for name, buffer in sorted(buffers.items()):
+        digest.update(name.encode() + buffer.detach().cpu().double().numpy().tobytes())
+    key = (model_class, digest.hexdigest())
+    if key not in _remembered:
+        try:
+            _remembered[key] = _learn(model_class, config, buffers)
+        except CannotStream as reason:
+            _remembered[key] = reason
+    answer = _remembered[key]
+    if isinstance(answer, CannotStream):
+        raise CannotStream(str(answer))
+    return answer
+
+
+_remembered: dict[tuple[type, str], PositionScheme | CannotStream] = {}
+
+
+def _learn(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, buffers: dict[str, torch.Tensor]
+) -> PositionScheme:
+    from .verify import streaming_error
+
+    layers, sliding_window = bounded_layers(config)
+    if "position_ids" not in inspect.signature(model_class.forward).parameters:
+        raise CannotStream("its forward takes no position_ids, so its positions are not rotary (ALiBi or none)")
+    with _quiet_and_apart():
+        twin = build_twin(model_class, config)
+        for name, buffer in twin.named_buffers():
+            if name in buffers and buffers[name].shape == buffer.shape:
+                buffer.copy_(buffers[name])
+        rotations, max_position = _probe(twin, layers)
+        scheme = PositionScheme(rotations, sliding_window, max_position)
+        try:
+            error = streaming_error(twin, scheme, n_sink=2, window=2, tokens=7)
+        except Exception as failure:
+            raise CannotStream(f"its twin fails when streaming ({_short(failure)})") from failure
+        if not error <= 1e-3:
+            raise CannotStream(
+                f"moving its keys does not reproduce it (relative error {error:.1g}): its attention uses positions "
+                "in another way than through rotary keys"
+            )
+    return scheme
+
+
+def _probe(twin: PreTrainedModel, layers: list[int]) -> tuple[dict[int, Rotation], int | None]:
+    """Runs one token at positions 0, 1, 8, 64, … past the trained context, and fits the rotation of each layer."""
+    trained = getattr(twin.config, "max_position_embeddings", None) or 2048
+    powers = [8**k for k in range(max(6, int(trained).bit_length() // 3 + 2))]
+    keys: dict[int, dict[int, torch.Tensor]] = {layer: {} for layer in layers}
+    values: dict[int, torch.Tensor] = {}
+    max_position = None
+    for position in [0, *powers, 3, 11, 777]:
+        try:
+            cache = _one_token_alone(twin, position)
+        except (IndexError, RuntimeError) as failure:
+            if position < trained:
+                raise CannotStream(f"its twin does not run ({_short(failure)})") from failure
+            max_position = trained  # a table of positions ends here
+            continue
+        except Exception as failure:
+            raise CannotStream(f"its twin does not run ({_short(failure)})") from failure
+        for layer in layers:
+            key_states, value_states = cache.layers[layer].keys, cache.layers[layer].values
+            if key_states is None or key_states.shape[2] != 1:
+                raise CannotStream(f"layer {layer} does not put the keys of one token into its cache")
+            if not torch.allclose(value_states, values.setdefault(layer, value_states), rtol=1e-3, atol=1e-4):
+                raise CannotStream(
+                    "its values change with the position: positions are learned or added to the embeddings, or a "
+                    "rotary key is kept in the place of the values"
+                )
+            keys[layer][position] = key_states.flatten(0, 2)
+    try:
+        return _fit_layers(keys), max_position
+    except NotARotation as reason:
+        kind = (getattr(twin.config, "rope_parameters", None) or {}).get("rope_type")
+        named = f" (rope_type {kind!r})" if isinstance(kind, str) and kind != "default" else ""
+        raise CannotStream(f"{reason}{named}") from reason
+
+
+def _fit_layers(keys: dict[int, dict[int, torch.Tensor]]) -> dict[int, Rotation]:
+    rotations: dict[int, Rotation] = {}
+    for layer, samples in keys.items():
+        known = (r for r in dict.fromkeys(rotations.values()) if first_unexplained(samples, r) is None)
+        rotations[layer] = next(known, None) or fit_rotation(samples)
+    return rotations
+
+
+def _one_token_alone(twin: PreTrainedModel, position: int) -> Cache:
+    cache = DynamicCache(config=twin.config)
+    input_ids = torch.arange(1, _TOKENS + 1)[:, None] % twin.config.vocab_size
+    position_ids = torch.full_like(input_ids, position)
+    twin(input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def build_twin(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A float32 CPU model of this class with random weights, narrow where `config` is wide."""
+    failures = []
+    for variant in range(1 + _NARROWINGS):
+        try:
+            candidate = copy.deepcopy(config) if variant == 0 else _narrow(config, variant)
+            with torch.device("meta"):
+                size = sum(p.numel() for p in model_class(copy.deepcopy(candidate)).parameters())
+            if size > _SMALL:
+                failures.append(f"{size:,} parameters")
+                continue
+            twin = model_class(candidate).float().eval()
+            _randomise(twin)
+            _one_token_alone(twin, 0)
+            return twin
+        except Exception as failure:
+            failures.append(_short(failure))
+    raise CannotStream(f"no small twin of it could be built to learn its rotation from ({'; '.join(dict.fromkeys(failures))})")
+
+
+_NARROWINGS = 3
+
+
+def _narrow(config: PreTrainedConfig, variant: int) -> PreTrainedConfig:
+    """A narrower version of a config: the head size and all that concerns positions stay, widths and counts shrink."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    own_head_dim = getattr(config, "head_dim", None)
+    few_kv_heads = 1 if variant == 3 else min(kv_heads, 2)
+    few_heads = few_kv_heads * min(heads // kv_heads, 2)
+    changes = {"num_attention_heads": few_heads, "num_key_value_heads": few_kv_heads}
+    # Where the head size is a setting of its own the hidden size is free; elsewhere it is their product.
+    free = own_head_dim is not None and variant == 1
+    changes["hidden_size"] = 64 if free else few_heads * (own_head_dim or config.hidden_size // heads)
+    changes |= {"vocab_size": min(config.vocab_size, 256), "pad_token_id": 0}
+    changes |= {"kv_lora_rank": 32, "q_lora_rank": 32, "n_group": 1, "topk_group": 1}
+    for name, value in config.to_dict().items():
+        if isinstance(value, int) and "intermediate_size" in name:
+            changes[name] = 64
+        if isinstance(value, int) and "experts" in name and "per_tok" not in name and value > 4:
+            changes[name] = max(4, getattr(config, "num_experts_per_tok", None) or 0)
+    narrow = copy.deepcopy(config)
+    for name, value in changes.items():
+        if getattr(narrow, name, None) is not None:
+            setattr(narrow, name, value)
+    return narrow
+
+
+def _randomise(model: PreTrainedModel) -> None:
+    """Weights at which everything matters: attention is neither flat nor saturated, no norm weight is 1, no bias 0."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2:
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        elif "norm" in name or name.endswith("weight"):
+            parameter.uniform_(0.7, 1.3)
+        else:
+            parameter.normal_(std=0.1)
+
+
+@contextmanager
+def _quiet_and_apart() -> Iterator[None]:
+    """Leaves the caller's random numbers, default device and dtype, grad mode and log alone."""
+    dtype, log = torch.get_default_dtype(), logging.getLogger("transformers")
+    level = log.level
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.float32)
+        log.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
+            torch.set_default_dtype(dtype)
+
+
+def _short(failure: Any) -> str:
+    return f"{type(failure).__name__}: {str(failure).strip().splitlines()[0][:120] if str(failure).strip() else ''}"

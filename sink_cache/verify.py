@@ -1,0 +1,119 @@
+"""Is the cache exact on this model? Streaming with it, against the model repositioning its own sinks.
+
+The reference needs no knowledge of rotary embeddings and no code of the cache. Sinks attend only to each other, and
+attention sees only differences of positions; so a fresh forward over the sink tokens at *shifted* `position_ids` gives
+the keys and values that every layer should present, computed by the model itself. Window tokens keep the keys and values
+they had when they were first computed. Both in a `DynamicCache`, and the next token at its absolute position.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from .cache import SinkWindowCache
+from .discovery import text_model_class
+from .twin import PositionScheme, bounded_layers
+
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def verify(
+    model: PreTrainedModel, *, n_sink: int = 4, window: int = 12, tokens: int = 48, tolerance: float | None = None
+) -> float:
+    """Checks `SinkWindowCache` on your model: for remote code, fine-tuned oddities, anything that we have never seen.
+
+    Streams random tokens one at a time through a `SinkWindowCache` and through a reference that shares nothing with it
+    (see the module's text), and compares the outputs after every token.
+
+    Args:
+        model (`PreTrainedModel`): any decoder that `generate()` accepts, on any device, in any dtype.
+        n_sink (`int`), window (`int`): of the cache to check.
+        tokens (`int`): how many tokens to stream; more than `n_sink + window`, or nothing is evicted.
+        tolerance (`float`, *optional*): largest relative error that passes. By default 1e-4 for float32, 0.02 for
+            float16, 0.1 for bfloat16, where rounding alone gives that much.
+
+    Returns:
+        `float`: the largest error of any output of any step, relative to the largest output of that step.
+
+    Raises:
+        NotImplementedError: if the model is refused (see `SinkWindowCache`), or if the error is above the tolerance.
+        ValueError: if `tokens` is not above `n_sink + window`.
+    """
+    if tokens <= n_sink + window:
+        raise ValueError(
+            f"verify needs tokens > n_sink + window = {n_sink + window} to see an eviction, but tokens is {tokens}"
+        )
+    limit = _TOLERANCE.get(model.dtype, 1e-1) if tolerance is None else tolerance
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            error = streaming_error(model, None, n_sink, window, tokens)
+    finally:
+        model.train(training)
+    if not error <= limit:
+        raise NotImplementedError(
+            f"SinkWindowCache is not exact on this {type(model).__name__} (model type {model.config.model_type!r}): relative "
+            f"error {error:.2g}, allowed {limit:.2g}. Use DynamicCache."
+        )
+    return error
+
+
+def streaming_error(
+    model: PreTrainedModel, scheme: PositionScheme | None, n_sink: int, window: int, tokens: int
+) -> float:
+    """The largest relative error of `SinkWindowCache` (with `scheme`, or finding its own) on random tokens."""
+    config = text_model_class(model)[1]
+    cache = SinkWindowCache(n_sink, window)
+    if scheme is not None:
+        cache.prepare(config, scheme)
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(config.vocab_size, (1, tokens), generator=generator).to(model.device)
+    reference = _reference(model, input_ids, n_sink, window)
+    worst = 0.0
+    for t, expected in enumerate(reference):
+        output = _step(model, input_ids[:, t : t + 1], t, cache).float()
+        # A comparison that is not a number must not pass, hence not `max(worst, error)`.
+        error = ((output - expected.float()).abs().amax() / expected.float().abs().amax()).item()
+        worst = worst if error <= worst else error
+    return worst
+
+
+def _reference(model: PreTrainedModel, input_ids: torch.Tensor, n_sink: int, window: int) -> list[torch.Tensor]:
+    config = text_model_class(model)[1]
+    layers = bounded_layers(config)[0]
+    cache = _dynamic_cache(model, layers)
+    history: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {layer: [] for layer in layers}
+    outputs = []
+    for t in range(input_ids.shape[1]):
+        evicted = max(0, t + 1 - n_sink - window)
+        sinks = _dynamic_cache(model, layers)
+        if evicted and n_sink:
+            _step(model, input_ids[:, :n_sink], evicted, sinks)
+        if evicted:
+            for layer in layers:
+                kept = history[layer][n_sink + evicted :]
+                keys, values = [k for k, _ in kept], [v for _, v in kept]
+                if n_sink:
+                    keys, values = [sinks.layers[layer].keys, *keys], [sinks.layers[layer].values, *values]
+                empty = history[layer][0][0][:, :, :0], history[layer][0][1][:, :, :0]
+                cache.layers[layer].keys = torch.cat([empty[0], *keys], dim=2)
+                cache.layers[layer].values = torch.cat([empty[1], *values], dim=2)
+        outputs.append(_step(model, input_ids[:, t : t + 1], t, cache))
+        for layer in layers:
+            history[layer].append((cache.layers[layer].keys[:, :, -1:], cache.layers[layer].values[:, :, -1:]))
+    return outputs
+
+
+def _dynamic_cache(model: PreTrainedModel, layers: list[int]) -> DynamicCache:
+    cache = DynamicCache(config=text_model_class(model)[1])
+    for layer in layers:
+        cache.layers[layer] = DynamicLayer()
+    return cache
+
+
+def _step(model: PreTrainedModel, input_ids: torch.Tensor, position: int, cache: Cache) -> torch.Tensor:
+    position_ids = torch.arange(position, position + input_ids.shape[1], device=input_ids.device)[None]
+    return model(input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True)[0][:, -1]

@@ -1,0 +1,251 @@
+"""Tiny random models of every causal language model family that the installed transformers has.
+
+The families come from the auto mapping and the sizes from rules on the names of config fields, so a new family is
+picked up without being listed here. All that concerns positions and attention stays as the family's default has it,
+but for the window sizes, which shrink so that a dozen tokens are enough to leave them.
+"""
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, EXPERTS, VOCAB = 64, 4, 2, 16, 4, 128
+WINDOW = 8
+MIN_POSITIONS = 512
+GAIN = 1.25  # attention scores of a spread at which the weights are neither uniform nor all on one token
+FIRST_WORD = 8  # pad, bos and eos lie below, so ids from here up to VOCAB are ordinary in every family
+
+# Field name (whole) -> tiny value from the default one; the first match wins.
+SIZE_RULES: list[tuple[str, Callable[[int], int]]] = [
+    (r"(pad|bos|eos|sep|cls|mask|unk|eod|decoder_start)_(token_id|index)", lambda n: n % FIRST_WORD),
+    (r"(mamba_n|mamba_num|n_mamba)_heads", lambda n: min(n, 2 * HIDDEN // HEAD_DIM)),
+    (r".*(key_value|kv)_(n_)?heads|kv_n_heads", lambda n: min(n, KV_HEADS)),
+    (r"index(er)?_n_heads", lambda n: n),  # their scores are clipped at zero: few heads would all be zero and tie
+    (r".*heads?(_per_layer)?", lambda n: min(n, HEADS)),
+    (r".*head_?dim|.*head_size|.*_d_head|kv_channels|dim_head|d_head|query_pre_attn_scalar", lambda n: HEAD_DIM),
+    (r".*(intermediate_size|ffn_dim|ffn_hidden_size)(_mlp)?|dff|dim_ff|d_inner|feed_forward_size", lambda n: HIDDEN),
+    (r".*experts_per_tok(en)?|moe_topk|moe_k|top_k_experts", lambda n: min(n, 2)),
+    (r".*(num|n)(_local|_routed)?_experts", lambda n: min(n, EXPERTS)),
+    (r"num_codebooks", lambda n: 1),
+    (r"n_group|topk_group|num_expert_group|(mamba_)?n_?groups", lambda n: 1),
+    (r".*_rank|.*_lowrank|.*d_state|.*state_size", lambda n: HEAD_DIM),
+    (r".*vocab(_size)?(_per_layer_input)?", lambda n: min(n, VOCAB)),
+    (r".*(sliding_window(_size)?|window_size|attention_chunk_size)|local_attention|index_topk", lambda n: min(n, WINDOW)),
+    (r".*hidden_size.*", lambda n: HIDDEN),
+    (r"max_position_embeddings|n_positions|max_target_positions", lambda n: max(n, MIN_POSITIONS)),
+]
+DEPTH = re.compile(r"(num|n)_(hidden_|encoder_|decoder_)?layers?|(en|de)coder_layers|num_blocks")
+
+
+def _cycle(*kinds: str) -> Callable[[int], list[str]]:
+    return lambda layers: [kinds[i % len(kinds)] for i in range(layers)]
+
+
+_FULL_AND_LINEAR = _cycle("full_attention", "linear_attention")
+
+# Config fields that the rules cannot know, by the `model_type` of the config they belong to; a callable is given the
+# number of layers.
+QUIRKS: dict[str, dict[str, Any]] = {
+    # The default of a required field is None or empty.
+    "cohere_compass_text": {
+        "layer_types": _cycle("sliding_attention", "full_attention"),
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": None,
+        },
+    },
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "lfm2_moe": {"layer_types": _cycle("conv", "full_attention")},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 16,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": HEAD_DIM,
+        "indexer_budget": WINDOW,
+        "indexer_compress_ratio": 2,
+    },
+    "xmod": {"default_language": "en_XX"},
+    # The default has one kind of layer only, or a pattern too long for few layers; the checkpoints mix these.
+    "bamba": {"attn_layer_indices": lambda layers: list(range(0, layers, 2))},
+    "gpt_neo": {"attention_types": lambda layers: [[_cycle("global", "local")(layers), 1]]},
+    "granitemoehybrid": {"layer_types": _FULL_AND_LINEAR},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 0},
+    "lfm2": {"layer_types": _cycle("conv", "full_attention")},
+    # Layers are tied to an earlier one of their kind, so that kind has to come twice.
+    "gemma3n_text": {"layer_types": _cycle("sliding_attention", "full_attention"), "num_kv_shared_layers": 1},
+    "zamba": {"layers_block_type": lambda layers: ["linear_attention"] + ["hybrid"] * (layers - 1)},
+    # The model itself does with and without a cache what differs: it masks without regard to the window, or it bounds
+    # the time step from below in the scan and not in the recurrent step.
+    "moshi": {"sliding_window": 3000},
+    "nemotron_h": {"time_step_min": 1e-9},
+    "zamba2": {"time_step_min": 1e-9},
+    # Sizes that are arguments and no fields, or that have to fit each other.
+    "dots3_note_text": {
+        "swa_num_attention_heads": KV_HEADS,
+        "swa_num_key_value_heads": KV_HEADS,
+        "swa_q_lora_rank": HEAD_DIM,
+        "swa_kv_lora_rank": 2 * HEAD_DIM,
+        "swa_head_dim": 2 * HEAD_DIM,
+        "swa_qk_nope_head_dim": HEAD_DIM,
+        "swa_v_head_dim": HEAD_DIM,
+    },
+    "falcon_h1": {"mamba_d_ssm": 2 * HIDDEN},
+    "gemma4_text": {"global_head_dim": 2 * HEAD_DIM},
+    "gemma4_unified_text": {"global_head_dim": 2 * HEAD_DIM},
+    "mamba2": {"num_heads": 2 * HIDDEN // HEAD_DIM},
+    "reformer": {"axial_pos_embds": False},
+}
+
+
+class CannotBuild(Exception):
+    """The family has no tiny causal language model; the text says why in one short line."""
+
+
+def model_types() -> list[str]:
+    """Every key of the auto mapping of causal language models, sorted."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def tiny_model(model_type: str, *, layers: int = 3, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A random model of the family: float32, on the CPU, in eval mode, with "sdpa" attention where it is supported.
+
+    `overrides` are fields of the (text) config. Ids from `FIRST_WORD` up to `VOCAB` are ordinary tokens.
+    """
+    try:
+        config_class = CONFIG_MAPPING[model_type]
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+        if isinstance(model_class, tuple):
+            model_class = model_class[0]
+        config = _tiny_config(_own_config_class(config_class, model_class), layers, overrides)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = model_class(config).float().eval()
+            _randomise(model)
+    except Exception as error:  # whatever a family cannot do, the sweep has to go on with the next one
+        raise CannotBuild(_one_line(error)) from error
+    return model
+
+
+@torch.no_grad()
+def dense_is_right(model: PreTrainedModel, *, length: int = 12) -> str | None:
+    """None if `length` tokens fed one at a time through a `DynamicCache` give the logits of one pass without a cache.
+
+    Otherwise a short reason: such a family cannot be asked to do better with another cache.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    if "past_key_values" not in accepted:
+        return "forward takes no past_key_values"
+    input_ids = torch.randint(FIRST_WORD, VOCAB, (1, length), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(length)[None] if "position_ids" in accepted else None
+
+    def logits(start: int, stop: int, **kwargs: Any) -> torch.Tensor:
+        if positions is not None:
+            kwargs["position_ids"] = positions[:, start:stop]
+        return model(input_ids[:, start:stop], **kwargs).logits  # (1, stop - start, vocab)
+
+    try:
+        expected = logits(0, length, use_cache=False)
+        cache = DynamicCache(config=model.config)
+        steps = [logits(i, i + 1, use_cache=True, past_key_values=cache) for i in range(length)]
+    except Exception as error:
+        return _one_line(error)
+    error_size = ((torch.cat(steps, dim=1) - expected).abs().max() / expected.abs().max()).item()
+    return None if error_size < 1e-4 else f"relative error {error_size:.1e}"
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
+
+
+def _own_config_class(
+    config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]
+) -> type[PreTrainedConfig]:
+    """The config that the model class takes: a composite config may map to the class of its text part alone."""
+    own = model_class.config_class
+    return own if own in config_class.sub_configs.values() else config_class
+
+
+def _tiny_config(config_class: type[PreTrainedConfig], layers: int, overrides: dict[str, Any]) -> PreTrainedConfig:
+    """The default config of the class with tiny sizes and `layers` layers; `overrides` go to its text config."""
+    default = config_class()
+    text_config = default.get_text_config(decoder=True)
+    # Built anew and not edited, so that the class derives by itself what follows from the sizes.
+    tiny: dict[str, Any] = {}
+    for field in fields(config_class):
+        value = field.default_factory() if field.default_factory is not MISSING else field.default
+        current = vars(default).get(field.name)
+        if isinstance(current, PreTrainedConfig):
+            is_text = current is text_config
+            tiny[field.name] = _tiny_config(type(current), layers if is_text else 1, overrides if is_text else {})
+        elif DEPTH.fullmatch(field.name) and isinstance(value, int):
+            tiny[field.name] = layers
+        elif field.name == "is_decoder":
+            tiny[field.name] = True
+        elif (size := _tiny_size(field.name, value, default)) is not None:
+            tiny[field.name] = size
+    tiny |= _layer_window(default, layers)
+    for name, value in QUIRKS.get(config_class.model_type, {}).items():
+        tiny[name] = value(layers) if callable(value) else value
+    if text_config is default:
+        tiny |= {default.attribute_map.get(name, name): value for name, value in overrides.items()}
+    return config_class(**tiny)
+
+
+def _tiny_size(name: str, value: Any, default: PreTrainedConfig) -> Any:
+    """The tiny value of one config field, or None where the default should stay."""
+    if isinstance(value, list) and value and all(type(item) is int for item in value):
+        return [_tiny_size(name, item, default) or item for item in value]
+    if name in ("head_dim", "num_key_value_heads") and value is None:
+        value = HEADS * HEAD_DIM  # most families derive these, but some have models that cannot do without them
+    if type(value) is not int:
+        return None
+    if name == "num_key_value_heads" and "kv_lora_rank" in vars(default):
+        return HEADS  # latent attention expands to keys of every head
+    if name == "rotary_dim":
+        return value * HEAD_DIM * default.num_attention_heads // default.hidden_size
+    for pattern, shrink in SIZE_RULES:
+        if re.fullmatch(pattern, name):
+            return shrink(value)
+    return HIDDEN if value == getattr(default, "hidden_size", None) else None
+
+
+def _layer_window(default: PreTrainedConfig, layers: int) -> dict[str, list]:
+    """Every per-layer list of the config, cut to the run of `layers` layers that has the most kinds of layer in it."""
+    depth = getattr(default, "num_hidden_layers", None)
+    lists = {
+        name: value
+        for name, value in vars(default).items()
+        if isinstance(value, list | tuple) and len(value) == depth and list(value) != list(range(depth))
+    }
+    if not lists:
+        return {}
+    kinds = list(zip(*lists.values()))
+    types = lists.get("layer_types", kinds)
+
+    def variety(start: int) -> tuple[int, int]:
+        return len(set(types[start : start + layers])), len(set(kinds[start : start + layers]))
+
+    start = max(range(max(depth - layers, 0) + 1), key=variety)
+    return {name: type(value)(value[start : start + layers]) for name, value in lists.items()}
+
+
+@torch.no_grad()
+def _randomise(model: PreTrainedModel) -> None:
+    """Weights drawn about zero get the scale that keeps unit vectors near unit size; all others move a little."""
+    for parameter in model.parameters():
+        spread = parameter.std() if parameter.numel() > 1 else 0.0
+        if parameter.ndim > 1 and parameter.mean().abs() <= spread:
+            parameter.normal_(std=GAIN * min(parameter.shape[-1], HIDDEN) ** -0.5)
+        else:
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    for module in model.modules():
+        # Trained weights make up for scores that the model does not scale down; random ones would saturate.
+        if getattr(module, "scaling", None) == 1.0:
+            getattr(module, "q_norm", module.q_proj).weight.mul_(HEAD_DIM**-0.5)
