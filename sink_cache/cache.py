@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from .twin import CannotStream, PositionScheme, position_scheme
 
 # Models compute angles as float32 position * frequency; from here on float32 cannot tell neighbouring positions apart.
 POSITION_LIMIT = 2**24
+
+_NOT_IN_GRAPHS = "SinkWindowCache works outside of graphs: compile the model without fullgraph=True"
 
 
 class SinkWindowLayer(CacheLayerMixin):
@@ -52,6 +56,7 @@ class SinkWindowLayer(CacheLayerMixin):
         self.seen = 0
         self.sink_keys: torch.Tensor | None = None
         self.sinks: SharedSinks | None = None
+        self.sinks_per_query = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates the slots; shapes, dtype and device are those of the first `key_states` and `value_states`."""
@@ -87,51 +92,70 @@ class SinkWindowLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new_tokens = key_states.shape[2]
-        if self.seen and self.sinks is not None:
+        if new_tokens == 1 and self.sinks is not None:
             self.sinks.present(self._evicted_before_query())
-        if self.seen and new_tokens == 1:
-            self._store(key_states, value_states)
-            filled = min(self.seen, self.capacity)
-            return self.keys[:, :, :filled], self.values[:, :, :filled]
-        if self.seen:
-            slots = self._slots_before_query()
+            slot = self.seen if self.seen < self.capacity else self.n_sink + (self.seen - self.n_sink) % self.window
+            self.keys.narrow(2, slot, 1).copy_(key_states)
+            self.values.narrow(2, slot, 1).copy_(value_states)
+            if self.seen < self.n_sink:
+                self.sink_keys.narrow(2, slot, 1).copy_(key_states)
+            self.seen += 1
+            if self.seen >= self.capacity:
+                return self.keys, self.values
+            return self.keys.narrow(2, 0, self.seen), self.values.narrow(2, 0, self.seen)
+        if self.seen == 0:
+            attended = key_states, value_states
+        elif self.sinks_per_query:
+            attended = self._attended_with_sinks_per_query(key_states, value_states)
+        else:
+            self.sinks.present(self._evicted_before_query())
+            slots = torch.cat([torch.arange(min(self.seen, self.n_sink), device=self.device), self._window_slots()])
             attended = (
                 torch.cat([self.keys.index_select(2, slots), key_states], dim=2),
                 torch.cat([self.values.index_select(2, slots), value_states], dim=2),
             )
-        else:
-            attended = key_states, value_states
         self._store(key_states, value_states)
         return attended
+
+    def _attended_with_sinks_per_query(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values in the order: the sinks as the first query should see them, as the second, …; window; new.
+
+        Each query has its own distance to the sinks, so each gets its own copy; `streaming.chunk_mask` fits this order.
+        """
+        queries, slots = key_states.shape[2], self._window_slots()
+        shifts = range(self._evicted_before_query(), self._evicted_before_query() + queries)
+        sink_keys = self.sinks.forward_rotation.one_layer(self.sink_keys, self.sinks.layers.index(self), shifts)
+        sink_values = self.values[:, :, : self.n_sink].repeat(1, 1, queries, 1)
+        return (
+            torch.cat([sink_keys, self.keys.index_select(2, slots), key_states], dim=2),
+            torch.cat([sink_values, self.values.index_select(2, slots), value_states], dim=2),
+        )
 
     def _evicted_before_query(self) -> int:
         """Tokens that the next query no longer sees: it takes a place in the window itself."""
         return max(0, self.seen + 1 - self.capacity)
 
-    def _slots_before_query(self) -> torch.Tensor:
-        """The slots that the next query sees, in chronological order `[min(seen, capacity - 1)]`."""
+    def _window_slots(self) -> torch.Tensor:
+        """The slots of the window tokens that the next query sees besides itself, in chronological order."""
         first = self.n_sink + self._evicted_before_query()
         tokens = torch.arange(first, max(first, self.seen), device=self.device)
-        sinks = torch.arange(min(self.seen, self.n_sink), device=self.device)
-        return torch.cat([sinks, self.n_sink + (tokens - self.n_sink) % self.window])
+        return self.n_sink + (tokens - self.n_sink) % self.window
 
     def _store(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        new_tokens = key_states.shape[2]
+        """Keeps those of several new tokens that are sinks, or are not older than `window` at the end of the call."""
+        end = self.seen + key_states.shape[2]
+        first = max(self.seen, self.n_sink, end - self.window)
+        sinks = torch.arange(self.seen, max(self.seen, min(self.n_sink, end)), device=self.device)
+        kept = torch.cat([sinks, torch.arange(first, max(first, end), device=self.device)])
+        slots = torch.where(kept < self.n_sink, kept, self.n_sink + (kept - self.n_sink) % self.window)
+        self.keys.index_copy_(2, slots, key_states.index_select(2, kept - self.seen))
+        self.values.index_copy_(2, slots, value_states.index_select(2, kept - self.seen))
         if self.seen < self.n_sink:
-            sinks = slice(self.seen, min(self.n_sink, self.seen + new_tokens))
-            self.sink_keys[:, :, sinks] = key_states[:, :, : sinks.stop - sinks.start]
-        if new_tokens == 1:
-            slot = self.seen if self.seen < self.n_sink else self.n_sink + (self.seen - self.n_sink) % self.window
-            self.keys.select(2, slot).copy_(key_states.select(2, 0))
-            self.values.select(2, slot).copy_(value_states.select(2, 0))
-        else:
-            tokens = torch.arange(self.seen, self.seen + new_tokens, device=self.device)
-            last = max(self.seen, self.n_sink, self.seen + new_tokens - self.window)
-            kept = tokens[(tokens < self.n_sink) | (tokens >= last)]
-            slots = torch.where(kept < self.n_sink, kept, self.n_sink + (kept - self.n_sink) % self.window)
-            self.keys.index_copy_(2, slots, key_states.index_select(2, kept - self.seen))
-            self.values.index_copy_(2, slots, value_states.index_select(2, kept - self.seen))
-        self.seen += new_tokens
+            stop = min(self.n_sink, end)
+            self.sink_keys[:, :, self.seen : stop] = key_states[:, :, : stop - self.seen]
+        self.seen = end
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Refuses what would go wrong, before anything is changed."""
@@ -140,31 +164,33 @@ class SinkWindowLayer(CacheLayerMixin):
                 "SinkWindowCache is for inference only: it writes in place, and an endless stream would be an endless "
                 "graph. Call the model under torch.no_grad() or torch.inference_mode()."
             )
-        if self.seen + key_states.shape[2] > self.max_position:
-            raise ValueError(
-                f"{self.seen} tokens seen and {key_states.shape[2]} new ones are more than the {self.max_position:,} "
-                "positions that this model can tell apart. Call reset(), or start a new cache from the recent text."
-            )
+        self._check_positions(key_states.shape[2])
         if not self.is_initialized:
             return
-        for what, given, expected in (
-            ("batch size", key_states.shape[0], self.keys.shape[0]),
-            ("number of key-value heads", key_states.shape[1], self.keys.shape[1]),
-            ("head_dim", key_states.shape[3], self.keys.shape[3]),
-            ("dtype", key_states.dtype, self.dtype),
-            ("device", key_states.device, self.device),
-        ):
-            if given != expected:
-                raise ValueError(
-                    f"the {what} of the keys is {given}, but this cache holds {self.seen} tokens of {what} {expected}. "
-                    "Call reset() before using it for something else."
-                )
+        (batch_size, num_heads, _, head_dim), held = key_states.shape, self.keys.shape
+        given = (batch_size, num_heads, head_dim, key_states.dtype, key_states.device)
+        expected = (held[0], held[1], held[3], self.dtype, self.device)
+        if given != expected:
+            names = ("batch size", "number of key-value heads", "head_dim", "dtype", "device")
+            wrong = next(i for i in range(len(names)) if given[i] != expected[i])
+            raise ValueError(
+                f"the {names[wrong]} of the keys is {given[wrong]}, but this cache holds {self.seen} tokens with "
+                f"{names[wrong]} {expected[wrong]}. Call reset() before using it for something else."
+            )
+
+    def _check_positions(self, new_tokens: int) -> None:
+        if self.seen + new_tokens > self.max_position:
+            raise ValueError(
+                f"{self.seen:,} tokens seen and {new_tokens:,} new are more than the {self.max_position:,} positions that "
+                "this model can tell apart. Call reset(), or start a new cache from the recent text."
+            )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Returns `(kv_length, kv_offset)`: how many keys `update` will return, and the index of the first of them.
 
         The index counts as if the keys were contiguous up to the last new token, so that a causal mask built from it is right.
         """
+        self._check_positions(query_length)  # here too: beyond the end of a table a model fails before it calls update
         visible = min(self.seen, self.capacity - 1)
         return visible + query_length, self.seen - visible
 
@@ -216,7 +242,7 @@ class SharedSinks:
                 "the layers of this cache have seen different numbers of tokens: a forward was interrupted. Call reset()."
             )
         if self.rotates:
-            self.forward_rotation(self.sink_keys, shift, out=self.slots)
+            self.forward_rotation.all_layers(self.sink_keys, shift, out=self.slots)
         self.shift = shift
 
 
@@ -282,12 +308,10 @@ class SinkWindowCache(Cache):
     def layers(self, layers: list[Any]) -> None:
         self._layers = layers
 
+    @torch.compiler.disable(
+        reason="a SinkWindowCache cannot see the model from inside a full graph: pass SinkWindowCache(..., config=model.config)"
+    )
     def _look_for_the_model(self) -> None:
-        if torch.compiler.is_compiling():
-            raise ValueError(
-                "the first use of this SinkWindowCache is inside compiled code, where it cannot see the model. Pass "
-                "SinkWindowCache(..., config=model.config)."
-            )
         model = calling_model()
         if model is not None:
             model_class, config = text_model_class(model)
@@ -319,19 +343,20 @@ class SinkWindowCache(Cache):
         self._layers = layers
         self._trained_context = getattr(config, "max_position_embeddings", None)
 
+    @torch.compiler.disable(reason=_NOT_IN_GRAPHS)
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores the new keys and values of one layer and returns those to attend to; see `SinkWindowLayer.update`."""
-        if not self.layers:
+        layers = self.layers
+        if not layers:
             raise ValueError(
                 "this SinkWindowCache cannot see a transformers model among its callers. Pass "
                 "SinkWindowCache(..., config=model.config)."
             )
-        layer = self.layers[layer_idx]
-        if isinstance(layer, SinkWindowLayer):
-            if layer.seen == 0 or key_states.shape[2] > 1:
-                self._check_call(layer, key_states)
+        layer = layers[layer_idx]
+        if isinstance(layer, SinkWindowLayer) and (layer.sinks is None or key_states.shape[2] > 1):
+            self._check_call(layer, key_states)
             if layer.seen and layer.sinks is None:
                 self._share_storage()
         return layer.update(key_states, value_states, *args, **kwargs)
@@ -358,9 +383,10 @@ class SinkWindowCache(Cache):
         for layers in alike.values():
             SharedSinks(layers)
 
+    @torch.compiler.disable(reason=_NOT_IN_GRAPHS)
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Returns `(kv_length, kv_offset)` for a layer; called by the mask-building code before any layer runs."""
-        if self.layers and not torch.compiler.is_compiling():
+        if self.layers:
             self._refuse_padding(calling_padding_mask(innermost=True))
         return super().get_mask_sizes(query_length, layer_idx)
 
@@ -370,6 +396,18 @@ class SinkWindowCache(Cache):
                 "SinkWindowCache does not support padded batches yet, and attention_mask has zeros: in a padded row the "
                 "pads would become the sinks. Run rows of different lengths one at a time."
             )
+
+    @contextmanager
+    def sinks_per_query(self) -> Iterator[None]:
+        """Within, calls with several new tokens give each query its own copy of the sinks; see `streaming.stream`."""
+        layers = [layer for layer in self.layers if isinstance(layer, SinkWindowLayer)]
+        for layer in layers:
+            layer.sinks_per_query = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.sinks_per_query = False
 
     @property
     def nbytes(self) -> int:

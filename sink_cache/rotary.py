@@ -111,7 +111,9 @@ def rotate(keys: torch.Tensor, rotation: Rotation, shift: int) -> torch.Tensor:
 
 
 class ForwardRotation:
-    """Moves the sink keys of several layers forward by any shift, all layers in three kernels.
+    """Moves the sink keys of several layers forward: all layers by one shift, or one layer by many shifts.
+
+    Angles are computed in float64, rotations in float32, and the result is rounded once to the keys' dtype.
 
     Args:
         rotations (`list[Rotation]`): one for each layer; all with the same `partner`.
@@ -125,18 +127,31 @@ class ForwardRotation:
         # [layers or 1, batch, heads, tokens, head_dim], on the CPU because MPS has no float64
         self._frequency = torch.tensor([r.frequency for r in distinct], dtype=torch.float64)[:, None, None, None, :]
         self._partner = torch.tensor(rotations[0].partner, device=device)
-        self._first_row, self._cos, self._sin = -1, torch.empty(0), torch.empty(0)
+        self._shifts, self._cos, self._sin = range(0), torch.empty(0), torch.empty(0)
 
-    def __call__(self, pristine: torch.Tensor, shift: int, out: torch.Tensor) -> None:
-        """Writes `pristine` `[layers, batch, heads, n_sink, head_dim]`, moved forward by `shift`, to `out`.
+    def _tabulate(self, shifts: range) -> None:
+        if shifts != self._shifts:
+            angle = torch.tensor(shifts, dtype=torch.float64)[:, None, None, None, None, None] * self._frequency
+            self._shifts = shifts
+            self._cos, self._sin = (t.float().to(self._partner.device) for t in (torch.cos(angle), torch.sin(angle)))
 
-        The angle is computed in float64, the rotation in float32, and the result is rounded once to `out`'s dtype.
+    def all_layers(self, pristine: torch.Tensor, shift: int, out: torch.Tensor) -> None:
+        """Writes `pristine` `[layers, batch, heads, n_sink, head_dim]`, moved forward by `shift`, to `out`: 3 kernels."""
+        if shift not in self._shifts:
+            self._tabulate(range(shift, shift + _TABLE_ROWS))
+        row = shift - self._shifts.start
+        torch.addcmul(
+            pristine * self._cos[row], pristine.index_select(-1, self._partner), self._sin[row], out=out
+        )
+
+    def one_layer(self, pristine: torch.Tensor, layer: int, shifts: range) -> torch.Tensor:
+        """Copies of `pristine` `[batch, heads, n_sink, head_dim]`, moved forward by each of `shifts`.
+
+        Returns:
+            `torch.Tensor`: `[batch, heads, len(shifts) * n_sink, head_dim]`.
         """
-        row = shift % _TABLE_ROWS
-        if shift - row != self._first_row:
-            self._first_row = shift - row
-            shifts = torch.arange(self._first_row, self._first_row + _TABLE_ROWS, dtype=torch.float64)
-            angle = shifts[:, None, None, None, None, None] * self._frequency
-            self._cos, self._sin = (table.float().to(out.device) for table in (torch.cos(angle), torch.sin(angle)))
-        turned = pristine.index_select(-1, self._partner)
-        torch.addcmul(pristine * self._cos[row], turned, self._sin[row], out=out)
+        self._tabulate(shifts)
+        layer = layer if self._cos.shape[1] > 1 else 0
+        cos, sin = (table[:, layer, 0, 0] for table in (self._cos, self._sin))  # [shifts, 1, head_dim]
+        copies = pristine[:, :, None] * cos + pristine[:, :, None].index_select(-1, self._partner) * sin
+        return copies.flatten(2, 3).to(pristine.dtype)

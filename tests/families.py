@@ -21,7 +21,7 @@ MIN_POSITIONS = 512
 GAIN = 1.25  # attention scores of a spread at which the weights are neither uniform nor all on one token
 FIRST_WORD = 8  # pad, bos and eos lie below, so ids from here up to VOCAB are ordinary in every family
 
-# Field name (whole) -> tiny value from the default one; the first match wins.
+# The whole name of a field -> its tiny value from the default one; the first match wins.
 SIZE_RULES: list[tuple[str, Callable[[int], int]]] = [
     (r"(pad|bos|eos|sep|cls|mask|unk|eod|decoder_start)_(token_id|index)", lambda n: n % FIRST_WORD),
     (r"(mamba_n|mamba_num|n_mamba)_heads", lambda n: min(n, 2 * HIDDEN // HEAD_DIM)),
@@ -31,14 +31,16 @@ SIZE_RULES: list[tuple[str, Callable[[int], int]]] = [
     (r".*head_?dim|.*head_size|.*_d_head|kv_channels|dim_head|d_head|query_pre_attn_scalar", lambda n: HEAD_DIM),
     (r".*(intermediate_size|ffn_dim|ffn_hidden_size)(_mlp)?|dff|dim_ff|d_inner|feed_forward_size", lambda n: HIDDEN),
     (r".*experts_per_tok(en)?|moe_topk|moe_k|top_k_experts", lambda n: min(n, 2)),
-    (r".*(num|n)(_local|_routed)?_experts", lambda n: min(n, EXPERTS)),
+    (r".*(num|n)(_local|_routed)?_experts|zero_expert_num", lambda n: min(n, EXPERTS)),
     (r"num_codebooks", lambda n: 1),
     (r"n_group|topk_group|num_expert_group|(mamba_)?n_?groups", lambda n: 1),
-    (r".*_rank|.*_lowrank|.*d_state|.*state_size", lambda n: HEAD_DIM),
+    (r".*_rank|.*_lowrank", lambda n: 2 * HEAD_DIM),  # unlike a head's, so that latent and rotated keys differ in size
+    (r".*d_state|.*state_size", lambda n: HEAD_DIM),
     (r".*vocab(_size)?(_per_layer_input)?", lambda n: min(n, VOCAB)),
-    (r".*(sliding_window(_size)?|window_size|attention_chunk_size)|local_attention|index_topk", lambda n: min(n, WINDOW)),
+    (r"((sliding|attention)_)?window(_size)?|local_attention", lambda n: min(n, WINDOW)),
+    (r"attention_chunk_size|index_topk", lambda n: min(n, WINDOW)),
     (r".*hidden_size.*", lambda n: HIDDEN),
-    (r"max_position_embeddings|n_positions|max_target_positions", lambda n: max(n, MIN_POSITIONS)),
+    (r"max_position_embeddings|n_positions|max_target_positions|max_seq_len", lambda n: max(n, MIN_POSITIONS)),
 ]
 DEPTH = re.compile(r"(num|n)_(hidden_|encoder_|decoder_)?layers?|(en|de)coder_layers|num_blocks")
 
@@ -47,14 +49,14 @@ def _cycle(*kinds: str) -> Callable[[int], list[str]]:
     return lambda layers: [kinds[i % len(kinds)] for i in range(layers)]
 
 
-_FULL_AND_LINEAR = _cycle("full_attention", "linear_attention")
+_SLIDING_AND_FULL = _cycle("sliding_attention", "full_attention")
 
 # Config fields that the rules cannot know, by the `model_type` of the config they belong to; a callable is given the
 # number of layers.
 QUIRKS: dict[str, dict[str, Any]] = {
     # The default of a required field is None or empty.
     "cohere_compass_text": {
-        "layer_types": _cycle("sliding_attention", "full_attention"),
+        "layer_types": _SLIDING_AND_FULL,
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
             "full_attention": None,
@@ -75,23 +77,32 @@ QUIRKS: dict[str, dict[str, Any]] = {
     # The default has one kind of layer only, or a pattern too long for few layers; the checkpoints mix these.
     "bamba": {"attn_layer_indices": lambda layers: list(range(0, layers, 2))},
     "gpt_neo": {"attention_types": lambda layers: [[_cycle("global", "local")(layers), 1]]},
-    "granitemoehybrid": {"layer_types": _FULL_AND_LINEAR},
+    "granitemoehybrid": {"layer_types": _cycle("full_attention", "linear_attention")},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 0},
+    "laguna": {"layer_types": _SLIDING_AND_FULL},
     "lfm2": {"layer_types": _cycle("conv", "full_attention")},
+    "mellum": {"layer_types": _SLIDING_AND_FULL},
+    "minimax_m3_vl_text": {
+        "layer_types": _cycle("full_attention", "minimax_m3_sparse"),
+        "index_block_size": 2,
+        "index_topk_blocks": 2,
+    },
+    "zaya": {"layer_types": _cycle("hybrid_sliding", "hybrid"), "sliding_window": WINDOW},
     # Layers are tied to an earlier one of their kind, so that kind has to come twice.
-    "gemma3n_text": {"layer_types": _cycle("sliding_attention", "full_attention"), "num_kv_shared_layers": 1},
+    "gemma3n_text": {"layer_types": _SLIDING_AND_FULL, "num_kv_shared_layers": 1},
     "zamba": {"layers_block_type": lambda layers: ["linear_attention"] + ["hybrid"] * (layers - 1)},
-    # The model itself does with and without a cache what differs: it masks without regard to the window, or it bounds
-    # the time step from below in the scan and not in the recurrent step.
+    # These models disagree with themselves: moshi masks without regard to the window that its cache keeps, the others
+    # bound the time step from below in the scan over many tokens and not in the step for one.
     "moshi": {"sliding_window": 3000},
-    "nemotron_h": {"time_step_min": 1e-9},
-    "zamba2": {"time_step_min": 1e-9},
-    # Sizes that are arguments and no fields, or that have to fit each other.
+    "nemotron_h": {"time_step_min": 1e-9, "time_step_floor": 1e-2},
+    "zamba2": {"time_step_min": 1e-9, "time_step_floor": 1e-2},
+    # Sizes that are arguments and no fields of the config, or that have to fit each other.
     "dots3_note_text": {
+        "sliding_window": WINDOW,
         "swa_num_attention_heads": KV_HEADS,
         "swa_num_key_value_heads": KV_HEADS,
-        "swa_q_lora_rank": HEAD_DIM,
-        "swa_kv_lora_rank": 2 * HEAD_DIM,
+        "swa_q_lora_rank": 2 * HEAD_DIM,
+        "swa_kv_lora_rank": 3 * HEAD_DIM,
         "swa_head_dim": 2 * HEAD_DIM,
         "swa_qk_nope_head_dim": HEAD_DIM,
         "swa_v_head_dim": HEAD_DIM,
@@ -121,9 +132,9 @@ def tiny_model(model_type: str, *, layers: int = 3, seed: int = 0, **overrides: 
     try:
         config_class = CONFIG_MAPPING[model_type]
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
-        if isinstance(model_class, tuple):
-            model_class = model_class[0]
-        config = _tiny_config(_own_config_class(config_class, model_class), layers, overrides)
+        if model_class.config_class in config_class.sub_configs.values():
+            config_class = model_class.config_class  # the class models the text part of a composite config alone
+        config = _tiny_config(config_class, layers, overrides)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = model_class(config).float().eval()
@@ -162,14 +173,6 @@ def dense_is_right(model: PreTrainedModel, *, length: int = 12) -> str | None:
 
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
-
-
-def _own_config_class(
-    config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]
-) -> type[PreTrainedConfig]:
-    """The config that the model class takes: a composite config may map to the class of its text part alone."""
-    own = model_class.config_class
-    return own if own in config_class.sub_configs.values() else config_class
 
 
 def _tiny_config(config_class: type[PreTrainedConfig], layers: int, overrides: dict[str, Any]) -> PreTrainedConfig:
@@ -220,20 +223,17 @@ def _layer_window(default: PreTrainedConfig, layers: int) -> dict[str, list]:
     """Every per-layer list of the config, cut to the run of `layers` layers that has the most kinds of layer in it."""
     depth = getattr(default, "num_hidden_layers", None)
     lists = {
-        name: value
+        name: list(value) * (layers // depth + 1)
         for name, value in vars(default).items()
         if isinstance(value, list | tuple) and len(value) == depth and list(value) != list(range(depth))
     }
     if not lists:
         return {}
-    kinds = list(zip(*lists.values()))
+    kinds = list(zip(*lists.values(), strict=True))
     types = lists.get("layer_types", kinds)
-
-    def variety(start: int) -> tuple[int, int]:
-        return len(set(types[start : start + layers])), len(set(kinds[start : start + layers]))
-
-    start = max(range(max(depth - layers, 0) + 1), key=variety)
-    return {name: type(value)(value[start : start + layers]) for name, value in lists.items()}
+    runs = [slice(start, start + layers) for start in range(len(kinds) - layers + 1)]
+    run = max(runs, key=lambda run: (len(set(types[run])), len(set(kinds[run]))))
+    return {name: _tiny_size(name, value[run], default) or value[run] for name, value in lists.items()}
 
 
 @torch.no_grad()
@@ -247,5 +247,5 @@ def _randomise(model: PreTrainedModel) -> None:
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
     for module in model.modules():
         # Trained weights make up for scores that the model does not scale down; random ones would saturate.
-        if getattr(module, "scaling", None) == 1.0:
+        if getattr(module, "scaling", None) == 1.0 and hasattr(module, "q_proj"):
             getattr(module, "q_norm", module.q_proj).weight.mul_(HEAD_DIM**-0.5)

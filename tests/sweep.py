@@ -56,7 +56,7 @@ def examine(model_type: str, layers: int = 3) -> dict[str, str | float]:
 
 def main() -> None:
     types = model_types()
-    with ProcessPoolExecutor(2) as pool:
+    with ProcessPoolExecutor() as pool:
         families = dict(zip(types, tqdm(pool.map(examine, types), total=len(types)), strict=True))
     versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
     setting = {"n_sink": N_SINK, "window": WINDOW, "tokens": TOKENS, "tolerance": TOLERANCE, "layers": 3}

@@ -1,0 +1,235 @@
+"""Bad input and what is not supported: an error at once that says what was given and what to do, and nothing half-changed."""
+
+import copy
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from sink_cache import SinkWindowCache, stream, verify
+
+from .families import tiny_model
+from .test_exact import one_by_one, tokens
+
+
+@pytest.mark.parametrize(
+    "arguments, error, says",
+    [
+        ((-1, 8), ValueError, "n_sink must be at least 0, but is -1"),
+        ((4, 0), ValueError, "window must be at least 1, but is 0"),
+        ((4, -3), ValueError, "window must be at least 1, but is -3"),
+        ((4.0, 8), TypeError, "n_sink must be an integer, but is 4.0 of type float"),
+        ((4, "8"), TypeError, "window must be an integer, but is '8' of type str"),
+        ((True, 8), TypeError, "n_sink must be an integer, but is True of type bool"),
+        ((4, None), TypeError, "window must be an integer, but is None"),
+        ((4, 8, "llama"), TypeError, "config must be a model's config (model.config), but is a str"),
+        ((4, 8, GPT2Config()), NotImplementedError, "model type 'gpt2'"),
+    ],
+)
+def test_constructor(arguments: tuple[Any, ...], error: type[Exception], says: str) -> None:
+    n_sink, window, *config = arguments
+    with pytest.raises(error, match=re.escape(says)):
+        SinkWindowCache(n_sink, window, **({"config": config[0]} if config else {}))
+
+
+def _used(model: PreTrainedModel) -> SinkWindowCache:
+    cache = SinkWindowCache(4, 8)
+    one_by_one(model, tokens(20), cache)
+    return cache
+
+
+def _with_grad(model: PreTrainedModel, cache: SinkWindowCache) -> None:
+    with torch.enable_grad():
+        model(tokens(1), past_key_values=cache)
+
+
+def _after(seen: int) -> Callable[[PreTrainedModel, SinkWindowCache], None]:
+    def use(model: PreTrainedModel, cache: SinkWindowCache) -> None:
+        before = [layer.seen for layer in cache.layers]
+        for layer in cache.layers:
+            layer.seen = seen
+        try:
+            model(tokens(1), past_key_values=cache)
+        finally:
+            for layer, count in zip(cache.layers, before, strict=True):
+                layer.seen = count
+
+    return use
+
+
+def _padded(batch: list[list[int]]) -> Callable[[PreTrainedModel, SinkWindowCache], None]:
+    def use(model: PreTrainedModel, cache: SinkWindowCache) -> None:
+        mask = torch.tensor(batch)
+        model(tokens(1), past_key_values=cache, attention_mask=mask)
+
+    return use
+
+
+@pytest.mark.parametrize(
+    "misuse, error, says",
+    [
+        (lambda m, c: m(tokens(1, batch_size=2), past_key_values=c), ValueError, "batch size of the keys is 2"),
+        (lambda m, c: copy.deepcopy(m).double()(tokens(1), past_key_values=c), ValueError, "dtype of the keys is torch.float64"),
+        (
+            lambda m, c: tiny_model("llama", num_key_value_heads=1)(tokens(1), past_key_values=c),
+            ValueError,
+            "number of key-value heads of the keys is 1",
+        ),
+        (lambda m, c: tiny_model("llama", head_dim=8)(tokens(1), past_key_values=c), ValueError, "head_dim of the keys is 8"),
+        (
+            lambda m, c: c.update(torch.zeros(1, 2, 1, 16, device="meta"), torch.zeros(1, 2, 1, 16, device="meta"), 0),
+            ValueError,
+            "device of the keys is meta",
+        ),
+        (_with_grad, NotImplementedError, "torch.no_grad()"),
+        (_after(2**24), ValueError, "16,777,216 positions"),
+        (_padded([[0] + [1] * 20]), NotImplementedError, "padded batches"),
+        (_padded([[1] * 20 + [0]]), NotImplementedError, "padded batches"),
+        (lambda m, c: c.crop(-1), NotImplementedError, "crop"),
+        (lambda m, c: c.activate_past_recording(), NotImplementedError, "assisted decoding"),
+        (lambda m, c: c.reorder_cache(torch.tensor([0])), NotImplementedError, "beam search"),
+        (lambda m, c: c.batch_repeat_interleave(2), NotImplementedError, "batch_repeat_interleave"),
+        (lambda m, c: c.batch_select_indices(torch.tensor([0])), NotImplementedError, "batch_select_indices"),
+        (lambda m, c: c.offload(0), NotImplementedError, "offloading"),
+        (lambda m, c: c.prefetch(0), NotImplementedError, "offloading"),
+        (lambda m, c: next(stream(m, tokens(3), c, chunk_size=0)), ValueError, "chunk_size must be at least 1, but is 0"),
+    ],
+)
+def test_misuse_leaves_the_cache_usable(llama: PreTrainedModel, misuse: Any, error: type[Exception], says: str) -> None:
+    cache = _used(llama)
+    expected = one_by_one(llama, tokens(20), copy.deepcopy(cache))
+    with torch.no_grad(), pytest.raises(error, match=re.escape(says)):
+        misuse(llama, cache)
+    assert cache.get_seq_length() == 20
+    assert torch.equal(one_by_one(llama, tokens(20), cache), expected)
+
+
+def test_left_padding_is_refused_by_generate(llama: PreTrainedModel) -> None:
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[1, :3] = 0
+    cache = SinkWindowCache(4, 8)
+    with pytest.raises(NotImplementedError, match="padded batches"):
+        llama.generate(tokens(6, batch_size=2), attention_mask=mask, past_key_values=cache, max_new_tokens=3)
+    assert cache.get_seq_length() == 0
+
+
+def test_beams_and_assistants_are_refused(llama: PreTrainedModel) -> None:
+    for arguments in ({"num_beams": 2}, {"prompt_lookup_num_tokens": 3}):
+        with pytest.raises((NotImplementedError, ValueError)):
+            llama.generate(
+                tokens(30), past_key_values=SinkWindowCache(4, 8), max_new_tokens=5, eos_token_id=None, **arguments
+            )
+
+
+def test_a_first_call_longer_than_the_trained_context_warns() -> None:
+    model = tiny_model("llama", max_position_embeddings=16)
+    with torch.no_grad(), pytest.warns(UserWarning, match="17 tokens.*16 positions.*prefill_chunk_size"):
+        model(tokens(17), past_key_values=SinkWindowCache(2, 3))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(tokens(16), past_key_values=SinkWindowCache(2, 3))
+
+
+@pytest.mark.parametrize(
+    "model_type, reason",
+    [("gpt2", "positions are learned"), ("bloom", "no position_ids"), ("deepseek_v3", "in the place of the values")],
+)
+def test_models_are_refused_with_name_reason_and_way_out(model_type: str, reason: str) -> None:
+    model, cache = tiny_model(model_type), SinkWindowCache(4, 8)
+    for use in (lambda: model(tokens(3), past_key_values=cache), lambda: verify(model)):
+        with torch.no_grad(), pytest.raises(NotImplementedError) as refusal:
+            use()
+        assert all(part in str(refusal.value) for part in (repr(model_type), reason, "Use DynamicCache"))
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_frequencies_that_depend_on_the_length_are_refused(rope_type: str) -> None:
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0}
+    if rope_type == "longrope":
+        rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64}
+    model = tiny_model("llama", max_position_embeddings=512, rope_parameters=rope)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match=f"no rotation of constant frequency.*'{rope_type}'"):
+        model(tokens(3), past_key_values=SinkWindowCache(4, 8))
+
+
+def test_a_table_of_positions_ends() -> None:
+    # GPT-J looks angles up in a table; past its end a GPU would only report a device-side assert.
+    model = tiny_model("gptj", n_positions=512)
+    cache = SinkWindowCache(4, 8, config=model.config)
+    for layer in (layer for layer in cache.layers if hasattr(layer, "max_position")):
+        assert layer.max_position == 512
+    with torch.no_grad(), pytest.raises(ValueError, match="more than the 512 positions"):
+        one_by_one(model, tokens(513), cache)
+
+
+def test_capacity_beyond_a_native_sliding_window() -> None:
+    model = tiny_model("mistral", sliding_window=8)
+    with torch.no_grad(), pytest.raises(ValueError, match=re.escape("Choose n_sink + window <= 8")):
+        model(tokens(3), past_key_values=SinkWindowCache(4, 5))
+    with torch.no_grad():
+        model(tokens(3), past_key_values=SinkWindowCache(4, 4))
+
+
+def test_outside_of_a_model() -> None:
+    cache = SinkWindowCache(4, 8)
+    with pytest.raises(ValueError, match="cannot see a transformers model.*config=model.config"):
+        cache.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16), 0)
+    assert cache.get_seq_length() == 0 and cache.nbytes == 0
+
+
+def test_compiled_models(llama: PreTrainedModel) -> None:
+    expected = one_by_one(llama, tokens(20), SinkWindowCache(4, 8))
+    with torch.no_grad():
+        for config in (None, llama.config):
+            torch._dynamo.reset()
+            compiled = torch.compile(copy.deepcopy(llama), backend="eager")
+            assert torch.allclose(one_by_one(compiled, tokens(20), SinkWindowCache(4, 8, config=config)), expected, atol=1e-5)
+        compiled = torch.compile(copy.deepcopy(llama), backend="eager", fullgraph=True)
+        for config, way_out in ((None, "SinkWindowCache(..., config=model.config)"), (llama.config, "without fullgraph=True")):
+            cache = SinkWindowCache(4, 8, config=config)
+            with pytest.raises(torch._dynamo.exc.Unsupported, match=re.escape(way_out)):
+                compiled(tokens(3), past_key_values=cache)
+            assert cache.get_seq_length() == 0
+
+
+def test_an_interrupted_forward_is_noticed(llama: PreTrainedModel) -> None:
+    # Ctrl-C in a notebook: the first layers have taken in a token that the last ones have not.
+    cache = _used(llama)
+    cache.layers[0].seen += 1
+    with torch.no_grad(), pytest.raises(ValueError, match=re.escape("interrupted. Call reset()")):
+        llama(tokens(1), past_key_values=cache)
+    cache.reset()
+    one_by_one(llama, tokens(3), cache)
+
+
+def test_verify_finds_a_model_that_is_not_what_its_config_says() -> None:
+    class Shifted(LlamaForCausalLM):
+        """Its live instance scores by absolute position, which no twin built from class and config knows."""
+
+        def forward(self, *args: Any, position_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+            if getattr(self, "odd", False):
+                kwargs["inputs_embeds"] = self.model.embed_tokens(kwargs.pop("input_ids")) * (1 + position_ids[..., None])
+            return super().forward(*args, position_ids=position_ids, **kwargs)
+
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
+    )
+    torch.manual_seed(0)
+    model = Shifted(config)
+    assert verify(model) < 1e-5
+    model.odd = True
+    with pytest.raises(NotImplementedError, match="not exact on this Shifted"):
+        verify(model)
+
+
+def test_verify_and_stream_arguments(llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match=re.escape("tokens > n_sink + window = 16")):
+        verify(llama, tokens=16)
+    with pytest.raises(TypeError, match="DynamicCache"):
+        next(stream(llama, tokens(3), DynamicCache()))  # type: ignore[arg-type]
+    with pytest.raises(NotImplementedError, match="linear-attention"):
+        next(stream(tiny_model("jamba"), tokens(3), SinkWindowCache(4, 8)))
