@@ -1,0 +1,35 @@
+# `make demo` and `make test` work in a fresh clone: the first of them creates .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help .venv test lint demo clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[.a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.venv: .venv/installed  ## create the virtual environment, or bring it up to date
+
+.venv/installed: setup.cfg constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("sink-cache needs Python 3.10 or newer, but \
+	$(PYTHON) is %d.%d; name a newer one: make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -e '.[benchmarks,test]' -c constraints.txt
+	@touch $@
+
+# One thread for each of the two workers.
+test: .venv/installed  ## run the test suite, on small models that it makes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: .venv/installed  ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# PASSIVE: threads that spin while they wait make a token take five times as long on a machine that is not idle.
+demo: .venv/installed  ## generate text with SmolLM2-135M, next to the same run with DynamicCache
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m examples.generate
+
+clean:  ## remove the virtual environment and what the tools leave behind
+	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Measurements of `sink_cache`, through its public API only. Run from a checkout, not installed."""
