@@ -128,21 +128,21 @@ class ForwardRotation:
         self._frequency = torch.tensor([r.frequency for r in distinct], dtype=torch.float64)[:, None, None, None, :]
         self._partner = torch.tensor(rotations[0].partner, device=device)
         self._shifts, self._cos, self._sin = range(0), torch.empty(0), torch.empty(0)
+        self._rows: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def _tabulate(self, shifts: range) -> None:
         if shifts != self._shifts:
             angle = torch.tensor(shifts, dtype=torch.float64)[:, None, None, None, None, None] * self._frequency
             self._shifts = shifts
             self._cos, self._sin = (t.float().to(self._partner.device) for t in (torch.cos(angle), torch.sin(angle)))
+            self._rows = list(zip(self._cos.unbind(), self._sin.unbind(), strict=True))
 
     def all_layers(self, pristine: torch.Tensor, shift: int, out: torch.Tensor) -> None:
         """Writes `pristine` `[layers, batch, heads, n_sink, head_dim]`, moved forward by `shift`, to `out`: 3 kernels."""
         if shift not in self._shifts:
             self._tabulate(range(shift, shift + _TABLE_ROWS))
-        row = shift - self._shifts.start
-        torch.addcmul(
-            pristine * self._cos[row], pristine.index_select(-1, self._partner), self._sin[row], out=out
-        )
+        cos, sin = self._rows[shift - self._shifts.start]
+        torch.addcmul(pristine * cos, pristine.index_select(-1, self._partner), sin, out=out)
 
     def one_layer(self, pristine: torch.Tensor, layer: int, shifts: range) -> torch.Tensor:
         """Copies of `pristine` `[batch, heads, n_sink, head_dim]`, moved forward by each of `shifts`.

@@ -54,7 +54,7 @@ def test_the_two_oracles_agree() -> None:
 def test_the_oracle_tells_sinks_that_stay_behind(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     # If sinks that are not repositioned passed too, none of the tests above would mean anything.
     input_ids, cache = tokens(40), SinkWindowCache(3, 5, config=llama.config)
-    monkeypatch.setattr("sink_cache.cache.SharedSinks.present", lambda self, shift: None)
+    monkeypatch.setattr("sink_cache.ring.SharedStorage.present_sinks", lambda self, shift: None)
     assert relative_error(one_by_one(llama, input_ids, cache), streamed_logits(llama, input_ids, 3, 5)) > 1e-2
 
 
