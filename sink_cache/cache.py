@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
 
-from .discovery import calling_model, calling_padding_mask, class_for_config, text_model_class
+from .discovery import calling_model, calling_padding_mask, class_for_config, padding_mask_of_caller, text_model_class
 from .ring import POSITION_LIMIT, SharedStorage, SinkWindowLayer
 from .twin import CannotStream, PositionScheme, position_scheme
 
@@ -121,7 +121,7 @@ class SinkWindowCache(Cache):
         """Stores the new keys and values of one layer and returns those to attend to; see `SinkWindowLayer.update`."""
         if torch.compiler.is_compiling():
             return self._outside_of_graphs(self.update, key_states, value_states, layer_idx, *args, **kwargs)
-        layers = self.layers
+        layers = self._layers or self.layers
         if not layers:
             raise ValueError(
                 "this SinkWindowCache cannot see a transformers model among its callers. Pass "
@@ -161,7 +161,7 @@ class SinkWindowCache(Cache):
         if torch.compiler.is_compiling():
             return self._outside_of_graphs(self.get_mask_sizes, query_length, layer_idx)
         if self.layers:
-            self._refuse_padding(calling_padding_mask(innermost=True))
+            self._refuse_padding(padding_mask_of_caller())
         return super().get_mask_sizes(query_length, layer_idx)
 
     # Applied to the methods themselves, the decorator would cost more at every call than all else that they do.

@@ -24,20 +24,19 @@ def calling_model() -> PreTrainedModel | None:
     return None
 
 
-def calling_padding_mask(*, innermost: bool = False) -> torch.Tensor | None:
-    """The 2-D `attention_mask` `[batch, seen + new]` that the calling model was given, or None.
-
-    Args:
-        innermost (`bool`): look no further than the innermost model: quick, and enough as long as that model has not yet
-            replaced its argument by a 4-D mask.
-    """
-    for owner, frame in _calling_modules():
+def calling_padding_mask() -> torch.Tensor | None:
+    """The 2-D `attention_mask` `[batch, seen + new]` that the calling model was given, or None."""
+    for _, frame in _calling_modules():
         mask = frame.f_locals.get("attention_mask")
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
             return mask
-        if innermost and isinstance(owner, PreTrainedModel):
-            return None
     return None
+
+
+def padding_mask_of_caller() -> torch.Tensor | None:
+    """The same, from transformers' mask-building function, which asks the cache for sizes: at every step, so quickly."""
+    mask = sys._getframe(2).f_locals.get("attention_mask")
+    return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
 
 def text_model_class(model: PreTrainedModel) -> tuple[type[PreTrainedModel], PreTrainedConfig]:

@@ -81,8 +81,7 @@ class SinkWindowLayer(CacheLayerMixin):
             they are a view of the slots, valid until the next update.
         """
         storage = self.storage
-        if storage is not None and storage.fits_one_token(key_states, value_states):
-            storage.begin_step(self.seen)
+        if storage is not None and (storage.step == self.seen or storage.begin_step(self.seen, key_states, value_states)):
             storage.key_slots[self.index].copy_(key_states)
             storage.value_slots[self.index].copy_(value_states)
             if self.seen < self.n_sink:
@@ -92,6 +91,8 @@ class SinkWindowLayer(CacheLayerMixin):
                 return self.keys, self.values
             return self.keys.narrow(2, 0, self.seen), self.values.narrow(2, 0, self.seen)
         self._check(key_states, value_states)
+        if storage is not None and self.index == 0:
+            storage.check_uninterrupted()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.seen == 0:
@@ -235,32 +236,36 @@ class SharedStorage:
                 setattr(layer, name, own)
         return joined
 
-    def fits_one_token(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
-        """Whether these are one token of what is stored here, and nothing has to be refused."""
-        return (
+    def begin_step(self, seen: int, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+        """Gets ready for one token after `seen` others, with which the first layer of the step comes, for all layers.
+
+        Returns:
+            `bool`: False, with nothing done, if these are not one token of what is stored here.
+        """
+        fits = (
             (key_states.shape, value_states.shape) == self.token_shapes
-            and key_states.dtype == self.keys.dtype
-            and key_states.device == self.keys.device
+            and (key_states.dtype, key_states.device) == (self.keys.dtype, self.keys.device)
             and not (key_states.requires_grad or value_states.requires_grad)
         )
+        if fits:
+            self.layers[0].check_positions(1)
+            self.check_uninterrupted()
+            self.present_sinks(max(0, seen + 1 - self.capacity))
+            slot = seen if seen < self.capacity else self.n_sink + (seen - self.n_sink) % self.window
+            self.key_slots = self.keys.narrow(3, slot, 1).unbind()
+            self.value_slots = self.values.narrow(3, slot, 1).unbind()
+            self.step = seen
+        return fits
 
-    def begin_step(self, seen: int) -> None:
-        """Gets ready for one token after `seen` others; the first layer of a step does it for all."""
-        if seen == self.step:
-            return
-        self.layers[0].check_positions(1)
-        self.present_sinks(max(0, seen + 1 - self.capacity))
-        slot = seen if seen < self.capacity else self.n_sink + (seen - self.n_sink) % self.window
-        self.key_slots = self.keys.narrow(3, slot, 1).unbind()
-        self.value_slots = self.values.narrow(3, slot, 1).unbind()
-        self.step = seen
-
-    def present_sinks(self, shift: int) -> None:
-        """Rotates the sinks of all layers forward by `shift` positions, if they are not yet."""
-        if self.layers[0].seen != self.layers[-1].seen and shift != self.shift:
+    def check_uninterrupted(self) -> None:
+        """Refuses to go on, before the first layer of a call, if the call before it did not reach the last layer."""
+        if self.layers[0].seen != self.layers[-1].seen:
             raise ValueError(
                 "the layers of this cache have seen different numbers of tokens: a forward was interrupted. Call reset()."
             )
+
+    def present_sinks(self, shift: int) -> None:
+        """Rotates the sinks of all layers forward by `shift` positions, if they are not yet."""
         if self.rotates and shift != self.shift:
             self.forward_rotation.all_layers(self.sink_keys, shift, out=self.sink_slots)
         self.shift = shift

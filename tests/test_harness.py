@@ -1,0 +1,113 @@
+"""What the harnesses share: devices, memory, statistics, result files, errors."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache
+
+from benchmarks import harness, models
+from benchmarks.harness import BenchmarkError
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert harness.choose_device("auto") == torch.device("cpu")
+    for name in ("cuda", "mps", "tpu", "meta"):
+        with pytest.raises(BenchmarkError, match=name):
+            harness.choose_device(name)
+
+
+def test_mps_is_chosen_and_synchronised(monkeypatch: pytest.MonkeyPatch) -> None:
+    # There is no such hardware in tests; what is checked is that a clock waits for the device, before every reading.
+    waits = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waits.append("wait"))
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 100 + 50 * len(waits))
+
+    device = harness.choose_device("auto")
+    assert device.type == "mps"
+    clock = harness.Clock(device)
+    assert clock.synchronization == "torch.mps.synchronize"
+    waits.clear()
+    with harness.PeakMemory(device) as peak:
+        start = clock.now()
+        assert clock.now() >= start
+    assert len(waits) == 2
+    assert peak.bytes == 100
+    assert "mps" in peak.method
+
+
+def test_peak_memory_sees_what_was_freed_again() -> None:
+    with harness.PeakMemory(torch.device("cpu")) as peak:
+        big = torch.ones(64 * harness.MIB // 4)
+        time.sleep(5 * harness.PeakMemory.INTERVAL_S)  # memory is sampled
+        del big
+    assert 60 * harness.MIB < peak.bytes < 100 * harness.MIB
+
+
+def test_cache_bytes() -> None:
+    cache = DynamicCache()
+    assert harness.cache_bytes(None) == harness.cache_bytes(cache) == 0
+    cache.update(torch.zeros(2, 3, 5, 8), torch.zeros(2, 3, 5, 8), 0)
+    assert harness.cache_bytes(cache) == 2 * (2 * 3 * 5 * 8) * 4
+
+
+def test_interval_of_a_ratio() -> None:
+    generator = np.random.default_rng(0)
+    slow, fast = generator.normal(3.0, 0.3, 200), generator.normal(2.0, 0.2, 200)
+    low, high = harness.ratio_interval(slow, fast)
+    assert 1.4 < low < 1.5 < high < 1.6
+    assert harness.ratio_interval(slow, fast) == (low, high)  # results can be reproduced
+    few_low, few_high = harness.ratio_interval(slow[:10], fast[:10])
+    assert few_high - few_low > high - low
+
+
+def test_summary() -> None:
+    assert harness.summary([4.0, 1.0, 3.0, 2.0]) == pytest.approx(
+        {"n": 4, "median": 2.5, "mean": 2.5, "std": 1.290994, "p5": 1.15, "p95": 3.85, "min": 1.0, "max": 4.0}
+    )
+    assert harness.summary([7.0])["std"] == 0.0
+
+
+def test_a_result_file_is_complete_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    header = harness.header("ppl", "A title", torch.device("cpu"), torch.float32, argv=[], rows=[])
+    harness.write_json(path, header)
+    assert harness.read_json(path) == header
+    with pytest.raises(ValueError, match="JSON"):
+        harness.write_json(path, {**header, "rows": [{"perplexity": float("nan")}]})
+    assert harness.read_json(path) == header
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", json.dumps({"schema": harness.SCHEMA, "schema_version": 0})])
+def test_what_is_not_a_result_file_is_refused(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    path.write_text(content)
+    with pytest.raises(BenchmarkError, match=r"result\.json"):
+        harness.read_json(path)
+
+
+def test_the_command_names_no_folders_of_this_machine(tmp_path: Path) -> None:
+    inside = Path.cwd() / "results" / "a.json"
+    argv = ["--text-file", f"{tmp_path}/a.txt", f"--model={tmp_path}/model", "--output", str(inside), "--device", "cpu"]
+    assert harness.command_line("ppl", argv) == (
+        "python -m benchmarks.ppl --text-file a.txt --model=model --output results/a.json --device cpu"
+    )
+
+
+@pytest.mark.parametrize(
+    "shape, parameters",  # as published
+    [("pythia-70m", 70_426_624), ("pythia-6.9b", 6_857_302_016), ("llama-2-7b", 6_738_415_616)],
+)
+def test_shapes_are_those_of_the_published_models(shape: str, parameters: int) -> None:
+    loaded = models.random_model(shape, torch.bfloat16, torch.device("meta"))
+    assert loaded.description["parameters"] == parameters
+    assert loaded.description["weight_bytes"] == 2 * parameters
+    assert loaded.trained_context == (4096 if shape.startswith("llama") else 2048)

@@ -1,0 +1,471 @@
+"""`benchmarks.ppl`: the right tokens in the right windows, each scored once, and numbers that do not depend on how.
+
+Reference paths: windows written out by hand, forwards over just these tokens, and the oracle, which shares no code with
+the library. Our path: the harness, from its functions up to the command line.
+"""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AutoConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from benchmarks import harness, plots, ppl, texts
+from benchmarks.harness import BenchmarkError
+from benchmarks.ppl import Batch, Settings
+
+from .oracle import streamed_logits
+
+VOCAB = 61
+TRAINED = 48  # positions of the tiny model; the samples of the command line's tests are longer
+ROOT = Path(__file__).parents[1]
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCAB,
+        max_position_embeddings=TRAINED,
+        initializer_range=0.3,  # so that what is attended to matters
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, a tokenizer whose words are `w0`, `w1` …, and texts."""
+    folder = tmp_path_factory.mktemp("ppl")
+    tiny_llama().save_pretrained(folder / "tiny")
+    words = WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "tiny")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "gpt2")
+    gpt2 = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=VOCAB, n_positions=128)
+    GPT2LMHeadModel(gpt2).save_pretrained(folder / "gpt2")
+    ids = np.random.default_rng(0).integers(VOCAB, size=200)
+    (folder / "text.txt").write_text(" ".join(f"w{i}" for i in ids), encoding="utf-8")
+    (folder / "empty.txt").touch()
+    (folder / "blank.txt").write_text(" \n \n")
+    (folder / "one.txt").write_text("w1")
+    (folder / "latin-1.txt").write_bytes("caf\xe9".encode("latin-1"))
+    return folder
+
+
+def random_ids(batch: int, tokens: int) -> torch.Tensor:
+    return torch.randint(VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Of all tokens but the first, `[batch, tokens - 1]`, from the logits of all but the last."""
+    return -logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+
+
+def measured(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    method: str,
+    capacity: int | None = None,
+    *,
+    n_sink: int = 2,
+    chunk_size: int = 1,
+) -> np.ndarray:
+    batch = Batch(list(range(len(ids))), ids)
+    everything = np.ones((len(ids), ids.shape[1] - 1), dtype=bool)
+    settings = Settings(n_sink=n_sink, chunk_size=chunk_size, batch_size=4)
+    return ppl.measure(model, batch, method, capacity, everything, settings, harness.no_progress_bar()).nll
+
+
+# --- which tokens are scored -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "tokens, samples",
+    [
+        (2, [[0, 1]]),
+        (4, [[0, 1, 2, 3]]),
+        (5, [[0, 1, 2, 3], [3, 4]]),
+        (7, [[0, 1, 2, 3], [3, 4, 5, 6]]),
+        (8, [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7]]),
+    ],
+)
+def test_samples_written_out_by_hand(tokens: int, samples: list[list[int]]) -> None:
+    cut = texts.cut(torch.arange(tokens), max_tokens=3)
+    assert [sample.tolist() for sample in cut] == samples
+    # Every token but the very first of the text is predicted exactly once.
+    assert [token for sample in cut for token in sample.tolist()[1:]] == list(range(1, tokens))
+
+
+def test_a_number_of_samples_means_full_ones() -> None:
+    assert [s.tolist() for s in texts.cut(torch.arange(9), 3, num_samples=2)] == [[0, 1, 2, 3], [3, 4, 5, 6]]
+    with pytest.raises(BenchmarkError, match="9 tokens, but 3 samples of 3 need 10"):
+        texts.cut(torch.arange(9), 3, num_samples=3)
+
+
+def test_recompute_windows_written_out_by_hand() -> None:
+    seen: list[list[int]] = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+            assert not use_cache
+            seen.extend(input_ids.tolist())
+            return SimpleNamespace(logits=torch.zeros(*input_ids.shape, VOCAB))
+
+    everything = torch.ones(1, 6, dtype=torch.bool)
+    ppl.score_recomputed(Spy(), torch.arange(7)[None], everything, 3, 2, harness.no_progress_bar())
+    # The first predicts tokens 1, 2 and 3; the others the one after their last, so 4, 5 and 6.
+    assert seen == [[0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]
+
+
+def test_score_from_and_padding_of_short_samples() -> None:
+    samples = [torch.arange(5), torch.arange(3)]
+    assert ppl.scored_tokens(samples, 1).tolist() == [[True] * 4, [True, True, False, False]]
+    assert ppl.scored_tokens(samples, 2).tolist() == [[False, True, True, True], [False, True, False, False]]
+
+
+def test_the_sample_of_recompute_is_spread_evenly() -> None:
+    scored = ppl.scored_tokens([torch.arange(101), torch.arange(101), torch.arange(51)], 11)
+    sample = ppl.spread_sample(scored, 22)
+    assert sample.sum() == 22
+    assert not (sample & ~scored).any()
+    assert sample.sum(axis=1).tolist() == pytest.approx([9, 9, 4], abs=1)
+    assert (ppl.spread_sample(scored, 10_000) == scored).all()
+
+
+def test_batches_hold_each_sample_once_and_only_equal_lengths() -> None:
+    samples = [torch.full((6,), i) for i in range(5)] + [torch.full((3,), 5)]
+    batches = ppl.cut_into_batches(samples, batch_size=2)
+    assert [batch.samples for batch in batches] == [[0, 1], [2, 3], [4], [5]]
+    assert [batch.ids[:, 0].tolist() for batch in batches] == [[0, 1], [2, 3], [4], [5]]
+
+
+# --- the right numbers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method, capacity", [("sink", 6), ("window", 6), ("sink", 30), ("sink", 40)])
+@pytest.mark.parametrize("chunk_size", [1, 3, 64])
+def test_bounded_methods_equal_the_oracle(model: LlamaForCausalLM, method: str, capacity: int, chunk_size: int) -> None:
+    # 30 tokens are read: more than the capacity, exactly as many, and fewer.
+    ids = random_ids(2, 31)
+    n_sink = 2 if method == "sink" else 0
+    expected = nll(streamed_logits(model, ids[:, :-1], n_sink, capacity - n_sink), ids)
+    got = measured(model, ids, method, capacity, chunk_size=chunk_size)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("capacity", [4, 5, 8, 16])
+@pytest.mark.parametrize("chunk_size", [2, 5, 8, 33])
+def test_chunks_and_steps_agree(model: LlamaForCausalLM, capacity: int, chunk_size: int) -> None:
+    ids = random_ids(2, 42)
+    for method in ("dense", "sink", "window"):
+        bound = None if method == "dense" else capacity
+        steps = measured(model, ids, method, bound)
+        chunks = measured(model, ids, method, bound, chunk_size=chunk_size)
+        np.testing.assert_allclose(chunks, steps, atol=1e-3, err_msg=method)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 64])
+def test_dense_equals_one_forward(model: LlamaForCausalLM, chunk_size: int) -> None:
+    ids = random_ids(3, 31)
+    with torch.no_grad():
+        expected = nll(model(ids[:, :-1]).logits, ids)
+    np.testing.assert_allclose(measured(model, ids, "dense", chunk_size=chunk_size), expected, atol=1e-4)
+    np.testing.assert_allclose(measured(model, ids, "dense-batched"), expected, atol=1e-4)
+
+
+def test_recompute_equals_a_fresh_forward_for_every_token(model: LlamaForCausalLM) -> None:
+    ids = random_ids(2, 21)
+    with torch.no_grad():
+        last = [model(ids[:, max(0, t - 8) : t]).logits[:, -1:] for t in range(1, 21)]
+    expected = nll(torch.cat(last, dim=1), ids)
+    np.testing.assert_allclose(measured(model, ids, "recompute", 8, chunk_size=16), expected, atol=1e-4)
+
+
+def test_accuracy_counts_the_first_choice() -> None:
+    targets = torch.tensor([[1, 2, 0, 2]])
+    logits = torch.nn.functional.one_hot(torch.tensor([[1, 2, 1, 2]]), 3).float() * 5
+    pieces = [logits[:, :1], logits[:, 1:3], logits[:, 3:]]
+    losses, correct = ppl.score(pieces, targets, harness.no_progress_bar())
+    assert correct.tolist() == [[True, True, False, True]]
+    # By hand: 5 above two others, or 5 below the one preferred.
+    right = math.log(1 + 2 * math.exp(-5))
+    np.testing.assert_allclose(losses, [[right, right, right + 5, right]], rtol=1e-5)
+
+
+def test_the_metric_is_exact_under_any_batching(tmp_path: Path) -> None:
+    pieces = {"nll_sum": [30.0, 4.0, 6.0], "correct": [1, 2, 3], "tokens": [10, 4, 6]}
+    metric = evaluate.load(str(ROOT / "benchmarks" / "perplexity_metric"), cache_dir=str(tmp_path))
+    for batches in ([0, 3], [0, 1, 3], [0, 1, 2, 3]):
+        for start, stop in itertools.pairwise(batches):
+            metric.add_batch(**{name: values[start:stop] for name, values in pieces.items()})
+        assert metric.compute() == {
+            "perplexity": pytest.approx(math.exp(40 / 20), rel=1e-12),
+            "accuracy": 6 / 20,
+            "nll_per_token": 2.0,
+            "tokens": 20,
+        }
+    for bad in ({"nll_sum": [math.nan], "tokens": [3]}, {"nll_sum": [0.0], "tokens": [0]}):
+        with pytest.raises(ValueError, match="perplexity"):
+            metric.compute(correct=[0], **bad)
+
+
+def test_wikitext_is_the_original_file_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The first line is empty in the dataset; that once crashed a harness that read line by line.
+    lines = {"text": ["", " = A title = \n", "", " A paragraph . \n"]}
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: lines)
+    assert texts.wikitext().text == " \n = A title = \n \n A paragraph . \n"
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "plots" not in request.node.name:  # they take longer than all the rest
+        monkeypatch.setattr(plots, "plot", lambda *_: [])
+
+
+def run(folder: Path, output: Path, *more: str, text: str = "text.txt", model: str = "tiny") -> int:
+    argv = ["--model", str(folder / model), "--text-file", str(folder / text), "--output", str(output)]
+    return harness.run(ppl.main, [*argv, *SMALL, *more])
+
+
+SMALL = ("--device", "cpu", "--max-tokens", "64", "--capacities", "8", "16", "--recompute-tokens", "20")
+
+
+def result_in(output: Path) -> dict[str, Any]:
+    (path,) = output.glob("ppl-*.json")
+    return harness.read_json(path)
+
+
+def test_a_run_writes_table_result_and_plots(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder, tmp_path, "--batch-size", "2") == 0
+    printed = capsys.readouterr().out
+    result = result_in(tmp_path)
+    assert len(list(tmp_path.glob("*.png"))) == 2
+    assert {"schema", "schema_version", "harness", "title", "command", "date", "versions", "device", "dtype"} <= set(
+        result
+    )
+    assert result["title"] == "tiny on text.txt"
+    assert str(folder) not in json.dumps(result)
+    assert result["model"]["trained_context"] == TRAINED
+    assert [(row["method"], row["capacity"]) for row in result["rows"]] == [
+        ("dense", None),
+        ("dense-batched", None),
+        *((method, capacity) for method in ("sink", "window", "recompute") for capacity in (8, 16)),
+    ]
+    for row in result["rows"]:
+        assert row["method"] in printed
+        assert row["perplexity"] == pytest.approx(math.exp(row["nll_per_token"]))
+        # 200 words are 64 + 64 + 64 + 7 predictions.
+        assert row["tokens"] == (20 if row["method"] == "recompute" else 199)
+        assert sum(one["tokens"] for one in row["samples"]) == row["tokens"]
+        assert sum(one["tokens"] for one in row["by_position"]) == row["tokens"]
+        assert row["seconds"] > 0
+        assert row["same_tokens"]["tokens"] == 20
+        # The raw sums are enough to get at the perplexity again.
+        total = sum(one["nll_sum"] for one in row["samples"])
+        assert math.exp(total / row["tokens"]) == pytest.approx(row["perplexity"])
+    dense, batched, sink = result["rows"][:3]
+    assert dense["speedup_over_dense"] == 1.0
+    assert batched["largest_nll_difference_from_dense"] < 1e-4
+    assert batched["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-5)
+    head_dim, kv_heads, layers = 8, 2, 2
+    assert dense["cache_bytes"] == 64 * 2 * head_dim * kv_heads * layers * 4
+    assert sink["cache_bytes"] == (8 * 2 + 4) * head_dim * kv_heads * layers * 4  # and the sinks' pristine keys
+    assert f"tiny was trained on {TRAINED} positions, and this reaches 64" in dense["note"]
+    assert "trained" not in sink["note"]
+    assert dense["within_trained_context"]["tokens"] + dense["beyond_trained_context"]["tokens"] == 199
+
+
+def test_modes_and_batch_sizes_give_the_same_numbers(folder: Path, tmp_path: Path) -> None:
+    variants = (
+        ["--mode", "step"],
+        ["--chunk-size", "5", "--batch-size", "1"],
+        ["--chunk-size", "64", "--batch-size", "3"],
+    )
+    results = []
+    for i, variant in enumerate(variants):
+        assert run(folder, tmp_path / str(i), *variant, "--capacities", "8") == 0
+        results.append(result_in(tmp_path / str(i)))
+    for rows in zip(*(result["rows"] for result in results), strict=True):
+        for row in rows[1:]:
+            assert row["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=1e-4)
+            assert row["tokens"] == rows[0]["tokens"]
+
+
+def test_two_processes_give_the_numbers_of_one(folder: Path, tmp_path: Path) -> None:
+    options = ("--batch-size", "1", "--methods", "dense", "sink", "recompute", "--capacities", "8")
+    assert run(folder, tmp_path / "one", *options) == 0
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch += ["-m", "benchmarks.ppl"]
+    files = ["--model", folder / "tiny", "--text-file", folder / "text.txt", "--output", tmp_path / "two"]
+    done = subprocess.run([*launch, *files, *SMALL, *options], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = result_in(tmp_path / "one"), result_in(tmp_path / "two")
+    assert (one["protocol"]["num_processes"], two["protocol"]["num_processes"]) == (1, 2)
+    for row_of_one, row_of_two in zip(one["rows"], two["rows"], strict=True):
+        for name in ("method", "capacity", "tokens", "accuracy", "cache_bytes"):
+            assert row_of_one[name] == row_of_two[name]
+        for a, b in zip(row_of_one["samples"], row_of_two["samples"], strict=True):
+            assert a == pytest.approx(b, rel=1e-6)
+    assert done.stdout.count("× dense") == 1  # only one of the two speaks
+
+
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        (["--methods", "sinks"], "'sinks'"),
+        (["--capacities", "4"], "capacity 4 leaves no window"),
+        (["--capacities", "many"], "'many'"),
+        (["--n-sink", "-1"], "--n-sink must be at least 0"),
+        (["--max-tokens", "0"], "--max-tokens must be at least 1"),
+        (["--num-samples", "4"], "4 samples of 64 need 257"),
+        (["--score-from", "65"], "--score-from 65 leaves nothing"),
+        (["--mode", "step", "--chunk-size", "4"], "--chunk-size is for --mode chunk"),
+        (["--dtype", "int8"], "unknown dtype 'int8'"),
+        (["--device", "tpu"], "unknown device 'tpu'"),
+        (["--text-file", "{folder}/empty.txt"], "empty.txt is empty"),
+        (["--text-file", "{folder}/blank.txt"], "blank.txt is empty"),
+        (["--text-file", "{folder}/one.txt"], "one.txt has 1 tokens"),
+        (["--text-file", "{folder}/none.txt"], "No such file"),
+        (["--text-file", "{folder}/latin-1.txt"], "not UTF-8"),
+        (["--text-file", "{folder}"], "directory"),
+        (["--model", "{folder}/none"], "there is no such folder"),
+        (["--model", "{folder}"], "config.json"),
+        (["--model", "{folder}/text.txt"], "is a file"),
+        (["--random-weights", "gpt-5"], "unknown shape 'gpt-5'"),
+        (["--output", "{folder}/text.txt"], "cannot make the folder"),
+        (["--no-such-option"], "--no-such-option"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_exit_code_2(
+    options: Sequence[str], complaint: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(folder, tmp_path, *(option.format(folder=folder) for option in options)) == 2
+    error = capsys.readouterr().err.strip()
+    assert complaint in error
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_cuda_that_is_absent_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run(folder, tmp_path, "--device", "cuda") == 2
+    assert "sees no CUDA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["model", "text"])
+def test_a_hub_out_of_reach_is_said_so(
+    what: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_config(*_: Any, **__: Any) -> None:
+        raise OSError("We couldn't connect") from LocalEntryNotFoundError("no connection")
+
+    def no_dataset(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Couldn't reach it")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", no_config)
+    monkeypatch.setattr("datasets.load_dataset", no_dataset)
+    text = ["--text-file", str(folder / "text.txt")] if what == "model" else []
+    assert harness.run(ppl.main, [*SMALL, *text, "--output", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "the hub cannot be reached" in error
+    assert "--offline" in error
+    assert "--text-file" in error
+
+
+def test_what_cannot_be_measured_says_why_and_the_rest_is(folder: Path, tmp_path: Path) -> None:
+    assert run(folder, tmp_path, "--methods", "dense", "sink", model="gpt2") == 0
+    dense, *sinks = result_in(tmp_path)["rows"]
+    assert dense["perplexity"] > 1
+    for row in sinks:
+        assert row["perplexity"] is None
+        assert "'gpt2'" in row["note"]
+
+
+def test_nothing_measured_is_an_error(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder, tmp_path, "--methods", "sink", model="gpt2") == 2
+    assert "nothing could be measured" in capsys.readouterr().err
+
+
+def test_out_of_memory_in_one_method_leaves_the_others(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(ppl, "dense_logits", full)
+    assert run(folder, tmp_path, "--methods", "dense", "sink") == 0
+    dense, *sinks = result_in(tmp_path)["rows"]
+    assert dense["perplexity"] is None
+    assert dense["note"].startswith("out of memory")
+    assert all(row["perplexity"] > 1 and row["speedup_over_dense"] is None for row in sinks)
+
+
+def test_ctrl_c_keeps_what_is_finished(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_all = ppl.measure_all
+
+    def interrupted(model: Any, samples: Any, method: str, *more: Any) -> Any:
+        if method == "window":
+            raise KeyboardInterrupt
+        return measure_all(model, samples, method, *more)
+
+    monkeypatch.setattr(ppl, "measure_all", interrupted)
+    assert run(folder, tmp_path, "--methods", "dense", "window", "sink") == 130
+    result = result_in(tmp_path)
+    assert result["interrupted"]
+    assert [row["method"] for row in result["rows"]] == ["dense", "sink", "sink"]
+
+
+def test_random_weights_say_that_the_text_is_noise(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=256)  # bytes
+    monkeypatch.setitem(ppl.models.SHAPES, "pythia-70m", lambda: config)
+    assert run(folder, tmp_path, "--random-weights", "pythia-70m", "--methods", "dense", "--num-samples", "1") == 0
+    assert "only times and memory mean anything" in result_in(tmp_path)["title"]
+
+
+def test_plots_need_nothing_but_the_result_file(folder: Path, tmp_path: Path) -> None:
+    assert run(folder, tmp_path, "--methods", "dense", "sink") == 0
+    (path,) = tmp_path.glob("*.json")
+    assert harness.run(plots.main, [str(path), "--output", str(tmp_path / "again")]) == 0
+    assert len(list((tmp_path / "again").glob("*.png"))) == 2
+    assert harness.run(plots.main, [str(folder / "text.txt")]) == 2
