@@ -82,8 +82,8 @@ class SinkWindowLayer(CacheLayerMixin):
         """
         storage = self.storage
         if storage is not None and (storage.step == self.seen or storage.begin_step(self.seen, key_states, value_states)):
-            storage.key_slots[self.index].copy_(key_states)
-            storage.value_slots[self.index].copy_(value_states)
+            self.keys.index_copy_(2, storage.slot, key_states)
+            self.values.index_copy_(2, storage.slot, value_states)
             if self.seen < self.n_sink:
                 self.sink_keys[:, :, self.seen : self.seen + 1] = key_states
             self.seen += 1
@@ -209,8 +209,8 @@ class SharedStorage:
             `keys`, `values` and `sink_keys` become views of `[layers, batch_size, num_heads, slots, head_dim]` tensors.
 
     Attributes:
-        key_slots, value_slots (`tuple[torch.Tensor, ...]`): for each layer a view `[batch_size, num_heads, 1, head_dim]` of
-            the slot that takes the token of the current step.
+        slot (`torch.Tensor`): `[1]`, int64, the slot that takes the token of the current step. One tensor for all layers, because
+            a view of the slot for every layer costs a launch-bound step more than the write itself.
     """
 
     def __init__(self, layers: list[SinkWindowLayer]) -> None:
@@ -226,8 +226,8 @@ class SharedStorage:
         self.shift = 0
         self.token_shapes = self.keys[0, :, :, :1].shape, self.values[0, :, :, :1].shape
         self.step = -1
-        self.key_slots: tuple[torch.Tensor, ...] = ()
-        self.value_slots: tuple[torch.Tensor, ...] = ()
+        self.every_slot = torch.arange(self.capacity, device=first.device)
+        self.slot = self.every_slot[:0]
 
     def _join(self, name: str) -> torch.Tensor:
         with torch.inference_mode(False):
@@ -252,8 +252,7 @@ class SharedStorage:
             self.check_uninterrupted()
             self.present_sinks(max(0, seen + 1 - self.capacity))
             slot = seen if seen < self.capacity else self.n_sink + (seen - self.n_sink) % self.window
-            self.key_slots = self.keys.narrow(3, slot, 1).unbind()
-            self.value_slots = self.values.narrow(3, slot, 1).unbind()
+            self.slot = self.every_slot.narrow(0, slot, 1)
             self.step = seen
         return fits
 
