@@ -72,6 +72,7 @@ class SinkWindowCache(Cache):
     # The layers depend on the model, and the model shows itself only when it first uses the cache, so look then.
     @property
     def layers(self) -> list[Any]:
+        """One cache layer for each layer of the model; empty until a model has used the cache."""
         if not self._layers:
             self._look_for_the_model()
         return self._layers
@@ -80,7 +81,7 @@ class SinkWindowCache(Cache):
     def layers(self, layers: list[Any]) -> None:
         self._layers = layers
 
-    @torch.compiler.disable(
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
         reason="a SinkWindowCache cannot see the model from inside a full graph: pass SinkWindowCache(..., config=model.config)"
     )
     def _look_for_the_model(self) -> None:
@@ -120,7 +121,9 @@ class SinkWindowCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores the new keys and values of one layer and returns those to attend to; see `SinkWindowLayer.update`."""
         if torch.compiler.is_compiling():
-            return self._outside_of_graphs(self.update, key_states, value_states, layer_idx, *args, **kwargs)
+            compiled: tuple[torch.Tensor, torch.Tensor]
+            compiled = self._outside_of_graphs(self.update, key_states, value_states, layer_idx, *args, **kwargs)
+            return compiled
         layers = self._layers or self.layers
         if not layers:
             raise ValueError(
@@ -132,7 +135,8 @@ class SinkWindowCache(Cache):
             self._check_call(layer, key_states)
             if layer.seen and layer.storage is None:
                 self._share_storage()
-        return layer.update(key_states, value_states, *args, **kwargs)
+        attended: tuple[torch.Tensor, torch.Tensor] = layer.update(key_states, value_states, *args, **kwargs)
+        return attended
 
     def _check_call(self, layer: SinkWindowLayer, key_states: torch.Tensor) -> None:
         if layer is not next(one for one in self.layers if isinstance(one, SinkWindowLayer)):
@@ -159,13 +163,14 @@ class SinkWindowCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Returns `(kv_length, kv_offset)` for a layer; called by the mask-building code before any layer runs."""
         if torch.compiler.is_compiling():
-            return self._outside_of_graphs(self.get_mask_sizes, query_length, layer_idx)
+            sizes: tuple[int, int] = self._outside_of_graphs(self.get_mask_sizes, query_length, layer_idx)
+            return sizes
         if self.layers:
             self._refuse_padding(padding_mask_of_caller())
         return super().get_mask_sizes(query_length, layer_idx)
 
     # Applied to the methods themselves, the decorator would cost more at every call than all else that they do.
-    @torch.compiler.disable(reason=_NOT_IN_GRAPHS)
+    @torch.compiler.disable(reason=_NOT_IN_GRAPHS)  # type: ignore[untyped-decorator]
     def _outside_of_graphs(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return method(*args, **kwargs)
 

@@ -59,7 +59,7 @@ def class_for_config(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], P
     config = config.get_text_config(decoder=True)
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING):
         model_class = mapping.get(type(config), None)
-        if model_class is not None:
+        if isinstance(model_class, type):
             return model_class, config
     raise ValueError(
         f"config= is a {type(config).__name__}, for which transformers has no causal language model class. Leave config "

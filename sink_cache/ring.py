@@ -39,16 +39,18 @@ class SinkWindowLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
     is_croppable = False
+    keys: torch.Tensor
+    values: torch.Tensor
+    sink_keys: torch.Tensor
+    storage: SharedStorage | None
+    seen: int
 
     def __init__(self, n_sink: int, window: int, rotation: Rotation, max_position: int = POSITION_LIMIT) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.n_sink, self.window, self.capacity = n_sink, window, n_sink + window
         self.rotation, self.max_position = rotation, max_position
-        self.seen = 0
-        self.index = 0  # among the layers of its storage
-        self.sink_keys: torch.Tensor | None = None
-        self.storage: SharedStorage | None = None
         self.sinks_per_query = False
+        self.reset()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates the slots; shapes, dtype and device are those of the first `key_states` and `value_states`."""
@@ -81,7 +83,7 @@ class SinkWindowLayer(CacheLayerMixin):
             they are a view of the slots, valid until the next update.
         """
         storage = self.storage
-        if storage is not None and (storage.step == self.seen or storage.begin_step(self.seen, key_states, value_states)):
+        if storage and (storage.step == self.seen or storage.begin_step(self.seen, key_states, value_states)):
             self.keys.index_copy_(2, storage.slot, key_states)
             self.values.index_copy_(2, storage.slot, value_states)
             if self.seen < self.n_sink:
@@ -91,16 +93,16 @@ class SinkWindowLayer(CacheLayerMixin):
                 return self.keys, self.values
             return self.keys.narrow(2, 0, self.seen), self.values.narrow(2, 0, self.seen)
         self._check(key_states, value_states)
-        if storage is not None and self.index == 0:
+        if storage and self.index == 0:
             storage.check_uninterrupted()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.seen == 0:
+        if storage is None:
             attended = key_states, value_states
         elif self.sinks_per_query:
-            attended = self._attended_with_sinks_per_query(key_states, value_states)
+            attended = self._attended_with_sinks_per_query(storage, key_states, value_states)
         else:
-            self.storage.present_sinks(self._evicted_before_query())
+            storage.present_sinks(self._evicted_before_query())
             slots = torch.cat([torch.arange(min(self.seen, self.n_sink), device=self.device), self._window_slots()])
             attended = (
                 torch.cat([self.keys.index_select(2, slots), key_states], dim=2),
@@ -110,7 +112,7 @@ class SinkWindowLayer(CacheLayerMixin):
         return attended
 
     def _attended_with_sinks_per_query(
-        self, key_states: torch.Tensor, value_states: torch.Tensor
+        self, storage: SharedStorage, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values in the order: the sinks as the first query should see them, as the second, …; window; new.
 
@@ -118,7 +120,7 @@ class SinkWindowLayer(CacheLayerMixin):
         """
         queries, slots = key_states.shape[2], self._window_slots()
         shifts = range(self._evicted_before_query(), self._evicted_before_query() + queries)
-        sink_keys = self.storage.forward_rotation.one_layer(self.sink_keys, self.index, shifts)
+        sink_keys = storage.forward_rotation.one_layer(self.sink_keys, self.index, shifts)
         sink_values = self.values[:, :, : self.n_sink].repeat(1, 1, queries, 1)
         return (
             torch.cat([sink_keys, self.keys.index_select(2, slots), key_states], dim=2),
@@ -171,6 +173,7 @@ class SinkWindowLayer(CacheLayerMixin):
             )
 
     def check_positions(self, new_tokens: int) -> None:
+        """Refuses to number more tokens than the model can."""
         if self.seen + new_tokens > self.max_position:
             raise ValueError(
                 f"{self.seen:,} tokens seen and {new_tokens:,} new are more than the {self.max_position:,} positions that "
@@ -196,7 +199,9 @@ class SinkWindowLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forgets all tokens; shape, dtype and device may differ afterwards."""
-        self.keys = self.values = self.sink_keys = self.storage = None
+        self.keys = self.values = self.sink_keys = torch.empty(0)
+        self.storage = None
+        self.index = 0  # among the layers of its storage
         self.is_initialized = False
         self.seen = 0
 

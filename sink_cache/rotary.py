@@ -38,6 +38,7 @@ class Rotation:
 
     @property
     def is_identity(self) -> bool:
+        """Whether nothing turns: a layer without rotary embedding."""
         return not any(self.frequency)
 
 

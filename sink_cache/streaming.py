@@ -67,7 +67,9 @@ def stream(
         else:
             mask = _masks(model, cache, positions, attention)
             with cache.sinks_per_query():
-                output = model(chunk, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+                output = model(
+                    chunk, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+                )
             yield output.logits
         start = stop
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .rotary import NotARotation, Rotation, first_unexplained, fit_rotation
@@ -133,7 +133,7 @@ def _probe(twin: PreTrainedModel, layers: list[int]) -> tuple[dict[int, Rotation
     max_position = None
     for position in [0, *powers, 3, 11, 777]:
         try:
-            cache = _one_token_alone(twin, position)
+            cached = _one_token_alone(twin, position)
         except (IndexError, RuntimeError) as failure:
             if position < trained:
                 raise CannotStream(f"its twin does not run ({_short(failure)})") from failure
@@ -142,7 +142,7 @@ def _probe(twin: PreTrainedModel, layers: list[int]) -> tuple[dict[int, Rotation
         except Exception as failure:
             raise CannotStream(f"its twin does not run ({_short(failure)})") from failure
         for layer in layers:
-            key_states, value_states = cache.layers[layer].keys, cache.layers[layer].values
+            key_states, value_states = cached[layer].keys, cached[layer].values
             if key_states is None or key_states.shape[2] != 1:
                 raise CannotStream(f"layer {layer} does not put the keys of one token into its cache")
             if not torch.allclose(value_states, values.setdefault(layer, value_states), rtol=1e-3, atol=1e-4):
@@ -167,12 +167,13 @@ def _fit_layers(keys: dict[int, dict[int, torch.Tensor]]) -> dict[int, Rotation]
     return rotations
 
 
-def _one_token_alone(twin: PreTrainedModel, position: int) -> Cache:
+def _one_token_alone(twin: PreTrainedModel, position: int) -> list[Any]:
+    """The layers of a fresh `DynamicCache` after one token, `[_TOKENS, 1]` of them as a batch, at this position."""
     cache = DynamicCache(config=twin.config)
     input_ids = torch.arange(1, _TOKENS + 1)[:, None] % twin.config.vocab_size
     position_ids = torch.full_like(input_ids, position)
     twin(input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True)
-    return cache
+    return cache.layers
 
 
 def build_twin(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -186,13 +187,15 @@ def build_twin(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> 
             if size > _SMALL:
                 failures.append(f"{size:,} parameters")
                 continue
-            twin = model_class(candidate).float().eval()
+            twin: PreTrainedModel = model_class(candidate).float().eval()
             _randomise(twin)
             _one_token_alone(twin, 0)
             return twin
         except Exception as failure:
             failures.append(_short(failure))
-    raise CannotStream(f"no small twin of it could be built to learn its rotation from ({'; '.join(dict.fromkeys(failures))})")
+    raise CannotStream(
+        f"no small twin of it could be built to learn its rotation from ({'; '.join(dict.fromkeys(failures))})"
+    )
 
 
 _NARROWINGS = 3

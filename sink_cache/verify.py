@@ -8,6 +8,8 @@ they had when they were first computed. Both in a `DynamicCache`, and the next t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -85,11 +87,13 @@ def _reference(model: PreTrainedModel, input_ids: torch.Tensor, n_sink: int, win
     config = text_model_class(model)[1]
     layers = bounded_layers(config)[0]
     cache = _dynamic_cache(model, layers)
+    cached: list[Any] = cache.layers
     history: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {layer: [] for layer in layers}
     outputs = []
     for t in range(input_ids.shape[1]):
         evicted = max(0, t + 1 - n_sink - window)
         sinks = _dynamic_cache(model, layers)
+        repositioned: list[Any] = sinks.layers
         if evicted and n_sink:
             _step(model, input_ids[:, :n_sink], evicted, sinks)
         if evicted:
@@ -97,13 +101,13 @@ def _reference(model: PreTrainedModel, input_ids: torch.Tensor, n_sink: int, win
                 kept = history[layer][n_sink + evicted :]
                 keys, values = [k for k, _ in kept], [v for _, v in kept]
                 if n_sink:
-                    keys, values = [sinks.layers[layer].keys, *keys], [sinks.layers[layer].values, *values]
+                    keys, values = [repositioned[layer].keys, *keys], [repositioned[layer].values, *values]
                 empty = history[layer][0][0][:, :, :0], history[layer][0][1][:, :, :0]
-                cache.layers[layer].keys = torch.cat([empty[0], *keys], dim=2)
-                cache.layers[layer].values = torch.cat([empty[1], *values], dim=2)
+                cached[layer].keys = torch.cat([empty[0], *keys], dim=2)
+                cached[layer].values = torch.cat([empty[1], *values], dim=2)
         outputs.append(_step(model, input_ids[:, t : t + 1], t, cache))
         for layer in layers:
-            history[layer].append((cache.layers[layer].keys[:, :, -1:], cache.layers[layer].values[:, :, -1:]))
+            history[layer].append((cached[layer].keys[:, :, -1:], cached[layer].values[:, :, -1:]))
     return outputs
 
 
@@ -116,4 +120,7 @@ def _dynamic_cache(model: PreTrainedModel, layers: list[int]) -> DynamicCache:
 
 def _step(model: PreTrainedModel, input_ids: torch.Tensor, position: int, cache: Cache) -> torch.Tensor:
     position_ids = torch.arange(position, position + input_ids.shape[1], device=input_ids.device)[None]
-    return model(input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True)[0][:, -1]
+    output: torch.Tensor = model(input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True)[
+        0
+    ]
+    return output[:, -1]

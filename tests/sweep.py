@@ -7,11 +7,14 @@ import inspect
 import json
 import platform
 import re
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from tabulate import tabulate
 from tqdm import tqdm
 
 from sink_cache import SinkWindowCache
@@ -21,15 +24,16 @@ from .oracle import relative_error, streamed_logits
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "results" / "families.json"
-N_SINK, WINDOW, TOKENS = 3, 4, 24  # 17 evictions: more than twice around the ring
+BEGIN, END = "<!-- families: written by python -m tests.sweep -->", "<!-- end of families -->"
+N_SINK, WINDOW, LAYERS, TOKENS = 3, 4, 3, 24  # 17 evictions: more than twice around the ring
 TOLERANCE = 1e-5
 
 
-def examine(model_type: str, layers: int = 3) -> dict[str, str | float]:
+def examine(model_type: str) -> dict[str, str | float]:
     """What the cache does on a tiny model of this type: `outcome` is exact, refused, wrong, dense wrong or not built."""
     torch.set_num_threads(1)
     try:
-        model = tiny_model(model_type, layers=layers)
+        model = tiny_model(model_type, layers=LAYERS)
     except CannotBuild as reason:
         return {"outcome": "not built", "reason": str(reason)}
     if reason := dense_is_right(model):
@@ -54,16 +58,45 @@ def examine(model_type: str, layers: int = 3) -> dict[str, str | float]:
     return {"outcome": "exact" if error <= TOLERANCE else "wrong", "error": error}
 
 
+def table(result: dict[str, Any]) -> str:
+    """The outcome of every family as Markdown, refusals grouped by their reason."""
+    groups: dict[str, list[str]] = {}
+    for model_type, family in result["families"].items():
+        reason = re.sub(
+            r".*?\): |\. Use DynamicCache.*| \(its cache layers.*\)", "", family.get("reason", ""), flags=re.S
+        )
+        said = {
+            "exact": "**exact**",
+            "refused": f"refused: {reason}",
+            "dense wrong": "not comparable: `DynamicCache` fails",
+        }
+        groups.setdefault(said.get(family["outcome"], family["outcome"]), []).append(model_type)
+    rows = sorted(groups.items(), key=lambda row: (row[0] != "**exact**", -len(row[1])))
+    cells = [[outcome, len(types), ", ".join(types)] for outcome, types in rows]
+    return tabulate(cells, ["outcome", "families", "model types"], tablefmt="pipe")
+
+
+def write_table(result: dict[str, Any], readme: Path = ROOT / "README.md") -> None:
+    """Puts the table between the markers in the README."""
+    before, rest = readme.read_text().split(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{rest.split(END)[1]}")
+
+
 def main() -> None:
     types = model_types()
     with ProcessPoolExecutor() as pool:
         families = dict(zip(types, tqdm(pool.map(examine, types), total=len(types)), strict=True))
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    setting = {"n_sink": N_SINK, "window": WINDOW, "tokens": TOKENS, "tolerance": TOLERANCE, "layers": 3}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    setting = {"n_sink": N_SINK, "window": WINDOW, "tokens": TOKENS, "tolerance": TOLERANCE, "layers": LAYERS}
+    result = {"versions": versions, "setting": setting, "families": families}
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps({"versions": versions, "setting": setting, "families": families}, indent=1) + "\n")
-    outcomes = [family["outcome"] for family in families.values()]
-    print({outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))})
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    write_table(result)
+    print(dict(Counter(family["outcome"] for family in families.values())))
 
 
 if __name__ == "__main__":

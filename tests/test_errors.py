@@ -73,13 +73,21 @@ def _padded(batch: list[list[int]]) -> Callable[[PreTrainedModel, SinkWindowCach
     "misuse, error, says",
     [
         (lambda m, c: m(tokens(1, batch_size=2), past_key_values=c), ValueError, "batch size of the keys is 2"),
-        (lambda m, c: copy.deepcopy(m).double()(tokens(1), past_key_values=c), ValueError, "dtype of the keys is torch.float64"),
+        (
+            lambda m, c: copy.deepcopy(m).double()(tokens(1), past_key_values=c),
+            ValueError,
+            "dtype of the keys is torch.float64",
+        ),
         (
             lambda m, c: tiny_model("llama", num_key_value_heads=1)(tokens(1), past_key_values=c),
             ValueError,
             "number of key-value heads of the keys is 1",
         ),
-        (lambda m, c: tiny_model("llama", head_dim=8)(tokens(1), past_key_values=c), ValueError, "head_dim of the keys is 8"),
+        (
+            lambda m, c: tiny_model("llama", head_dim=8)(tokens(1), past_key_values=c),
+            ValueError,
+            "head_dim of the keys is 8",
+        ),
         (
             lambda m, c: c.update(torch.zeros(1, 2, 1, 16, device="meta"), torch.zeros(1, 2, 1, 16, device="meta"), 0),
             ValueError,
@@ -96,7 +104,11 @@ def _padded(batch: list[list[int]]) -> Callable[[PreTrainedModel, SinkWindowCach
         (lambda m, c: c.batch_select_indices(torch.tensor([0])), NotImplementedError, "batch_select_indices"),
         (lambda m, c: c.offload(0), NotImplementedError, "offloading"),
         (lambda m, c: c.prefetch(0), NotImplementedError, "offloading"),
-        (lambda m, c: next(stream(m, tokens(3), c, chunk_size=0)), ValueError, "chunk_size must be at least 1, but is 0"),
+        (
+            lambda m, c: next(stream(m, tokens(3), c, chunk_size=0)),
+            ValueError,
+            "chunk_size must be at least 1, but is 0",
+        ),
     ],
 )
 def test_misuse_leaves_the_cache_usable(llama: PreTrainedModel, misuse: Any, error: type[Exception], says: str) -> None:
@@ -127,7 +139,7 @@ def test_beams_and_assistants_are_refused(llama: PreTrainedModel) -> None:
 
 def test_a_first_call_longer_than_the_trained_context_warns() -> None:
     model = tiny_model("llama", max_position_embeddings=16)
-    with torch.no_grad(), pytest.warns(UserWarning, match="17 tokens.*16 positions.*prefill_chunk_size"):
+    with torch.no_grad(), pytest.warns(UserWarning, match=r"17 tokens.*16 positions.*prefill_chunk_size"):
         model(tokens(17), past_key_values=SinkWindowCache(2, 3))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -152,8 +164,18 @@ def test_frequencies_that_depend_on_the_length_are_refused(rope_type: str) -> No
     if rope_type == "longrope":
         rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64}
     model = tiny_model("llama", max_position_embeddings=512, rope_parameters=rope)
-    with torch.no_grad(), pytest.raises(NotImplementedError, match=f"no rotation of constant frequency.*'{rope_type}'"):
+    with (
+        torch.no_grad(),
+        pytest.raises(NotImplementedError, match=rf"no rotation of constant frequency.*'{rope_type}'"),
+    ):
         model(tokens(3), past_key_values=SinkWindowCache(4, 8))
+
+
+def test_alibi_is_refused_although_it_looks_like_no_positions() -> None:
+    # Falcon with ALiBi takes position_ids and leaves its keys unrotated, as a model without positions would.
+    model = tiny_model("falcon", alibi=True)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="in another way than through rotary keys|twin"):
+        one_by_one(model, tokens(20), SinkWindowCache(4, 8))
 
 
 def test_a_table_of_positions_ends() -> None:
@@ -176,9 +198,10 @@ def test_capacity_beyond_a_native_sliding_window() -> None:
 
 def test_outside_of_a_model() -> None:
     cache = SinkWindowCache(4, 8)
-    with pytest.raises(ValueError, match="cannot see a transformers model.*config=model.config"):
+    with pytest.raises(ValueError, match=r"cannot see a transformers model.*config=model\.config"):
         cache.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16), 0)
-    assert cache.get_seq_length() == 0 and cache.nbytes == 0
+    assert cache.get_seq_length() == 0
+    assert cache.nbytes == 0
 
 
 def test_compiled_models(llama: PreTrainedModel) -> None:
@@ -187,9 +210,14 @@ def test_compiled_models(llama: PreTrainedModel) -> None:
         for config in (None, llama.config):
             torch._dynamo.reset()
             compiled = torch.compile(copy.deepcopy(llama), backend="eager")
-            assert torch.allclose(one_by_one(compiled, tokens(20), SinkWindowCache(4, 8, config=config)), expected, atol=1e-5)
+            assert torch.allclose(
+                one_by_one(compiled, tokens(20), SinkWindowCache(4, 8, config=config)), expected, atol=1e-5
+            )
         compiled = torch.compile(copy.deepcopy(llama), backend="eager", fullgraph=True)
-        for config, way_out in ((None, "SinkWindowCache(..., config=model.config)"), (llama.config, "without fullgraph=True")):
+        for config, way_out in (
+            (None, "SinkWindowCache(..., config=model.config)"),
+            (llama.config, "without fullgraph=True"),
+        ):
             cache = SinkWindowCache(4, 8, config=config)
             with pytest.raises(torch._dynamo.exc.Unsupported, match=re.escape(way_out)):
                 compiled(tokens(3), past_key_values=cache)
@@ -212,7 +240,9 @@ def test_verify_finds_a_model_that_is_not_what_its_config_says() -> None:
 
         def forward(self, *args: Any, position_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
             if getattr(self, "odd", False):
-                kwargs["inputs_embeds"] = self.model.embed_tokens(kwargs.pop("input_ids")) * (1 + position_ids[..., None])
+                kwargs["inputs_embeds"] = self.model.embed_tokens(kwargs.pop("input_ids")) * (
+                    1 + position_ids[..., None]
+                )
             return super().forward(*args, position_ids=position_ids, **kwargs)
 
     config = LlamaConfig(

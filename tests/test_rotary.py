@@ -56,7 +56,9 @@ def test_all_layers_at_once_equals_one_by_one(dtype: torch.dtype) -> None:
         copies = [forward.one_layer(pristine[i], i, range(shift - 1, shift + 1)) for i in range(2)]
         for i, rotation in enumerate((HALF_SPLIT, slow)):
             expected = rotate(pristine[i], rotation, shift)
-            assert torch.allclose(slots[i, ..., :4, :], expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+            assert torch.allclose(
+                slots[i, ..., :4, :], expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5
+            )
             assert torch.allclose(copies[i][:, :, 4:].float(), slots[i, ..., :4, :].float(), atol=1e-6)
     assert not slots[..., 4:, :].any()
 
