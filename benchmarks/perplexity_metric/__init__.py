@@ -1,0 +1,1 @@
+"""A metric for `evaluate`: this folder is what `evaluate.load` takes."""

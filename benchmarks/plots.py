@@ -1,0 +1,132 @@
+"""Plots of result files, which are all that they need; nothing is measured here.
+
+python -m benchmarks.plots results/ppl-*.json --output results
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+from .harness import BenchmarkError, Parser, output_folder, read_json, run
+
+COLORMAPS = {"sink": "Blues", "window": "Oranges", "recompute": "Greens"}
+MARKERS = {"sink": "o", "window": "s", "recompute": "^"}
+LABELS = {"sink": "sinks + window", "window": "window, no sinks", "recompute": "window, recomputed"}
+
+
+def ppl_by_position(result: dict[str, Any], axes: Axes) -> None:
+    """Draw perplexity against the number of tokens before, with the model's trained context marked."""
+    capacities = sorted({row["capacity"] for row in result["rows"] if row["capacity"] is not None})
+    for row in result["rows"]:
+        # On its sample of tokens, recompute has too few in a bin to be compared with the others' bins.
+        if row["perplexity"] is None or row["method"] in ("dense-batched", "recompute"):
+            continue
+        bins = row["by_position"]
+        middles = [(one["start"] + one["stop"] - 1) / 2 for one in bins]
+        label = "dense"
+        colour: Any = "black"
+        if row["capacity"] is not None:
+            shade = 0.4 + 0.55 * (capacities.index(row["capacity"]) + 1) / len(capacities)
+            colour = mpl.colormaps[COLORMAPS[row["method"]]](shade)
+            label = f"{LABELS[row['method']]}, {row['n_sink']}+{row['capacity'] - row['n_sink']}"
+        axes.plot(middles, [one["perplexity"] for one in bins], color=colour, label=label, marker=".", linewidth=1.5)
+    trained = result["model"]["trained_context"]
+    if trained is not None and trained <= result["data"]["max_tokens"]:
+        axes.axvline(trained, color="grey", linestyle="--", label=f"trained context: {trained:,}")
+    axes.set(xlabel="tokens before, in the sample", ylabel="perplexity", yscale="log")
+    plain_ticks(axes)
+    axes.legend(fontsize="small")
+
+
+def ppl_by_capacity(result: dict[str, Any], axes: Axes) -> None:
+    """Draw perplexity against capacity for each method, with dense as a line across.
+
+    `recompute` is slow and measured on a sample of the tokens; beside it stands `sink` on the same ones.
+    """
+    rows = [row for row in result["rows"] if row["perplexity"] is not None]
+    sampled = result["protocol"]["recompute_tokens"]
+    curves = [("sink", "perplexity"), ("window", "perplexity")]
+    curves += (
+        [("sink", "same_tokens"), ("recompute", "same_tokens")]
+        if any(row["method"] == "recompute" for row in rows)
+        else []
+    )
+    for method, tokens in curves:
+        points = [
+            (row["capacity"], row["perplexity"] if tokens == "perplexity" else row["same_tokens"]["perplexity"])
+            for row in rows
+            if row["method"] == method
+        ]
+        if points:
+            axes.plot(
+                *zip(*sorted(points), strict=True),
+                color=mpl.colormaps[COLORMAPS[method]](0.75),
+                marker=MARKERS[method],
+                linestyle="-" if tokens == "perplexity" else ":",
+                label=LABELS[method] + ("" if tokens == "perplexity" else f" ({sampled:,} sampled tokens)"),
+            )
+    for row in rows:
+        if row["method"] == "dense":
+            axes.axhline(row["perplexity"], color="black", linewidth=1, label="dense")
+    axes.set(xlabel="capacity: sinks + window, tokens", ylabel="perplexity", xscale="log", yscale="log")
+    capacities = sorted({row["capacity"] for row in rows if row["capacity"] is not None})
+    axes.set_xticks(capacities, [f"{capacity:,}" for capacity in capacities])
+    axes.xaxis.set_minor_locator(NullLocator())
+    plain_ticks(axes)
+    axes.legend(fontsize="small")
+
+
+def plain_ticks(axes: Axes) -> None:
+    """Write a logarithmic axis of perplexities in plain numbers, also where it spans less than a decade."""
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+    axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:,g}"))
+
+
+PLOTS: dict[str, dict[str, Callable[[dict[str, Any], Axes], None]]] = {
+    "ppl": {"by-position": ppl_by_position, "by-capacity": ppl_by_capacity},
+}
+
+
+def plot(path: Path, folder: Path) -> list[Path]:
+    """Make the plots of a result file, named after it, and return their paths.
+
+    Raises:
+        BenchmarkError: it is not a result file, or one without plots.
+    """
+    result = read_json(path)
+    if result["harness"] not in PLOTS:
+        raise BenchmarkError(f"{path} is a result of {result['harness']}, for which there are no plots")
+    written = []
+    for name, draw in PLOTS[result["harness"]].items():
+        figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+        draw(result, axes)
+        axes.set_title(result["title"])
+        written.append(folder / f"{path.stem}-{name}.png")
+        figure.savefig(written[-1], dpi=120)
+        plt.close(figure)
+    return written
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make the plots of all files on the command line."""
+    parser = Parser(prog="python -m benchmarks.plots", description=__doc__)
+    parser.add_argument("results", nargs="+", metavar="FILE.json")
+    parser.add_argument("--output", help="folder for the PNG files (that of each result)")
+    args = parser.parse_args(argv)
+    for name in args.results:
+        folder = output_folder(args.output) if args.output else Path(name).parent
+        for written in plot(Path(name), folder):
+            print(f"wrote {written}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

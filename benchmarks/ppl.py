@@ -1,0 +1,706 @@
+"""Streaming perplexity: what a bounded cache costs in quality, and what a whole run gains in time and memory.
+
+    python -m benchmarks.ppl                                      # Pythia-70M on the WikiText-103 test split
+    python -m benchmarks.ppl --offline                            # no hub: SmolLM2-135M on Python's help topics
+    python -m benchmarks.ppl --model FOLDER --text-file FILE --max-tokens 20000 --num-samples 1
+    accelerate launch -m benchmarks.ppl ...                       # samples shared out over all GPUs, and machines
+    accelerate launch --multi_gpu --num_processes 2 -m benchmarks.ppl --device cpu ...    # the same without GPUs
+
+The text is cut into samples of `--max-tokens`. Each is read from an empty cache, and each of its tokens is predicted
+from those before it, once (`--score-from P` leaves out those with fewer than P tokens before them). Methods:
+
+    dense           DynamicCache: everything is kept
+    dense-batched   one forward over the whole sample, no cache: the standard evaluation, a check on `dense`
+    sink            SinkWindowCache(n_sink, capacity - n_sink)
+    window          SinkWindowCache(0, capacity): the last tokens without sinks
+    recompute       no cache: the last `capacity` tokens are read anew for each token. That is `capacity` times the
+                    work, so only `--recompute-tokens` tokens are predicted, evenly spread over all that are scored.
+                    The other methods also report their perplexity on just these, as `same_tokens`
+
+`--mode chunk` (default) reads `--chunk-size` tokens per forward, through `sink_cache.stream`, and each token sees what
+it would see if read alone. `--mode step` reads one token per forward, as generating text does. Perplexities are the
+same; times are not, and are to be compared within a mode only. The speed-up of a run is a mean over all context lengths
+of its samples, from 1 to `--max-tokens`; `benchmarks.latency` measures single points of that curve.
+
+A model has learned positions only up to its trained context. Beyond it dense collapses, and its perplexity over a
+whole sample says little: look at the perplexity by position. By default a sample is as long as the trained context.
+
+Results: a table here, and in the `--output` folder a JSON file (for its header see `benchmarks.harness`) and two plots
+of it. Each object of `rows` has
+
+    method, capacity, n_sink
+    perplexity, nll_per_token (nats), accuracy (of the next token), tokens (scored)
+    seconds                   of the slowest process
+    tokens_per_second         tokens read; for recompute, tokens predicted
+    speedup_over_dense        ratio of these
+    cache_bytes               keys and values of one sample, at its end
+    peak_bytes                growth of memory over the weights, in the worst batch, of `samples_per_batch` samples
+    spread                    over samples; for times, over batches
+    by_position, same_tokens  the totals of some of the tokens; likewise, where samples are longer than the trained
+                              context, `within_trained_context` and `beyond_trained_context`
+    samples, batches          the raw sums and times
+    note                      in words, what a reader must know
+
+A row that could not be measured has `null` for numbers and the reason as its note.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import inspect
+import itertools
+import math
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import PartialState  # type: ignore[import-untyped]
+from accelerate.utils import gather_object  # type: ignore[import-untyped]
+from tabulate import tabulate
+from tqdm import tqdm
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from sink_cache import SinkWindowCache, stream
+
+from . import harness, models, plots, texts
+from .harness import MIB, BenchmarkError
+from .perplexity_metric.perplexity_metric import perplexity_and_accuracy
+
+METHODS = ("dense", "dense-batched", "sink", "window", "recompute")
+BOUNDED = ("sink", "window", "recompute")
+DEFAULTS: dict[str, Any] = {"capacities": [256, 512, 1024, 2048], "recompute_tokens": 1024}
+# Two CPU cores should need less than three minutes for this.
+OFFLINE_DEFAULTS: dict[str, Any] = {
+    "capacities": [256, 512],
+    "recompute_tokens": 16,
+    "max_tokens": 2048,
+    "num_samples": 1,
+}
+POSITION_BINS = 20
+SCORED_AT_ONCE = 64  # tokens: one at a time, scoring would weigh in the times of small models
+LOGITS_BYTES_AT_ONCE = 2 * 2**30  # in float32, for dense-batched
+WARM_UP_TOKENS = 32
+
+Floats = npt.NDArray[np.floating[Any]]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the samples are read; see the module docstring."""
+
+    n_sink: int
+    chunk_size: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one length that are read together: their numbers, and their tokens `[samples, tokens + 1]`."""
+
+    samples: list[int]
+    ids: torch.Tensor
+
+
+@dataclass(frozen=True)
+class BatchScores:
+    """What one method gave for one batch; arrays are `[samples, tokens]`, column i the token after i + 1 others."""
+
+    samples: list[int]
+    nll: Floats
+    correct: Bools
+    seconds: float
+    tokens_processed: int
+    cache_bytes: int
+    peak_bytes: int
+    pressure: str
+
+
+class CannotMeasure(Exception):
+    """Why a method cannot be measured here, in words; the others still can."""
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def cut_into_batches(samples: Sequence[torch.Tensor], batch_size: int) -> list[Batch]:
+    """Return the samples in batches of equal length, in their order, at most `batch_size` in each."""
+    batches: list[Batch] = []
+    for _, alike in itertools.groupby(enumerate(samples), key=lambda numbered: len(numbered[1])):
+        numbers, ids = zip(*alike, strict=True)
+        for start in range(0, len(numbers), batch_size):
+            some = slice(start, start + batch_size)
+            batches.append(Batch(list(numbers[some]), torch.stack(ids[some])))
+    return batches
+
+
+def scored_tokens(samples: Sequence[torch.Tensor], score_from: int) -> Bools:
+    """Return which tokens are scored, `[samples, tokens]`: those with at least `score_from` before them."""
+    lengths = np.array([len(sample) - 1 for sample in samples])
+    before = np.arange(1, lengths.max() + 1)
+    return (before >= score_from) & (before <= lengths[:, None])
+
+
+def spread_sample(scored: Bools, tokens: int) -> Bools:
+    """Return at most `tokens` of the scored tokens, evenly spread over all samples and positions."""
+    candidates = np.flatnonzero(scored)
+    chosen = candidates[np.linspace(0, len(candidates) - 1, min(tokens, len(candidates))).round().astype(int)]
+    sample = np.zeros_like(scored)
+    sample.flat[chosen] = True
+    return sample
+
+
+def dense_logits(
+    model: PreTrainedModel, input_ids: torch.Tensor, cache: DynamicCache, chunk_size: int
+) -> Iterator[torch.Tensor]:
+    """Feed `input_ids` `[batch, tokens]` in chunks and yield logits `[batch, q, vocab]`: the dense twin of `stream`."""
+    for chunk in input_ids.split(chunk_size, dim=1):
+        yield model(chunk, past_key_values=cache, use_cache=True).logits
+
+
+def score(chunks: Iterable[torch.Tensor], targets: torch.Tensor, bar: tqdm[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compare logits with the tokens that came, without holding the logits.
+
+    Args:
+        chunks: logits `[batch, q, vocab]`, one after the other, of all tokens.
+        targets (`torch.Tensor`): `[batch, tokens]`.
+
+    Returns:
+        negative log-likelihoods in nats, float32 `[batch, tokens]`, and whether the token was the first choice.
+    """
+    nll, correct = [], []
+    held: list[torch.Tensor] = []
+    start = 0
+    for logits in chunks:
+        bar.update(logits.shape[0] * logits.shape[1])
+        held.append(logits)
+        stop = start + sum(one.shape[1] for one in held)
+        if stop - start < SCORED_AT_ONCE and stop < targets.shape[1]:
+            continue
+        for piece in (held[0] if len(held) == 1 else torch.cat(held, dim=1)).split(SCORED_AT_ONCE, dim=1):
+            wanted = targets[:, start : start + piece.shape[1]]
+            losses = F.cross_entropy(piece.flatten(0, 1).float(), wanted.flatten(), reduction="none")
+            nll.append(losses.view_as(wanted))
+            correct.append(piece.argmax(-1) == wanted)
+            start += piece.shape[1]
+        held = []
+    return torch.cat(nll, dim=1), torch.cat(correct, dim=1)
+
+
+def score_streamed(
+    model: PreTrainedModel, ids: torch.Tensor, method: str, capacity: int | None, settings: Settings, bar: tqdm[Any]
+) -> tuple[torch.Tensor, torch.Tensor, Cache | None]:
+    """Score samples `[batch, tokens + 1]` with any method but `recompute`; also return the cache that was used."""
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    cache: Cache | None = None
+    chunks: Iterable[torch.Tensor]
+    if method == "dense-batched":
+        chunks = [model(inputs, use_cache=False).logits]
+    elif capacity is None:
+        cache = DynamicCache(config=model.config)
+        chunks = dense_logits(model, inputs, cache, settings.chunk_size)
+    else:
+        n_sink = sinks_of(method, settings)
+        cache = SinkWindowCache(n_sink=n_sink, window=capacity - n_sink)
+        chunks = stream(model, inputs, cache, chunk_size=settings.chunk_size)
+    return *score(chunks, targets, bar), cache
+
+
+def sinks_of(method: str, settings: Settings) -> int:
+    """Return how many sinks a method keeps."""
+    return settings.n_sink if method == "sink" else 0
+
+
+def score_recomputed(
+    model: PreTrainedModel, ids: torch.Tensor, chosen: torch.Tensor, capacity: int, rows_at_once: int, bar: tqdm[Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score the `chosen` `[batch, tokens]` of samples `[batch, tokens + 1]`, reading `capacity` tokens anew for each.
+
+    The first `capacity` tokens of a sample see all before them, so one forward scores these. Values that were not asked
+    for are left at zero.
+    """
+    keep_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    nll = torch.zeros(chosen.shape, device=ids.device)
+    correct = torch.zeros_like(chosen)
+    if chosen[:, :capacity].any():
+        head = ids[:, : capacity + 1]
+        logits = model(head[:, :-1], use_cache=False).logits
+        nll[:, :capacity], correct[:, :capacity] = score([logits], head[:, 1:], harness.no_progress_bar())
+        bar.update(int(chosen[:, :capacity].sum()))
+    for some in torch.nonzero(chosen[:, capacity:]).split(rows_at_once):
+        row, first = some[:, 0], some[:, 1] + 1
+        last = first + capacity
+        window = ids[row[:, None], first[:, None] + torch.arange(capacity, device=ids.device)]
+        if not len(window):
+            break
+        logits = model(window, use_cache=False, **keep_last).logits[:, -1]
+        nll[row, last - 1] = F.cross_entropy(logits.float(), ids[row, last], reduction="none")
+        correct[row, last - 1] = logits.argmax(-1) == ids[row, last]
+        bar.update(len(row))
+    return nll, correct
+
+
+def measure(
+    model: PreTrainedModel,
+    batch: Batch,
+    method: str,
+    capacity: int | None,
+    chosen: Bools,
+    settings: Settings,
+    bar: tqdm[Any],
+) -> BatchScores:
+    """Score one batch with one method, from an empty cache, with time and memory.
+
+    Args:
+        chosen: `[all samples of the run, tokens]`, which tokens `recompute` predicts; the other methods predict all.
+    """
+    device = model.device
+    ids = batch.ids.to(device)
+    chosen = chosen[batch.samples, : ids.shape[1] - 1]
+    cache: Cache | None = None
+    clock = harness.Clock(device)
+    with torch.inference_mode(), harness.PeakMemory(device) as peak:
+        start = clock.now()
+        if method == "recompute" and capacity is not None:
+            rows_at_once = max(1, settings.batch_size * settings.chunk_size // capacity)
+            nll, correct = score_recomputed(
+                model, ids, torch.from_numpy(chosen).to(device), capacity, rows_at_once, bar
+            )
+        else:
+            nll, correct, cache = score_streamed(model, ids, method, capacity, settings, bar)
+        seconds = clock.now() - start
+    return BatchScores(
+        samples=batch.samples,
+        nll=nll.cpu().numpy(),
+        correct=correct.cpu().numpy(),
+        seconds=seconds,
+        tokens_processed=int(chosen.sum()) if method == "recompute" else nll.numel(),
+        cache_bytes=harness.cache_bytes(cache) // len(batch.samples),
+        peak_bytes=peak.bytes,
+        pressure=harness.memory_pressure(peak),
+    )
+
+
+def measure_all(
+    model: PreTrainedModel,
+    samples: Sequence[torch.Tensor],
+    method: str,
+    capacity: int | None,
+    chosen: Bools,
+    settings: Settings,
+    state: PartialState,
+) -> list[BatchScores]:
+    """Score all samples with one method, each process its share of the batches.
+
+    Returns:
+        the batches of all processes, in the order of the samples.
+
+    Raises:
+        CannotMeasure: the method does not work with this model, or memory ran out, in one of the processes.
+    """
+    batch_size = settings.batch_size
+    if method == "dense-batched":
+        vocab_size = model.config.get_text_config(decoder=True).vocab_size
+        batch_size = max(1, min(batch_size, LOGITS_BYTES_AT_ONCE // (4 * vocab_size * len(samples[0]))))
+    # The same batches however many processes there are, so that rounding is the same, too.
+    batches = cut_into_batches(samples, batch_size)[state.process_index :: state.num_processes]
+    label = method if capacity is None else f"{method} {capacity}"
+    total = sum(chosen[b.samples].sum() if method == "recompute" else b.ids[:, 1:].numel() for b in batches)
+    outcome: list[BatchScores | str] = []
+    try:
+        if batches:
+            warm_up(model, batches[0], method, capacity, settings)
+        with harness.progress_bar(total, label, disable=not state.is_main_process) as bar:
+            for batch in batches:
+                outcome.append(measure(model, batch, method, capacity, chosen, settings, bar))
+    except (NotImplementedError, ValueError) as error:
+        outcome = [str(error)]
+    except (RuntimeError, MemoryError) as error:
+        if not harness.is_out_of_memory(error):
+            raise
+        outcome = [f"out of memory with --batch-size {settings.batch_size}: choose a smaller one"]
+    gc.collect()  # a cache whose layers refer to each other is not freed before
+    gathered = gather_object(outcome)
+    for one in gathered:
+        if isinstance(one, str):
+            raise CannotMeasure(one)
+    return sorted(gathered, key=lambda one: one.samples)
+
+
+def warm_up(model: PreTrainedModel, batch: Batch, method: str, capacity: int | None, settings: Settings) -> None:
+    """Read the start of a batch untimed: the first method of a run would else pay for what all of them share."""
+    ids = batch.ids[:, : WARM_UP_TOKENS + 1]
+    short = Batch(list(range(len(ids))), ids)
+    chosen = np.ones((len(ids), ids.shape[1] - 1), dtype=bool)
+    measure(model, short, method, capacity, chosen, settings, harness.no_progress_bar())
+
+
+# --- reporting -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one method gave for all samples: arrays `[samples, tokens]`, `scored` being false where there is nothing."""
+
+    nll: Floats
+    correct: Bools
+    scored: Bools
+
+    @classmethod
+    def of(cls, batches: Sequence[BatchScores], scored: Bools) -> Scores:
+        """Put batches together."""
+        nll, correct = np.zeros(scored.shape, dtype=np.float32), np.zeros_like(scored)
+        for batch in batches:
+            nll[batch.samples, : batch.nll.shape[1]] = batch.nll
+            correct[batch.samples, : batch.nll.shape[1]] = batch.correct
+        return cls(nll, correct, scored)
+
+    def restricted(self, mask: Bools) -> Scores:
+        """Return the scores with only the tokens scored that are also in `mask`, broadcast to `[samples, tokens]`."""
+        return Scores(self.nll, self.correct, self.scored & mask)
+
+    def sums(self) -> dict[str, list[Any]]:
+        """Return `nll_sum` (nats), `correct` and `tokens`, each a list over samples."""
+        return {
+            "nll_sum": np.where(self.scored, self.nll, 0).sum(axis=1, dtype=np.float64).tolist(),
+            "correct": (self.correct & self.scored).sum(axis=1).tolist(),
+            "tokens": self.scored.sum(axis=1).tolist(),
+        }
+
+    def totals(self) -> dict[str, float | int] | None:
+        """Return perplexity and accuracy over all scored tokens, or None if there are none or it is not finite."""
+        try:
+            return perplexity_and_accuracy(**self.sums())
+        except ValueError:
+            return None
+
+    def by_position(self, bin_tokens: int) -> list[dict[str, Any]]:
+        """Return the totals of the tokens with `start` to `stop - 1` tokens before them, bin by bin."""
+        before = np.arange(1, self.scored.shape[1] + 1)
+        bins = []
+        for start in range(1, len(before) + 1, bin_tokens):
+            stop = min(start + bin_tokens, len(before) + 1)
+            totals = self.restricted((before >= start) & (before < stop)).totals()
+            if totals is not None:
+                bins.append({"start": start, "stop": stop, **totals})
+        return bins
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all rows of a run have in common."""
+
+    loaded: models.LoadedModel
+    samples: list[torch.Tensor]
+    scored: Bools
+    recompute_sample: Bools
+    settings: Settings
+    bin_tokens: int
+    num_processes: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens to predict in the longest sample."""
+        return int(self.scored.shape[1])
+
+
+def empty_row(run: Run, method: str, capacity: int | None, note: str) -> dict[str, Any]:
+    """Return the row of a method that could not be measured, with the reason."""
+    numbers = ("perplexity", "accuracy", "tokens", "seconds", "tokens_per_second", "speedup_over_dense", "cache_bytes")
+    n_sink = None if capacity is None else sinks_of(method, run.settings)
+    return {
+        "method": method,
+        "capacity": capacity,
+        "n_sink": n_sink,
+        **dict.fromkeys((*numbers, "peak_bytes"), None),
+        "note": note,
+    }
+
+
+def make_row(run: Run, method: str, capacity: int | None, batches: Sequence[BatchScores]) -> dict[str, Any]:
+    """Return a row of the result file from what was measured; see the module docstring."""
+    scores = Scores.of(batches, run.recompute_sample if method == "recompute" else run.scored)
+    totals = scores.totals()
+    if totals is None:
+        return empty_row(run, method, capacity, "no finite perplexity in this dtype: choose another --dtype")
+    before = np.arange(1, run.longest + 1)
+    trained = run.loaded.trained_context or run.longest
+    sums = scores.sums()
+    samples = [dict(zip(sums, values, strict=True)) for values in zip(*sums.values(), strict=True)]
+    per_sample = [perplexity_and_accuracy(*([value] for value in one.values())) for one in samples if one["tokens"]]
+    # Process i had every num_processes-th batch, and they worked side by side.
+    seconds = max(sum(b.seconds for b in batches[i :: run.num_processes]) for i in range(run.num_processes))
+    processed = sum(batch.tokens_processed for batch in batches)
+    return empty_row(run, method, capacity, "; ".join(notes(run, method, capacity, batches))) | {
+        **totals,
+        "seconds": seconds,
+        "tokens_processed": processed,
+        "tokens_per_second": processed / seconds,
+        "cache_bytes": max(batch.cache_bytes for batch in batches),
+        "peak_bytes": max(batch.peak_bytes for batch in batches),
+        "samples_per_batch": max(len(batch.samples) for batch in batches),
+        "spread": {
+            "perplexity": harness.summary([one["perplexity"] for one in per_sample]),
+            "accuracy": harness.summary([one["accuracy"] for one in per_sample]),
+            "tokens_per_second": harness.summary([b.tokens_processed / b.seconds for b in batches]),
+        },
+        "by_position": scores.by_position(run.bin_tokens),
+        "same_tokens": scores.restricted(run.recompute_sample).totals(),
+        "within_trained_context": scores.restricted(before <= trained).totals() if run.longest > trained else None,
+        "beyond_trained_context": scores.restricted(before > trained).totals(),
+        "samples": samples,
+        "batches": [
+            {"samples": b.samples, "seconds": b.seconds, "tokens_processed": b.tokens_processed} for b in batches
+        ],
+    }
+
+
+def notes(run: Run, method: str, capacity: int | None, batches: Sequence[BatchScores]) -> list[str]:
+    """Return what a reader must know about a row, in words."""
+    trained, name = run.loaded.trained_context, run.loaded.name
+    found = []
+    reach = run.longest if capacity is None else min(capacity, run.longest)
+    if trained is not None and reach > trained:
+        found.append(f"{name} was trained on {trained:,} positions, and this reaches {reach:,}")
+    if capacity is not None and capacity >= run.longest:
+        found.append("nothing was evicted: no sample is longer than the capacity")
+    if method == "recompute" and run.recompute_sample.sum() < run.scored.sum():
+        found.append(f"on a sample of {run.recompute_sample.sum():,} of {run.scored.sum():,} tokens")
+    return found + sorted({batch.pressure for batch in batches if batch.pressure})
+
+
+def measure_rows(
+    run: Run, methods: Sequence[str], capacities: Sequence[int], state: PartialState
+) -> Iterator[dict[str, Any]]:
+    """Measure the methods one after the other and yield their rows, as soon as each is finished."""
+    dense: tuple[dict[str, Any], Floats] | None = None
+    for method in (one for one in METHODS if one in methods):
+        for capacity in capacities if method in BOUNDED else [None]:
+            try:
+                batches = measure_all(
+                    run.loaded.model, run.samples, method, capacity, run.recompute_sample, run.settings, state
+                )
+            except CannotMeasure as reason:
+                yield empty_row(run, method, capacity, str(reason))
+                continue
+            row = make_row(run, method, capacity, batches)
+            nll = Scores.of(batches, run.scored).nll
+            if method == "dense" and row["perplexity"] is not None:
+                dense = row, nll
+            if dense is not None and row["perplexity"] is not None:
+                row["speedup_over_dense"] = row["tokens_per_second"] / dense[0]["tokens_per_second"]
+                if method == "dense-batched":
+                    row["largest_nll_difference_from_dense"] = float(np.abs(nll - dense[1])[run.scored].max())
+            yield row
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows as a text table, with the notes below it; ± is a standard deviation over samples, or batches."""
+    headers = [
+        "method",
+        "capacity",
+        "perplexity",
+        "same tokens",
+        "accuracy",
+        "tokens",
+        "seconds",
+        "tokens/s",
+        "× dense",
+    ]
+    headers += ["cache MiB", "peak MiB", "note"]
+    lines, notes = [], []
+    for row in rows:
+        if row["note"] and row["note"] not in notes:
+            notes.append(row["note"])
+        note = f"[{notes.index(row['note']) + 1}]" if row["note"] else ""
+        if row["perplexity"] is None:
+            lines.append([row["method"], row["capacity"], *[None] * (len(headers) - 3), note])
+            continue
+        spread, speedup = row["spread"], row["speedup_over_dense"]
+        lines.append(
+            [
+                row["method"],
+                row["capacity"],
+                f"{row['perplexity']:,.3f} ± {spread['perplexity']['std']:,.3f}",
+                f"{row['same_tokens']['perplexity']:,.3f}" if row["same_tokens"] else None,
+                f"{row['accuracy']:.2%} ± {spread['accuracy']['std']:.2%}",
+                f"{row['tokens']:,}",
+                f"{row['seconds']:.2f}",
+                f"{row['tokens_per_second']:,.1f} ± {spread['tokens_per_second']['std']:,.1f}",
+                None if speedup is None else f"{speedup:.3g}",
+                f"{row['cache_bytes'] / MIB:,.2f}",
+                f"{row['peak_bytes'] / MIB:,.0f}",
+                note,
+            ]
+        )
+    text = tabulate(lines, headers, disable_numparse=True, colalign=["left", *["right"] * 11], missingval="–")
+    return "\n".join([text, *(f"[{number}] {note}." for number, note in enumerate(notes, 1))])
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check the command line, with the defaults filled in that do not depend on the model."""
+    parser = harness.Parser(prog="python -m benchmarks.ppl", description=__doc__)
+    source = parser.add_argument_group("model and text")
+    source.add_argument("--model", default="EleutherAI/pythia-70m", help="an id on the hub or a folder (%(default)s)")
+    source.add_argument("--gguf-file", help="a GGUF file in the model's folder or repository")
+    source.add_argument("--random-weights", metavar="SHAPE", help=f"for times only: {', '.join(models.SHAPES)}")
+    source.add_argument("--offline", action="store_true", help="SmolLM2-135M and Python's help topics: no hub is asked")
+    source.add_argument("--dataset", default="Salesforce/wikitext", help="with a text column (%(default)s)")
+    source.add_argument("--dataset-config", default="wikitext-103-raw-v1", help="(%(default)s)")
+    source.add_argument("--split", default="test", help="(%(default)s)")
+    source.add_argument("--text-file", help="a text in UTF-8 instead of a dataset")
+    source.add_argument("--max-tokens", type=int, help="tokens to predict in each sample (the model's trained context)")
+    source.add_argument("--num-samples", type=int, help="samples from the start of the text (all of it)")
+    source.add_argument("--score-from", type=int, default=1, metavar="P", help="score tokens after at least P others")
+
+    what = parser.add_argument_group("methods")
+    what.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help="(all)")
+    what.add_argument("--capacities", nargs="+", type=int, metavar="N", help="sinks included (256 512 1024 2048)")
+    what.add_argument("--n-sink", type=int, default=4, help="(%(default)s)")
+    what.add_argument("--recompute-tokens", type=int, help="tokens to predict with recompute (1024)")
+    what.add_argument("--mode", choices=("chunk", "step"), default="chunk", help="(%(default)s)")
+    what.add_argument("--chunk-size", type=int, help="tokens per forward in chunk mode (128)")
+    what.add_argument("--batch-size", type=int, help="samples read together (8 in chunk mode, 1 in step mode)")
+
+    how = parser.add_argument_group("machine and output")
+    how.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (%(default)s)")
+    how.add_argument("--dtype", default="float32", help=f"{', '.join(harness.DTYPES)} (%(default)s)")
+    how.add_argument("--attn-implementation", help="sdpa or eager (the model's default)")
+    how.add_argument(
+        "--position-bin", type=int, metavar="TOKENS", help="width of the bins by position (a 20th of a sample)"
+    )
+    how.add_argument("--output", default="build/benchmarks", help="folder for the JSON file and plots (%(default)s)")
+    args = parser.parse_args(argv)
+
+    if args.mode == "step" and args.chunk_size is not None:
+        parser.error("--chunk-size is for --mode chunk: --mode step reads one token per forward")
+    for name, value in (OFFLINE_DEFAULTS if args.offline else DEFAULTS).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.chunk_size = 1 if args.mode == "step" else args.chunk_size or 128
+    args.batch_size = args.batch_size or (1 if args.mode == "step" else 8)
+    least = {"max_tokens": 1, "num_samples": 1, "score_from": 1, "n_sink": 0, "recompute_tokens": 1, "chunk_size": 1}
+    for name, lowest in {**least, "batch_size": 1, "position_bin": 1}.items():
+        if (value := getattr(args, name)) is not None and value < lowest:
+            parser.error(f"--{name.replace('_', '-')} must be at least {lowest}, but is {value}")
+    for capacity in args.capacities:
+        if capacity <= args.n_sink:
+            parser.error(
+                f"capacity {capacity} leaves no window: it includes the sinks and must be above --n-sink {args.n_sink}"
+            )
+    return args
+
+
+def load(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> tuple[models.LoadedModel, texts.Text]:
+    """Load what the command line asks for."""
+    if args.text_file is not None:
+        text = texts.text_file(args.text_file)
+    elif args.offline:
+        text = texts.embedded()
+    else:
+        text = texts.wikitext(args.dataset, args.dataset_config, args.split)
+    if not text.text.strip():
+        raise BenchmarkError(f"{text.name} is empty: there is nothing to predict")
+    attention = args.attn_implementation
+    if args.random_weights is not None:
+        return models.random_model(args.random_weights, dtype, device, attn_implementation=attention), text
+    if args.offline:
+        return models.load_offline(dtype, device, attn_implementation=attention), text
+    return models.load(args.model, dtype, device, gguf_file=args.gguf_file, attn_implementation=attention), text
+
+
+def title(args: argparse.Namespace, loaded: models.LoadedModel, text: texts.Text) -> str:
+    """Return the title of the results: what was measured, and what it must not be taken for."""
+    remarks = []
+    if args.offline:
+        remarks.append("offline run: neither Pythia nor WikiText")
+    if loaded.tokenizer is None:
+        remarks.append("random weights: only times and memory mean anything")
+    return f"{loaded.name} on {text.name}" + (f" ({'; '.join(remarks)})" if remarks else "")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print the table, and write the result file and its plots; see the module docstring."""
+    args = parse(argv)
+    folder = harness.output_folder(args.output)
+    dtype = harness.parse_dtype(args.dtype)
+    transformers.utils.logging.disable_progress_bar()
+    state = PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())
+    device = harness.choose_device(args.device, state.local_process_index)
+    loaded, text = load(args, dtype, device)
+    max_tokens = args.max_tokens or loaded.trained_context or 2048
+    samples = texts.cut(texts.tokenize(text, loaded.tokenizer), max_tokens, args.num_samples)
+    scored = scored_tokens(samples, args.score_from)
+    if not scored.any():
+        raise BenchmarkError(
+            f"--score-from {args.score_from} leaves nothing: the longest sample has {scored.shape[1]} tokens"
+        )
+    run = Run(
+        loaded=loaded,
+        samples=samples,
+        scored=scored,
+        recompute_sample=spread_sample(scored, args.recompute_tokens),
+        settings=Settings(args.n_sink, args.chunk_size, args.batch_size),
+        bin_tokens=args.position_bin or math.ceil(scored.shape[1] / POSITION_BINS),
+        num_processes=state.num_processes,
+    )
+    result = harness.header(
+        "ppl",
+        title(args, loaded, text),
+        device,
+        dtype,
+        argv=argv,
+        model=loaded.description,
+        data=text.description
+        | {
+            "samples": len(samples),
+            "max_tokens": max_tokens,
+            "scored_tokens": int(scored.sum()),
+            "score_from": args.score_from,
+        },
+        protocol={
+            "mode": args.mode,
+            "chunk_size": args.chunk_size,
+            "batch_size": args.batch_size,
+            "recompute_tokens": int(run.recompute_sample.sum()),
+            "num_processes": state.num_processes,
+        },
+        interrupted=False,
+        rows=[],
+    )
+    name = f"ppl {loaded.name} {text.name} {len(samples)}x{max_tokens} {args.mode}"
+    path = folder / (re.sub(r"[^a-z0-9.]+", "-", name.lower()) + ".json")
+    if state.is_main_process:
+        print(result["title"], flush=True)
+    try:
+        for row in measure_rows(run, args.methods, args.capacities, state):
+            result["rows"].append(row)
+            if state.is_main_process:
+                harness.write_json(path, result)
+    except KeyboardInterrupt:
+        result["interrupted"] = True
+        if state.is_main_process and result["rows"]:
+            harness.write_json(path, result)
+    if state.is_main_process and result["rows"]:
+        print(table(result["rows"]))
+        if all(row["perplexity"] is None for row in result["rows"]):
+            raise BenchmarkError(f"nothing could be measured: {result['rows'][0]['note']}")
+        for written in [path, *plots.plot(path, folder)]:
+            print(f"wrote {written}")
+    if result["interrupted"]:
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(harness.run(main))
