@@ -14,6 +14,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,16 +29,26 @@ CAPACITY, CONTEXT, N_SINK = 1024, 4096, 4
 
 
 def pythia(layers: int, hidden: int, heads: int) -> PretrainedConfig:
+    """GPT-NeoX as in the Pythia suite."""
     return GPTNeoXConfig(
         num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads, intermediate_size=4 * hidden,
-        vocab_size=50304, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        vocab_size=50304,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
     )  # fmt: skip
 
 
-SHAPES = {
-    "llama-12x768": lambda: LlamaConfig(
-        num_hidden_layers=12, hidden_size=768, num_attention_heads=12, intermediate_size=2048, max_position_embeddings=8192
-    ),
+def llama(vocab_size: int) -> PretrainedConfig:
+    """12 layers, 768 wide."""
+    return LlamaConfig(
+        num_hidden_layers=12, hidden_size=768, num_attention_heads=12, intermediate_size=2048,
+        max_position_embeddings=8192, vocab_size=vocab_size,
+    )  # fmt: skip
+
+
+SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama-12x768": lambda: llama(vocab_size=32000),
+    # The same with a small vocabulary: less of the step is spent in reading the weights of the output layer.
+    "llama-12x768-1k": lambda: llama(vocab_size=1000),
     "pythia-70m": lambda: pythia(6, 512, 8),
     "pythia-410m": lambda: pythia(24, 1024, 16),
     "pythia-1.4b": lambda: pythia(24, 2048, 16),
@@ -88,7 +99,8 @@ def main() -> None:
         raw[shape] = measure(shape, args.device, getattr(torch, args.dtype), args.rounds, args.steps)
         near, far, sink = (statistics.median(times) for times in raw[shape].values())
         rows.append([shape, near, far, sink, sink / near, far / sink])
-    headers = ["shape", *(f"{arm} ms" for arm in next(iter(raw.values()))), f"vs dense@{CAPACITY}", f"dense@{CONTEXT} / sink"]
+    arms = [f"{arm} ms" for arm in next(iter(raw.values()))]
+    headers = ["shape", *arms, f"vs dense@{CAPACITY}", f"dense@{CONTEXT} / sink"]
     print(tabulate(rows, headers, floatfmt=".3f"))
     if args.output:
         device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
