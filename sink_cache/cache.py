@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -10,10 +11,13 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from .discovery import calling_model, calling_padding_mask, class_for_config, padding_mask_of_caller, text_model_class
+from .discovery import calling_model, calling_tensor, class_for_config, padding_mask_of_caller, text_model
 from .ring import POSITION_LIMIT, SharedStorage, SinkWindowLayer
 from .twin import CannotStream, PositionScheme, position_scheme
+
+_LARGEST_TABLE = 2**20  # numbers in a buffer
 
 _NOT_IN_GRAPHS = "SinkWindowCache works outside of graphs: compile the model without fullgraph=True"
 
@@ -62,6 +66,10 @@ class SinkWindowCache(Cache):
                 raise ValueError(f"{name} must be at least {least}, but is {value}")
         self.n_sink, self.window, self.capacity = n_sink, window, n_sink + window
         self._trained_context: int | None = None
+        self._scheme: PositionScheme | None = None
+        self._first, self._ends = 0, (0, 0)  # the first of our layers; the first and the last layer of attention
+        self._looks = True
+        self._first_position = 0
         super().__init__(layers=[])
         if config is not None:
             if not isinstance(config, PreTrainedConfig):
@@ -85,11 +93,16 @@ class SinkWindowCache(Cache):
         reason="a SinkWindowCache cannot see the model from inside a full graph: pass SinkWindowCache(..., config=model.config)"
     )
     def _look_for_the_model(self) -> None:
-        model = calling_model()
+        model = calling_model() if self._looks else None
         if model is not None:
-            model_class, config = text_model_class(model)
-            buffers = {name: b for name, b in model.named_buffers() if "inv_freq" in name and not b.is_meta}
-            self._prepare_for(model_class, config, buffers)
+            text = text_model(model)
+            # Rotations live in buffers such as inv_freq; larger ones are something else.
+            buffers = {
+                name: buffer
+                for name, buffer in text.named_buffers()
+                if buffer.is_floating_point() and not buffer.is_meta and buffer.numel() <= _LARGEST_TABLE
+            }
+            self._prepare_for(type(text), text.config, buffers)
 
     def _prepare_for(self, model_class: Any, config: PreTrainedConfig, buffers: dict[str, torch.Tensor]) -> None:
         try:
@@ -99,21 +112,30 @@ class SinkWindowCache(Cache):
                 f"SinkWindowCache does not support model type {config.model_type!r} ({model_class.__name__}): {reason}. "
                 "Use DynamicCache with this model."
             ) from reason
-        self.prepare(config, scheme)
+        if scheme != self._scheme or len(self._layers) != len(DynamicCache(config=config).layers):
+            self._make_layers(config, scheme)
 
     def prepare(self, config: PreTrainedConfig, scheme: PositionScheme) -> None:
-        """Makes the layers for a model of this config, whose positions work as `scheme` says."""
+        """Makes the layers for a model of this config, whose positions work as `scheme` says, whoever calls later."""
+        self._make_layers(config, scheme)
+        self._looks = False
+
+    def _make_layers(self, config: PreTrainedConfig, scheme: PositionScheme) -> None:
         if scheme.sliding_window is not None and self.capacity > scheme.sliding_window:
             raise ValueError(
-                f"n_sink + window is {self.capacity}, but every layer of this model ({config.model_type}) attends to at most "
-                f"sliding_window = {scheme.sliding_window} tokens. Choose n_sink + window <= {scheme.sliding_window}."
+                f"n_sink + window is {self.capacity}, but every layer of this model ({config.model_type}) attends to at "
+                f"most sliding_window = {scheme.sliding_window} tokens. Choose n_sink + window <= {scheme.sliding_window}."
             )
         layers = DynamicCache(config=config).layers
+        max_position = min(POSITION_LIMIT, scheme.max_position or POSITION_LIMIT)
         for index, rotation in scheme.rotations.items():
-            layers[index] = SinkWindowLayer(
-                self.n_sink, self.window, rotation, min(POSITION_LIMIT, scheme.max_position or POSITION_LIMIT)
-            )
-        self._layers = layers
+            layers[index] = SinkWindowLayer(self.n_sink, self.window, rotation, max_position, scheme.sliding_window)
+        self._layers, self._first = layers, min(scheme.rotations)
+        attention = [
+            i for i, layer in enumerate(layers) if isinstance(layer, (SinkWindowLayer, DynamicSlidingWindowLayer))
+        ]
+        self._ends = (attention[0], attention[-1])
+        self._scheme = scheme
         self._trained_context = getattr(config, "max_position_embeddings", None)
 
     def update(
@@ -131,34 +153,67 @@ class SinkWindowCache(Cache):
                 "SinkWindowCache(..., config=model.config)."
             )
         layer = layers[layer_idx]
-        if isinstance(layer, SinkWindowLayer) and (layer.storage is None or key_states.shape[2] > 1):
-            self._check_call(layer, key_states)
+        if isinstance(layer, SinkWindowLayer):
+            if layer_idx == self._first:
+                self._begin_call(layer_idx, key_states.shape[2])
+                layer = self._layers[layer_idx]
             if layer.seen and layer.storage is None:
                 self._share_storage()
         attended: tuple[torch.Tensor, torch.Tensor] = layer.update(key_states, value_states, *args, **kwargs)
         return attended
 
-    def _check_call(self, layer: SinkWindowLayer, key_states: torch.Tensor) -> None:
-        if layer is not next(one for one in self.layers if isinstance(one, SinkWindowLayer)):
+    def _begin_call(self, first: int, new_tokens: int) -> None:
+        """All that has to be right before the first of our layers takes in the tokens of a call."""
+        seen = self._layers[first].seen
+        self._refuse_interrupted(new_tokens)
+        if seen and new_tokens == 1:
             return
-        self._refuse_padding(calling_padding_mask())
-        new_tokens = key_states.shape[2]
-        if layer.seen == 0 and self._trained_context is not None and new_tokens > self._trained_context:
-            warnings.warn(
-                f"the first call has {new_tokens:,} tokens, and the model was trained on {self._trained_context:,} positions. "
-                "A first call is dense over the whole prompt; generate(..., prefill_chunk_size=n) feeds it in pieces "
-                "that attend to no more than the cache holds.",
-                stacklevel=2,
+        self._refuse_padding(calling_tensor("attention_mask", {2}))
+        self._refuse_gaps(calling_tensor("position_ids", {2, 3}), seen, new_tokens)
+        if seen == 0:
+            # A cache may have been prepared for another model: by config=, or in its life before a reset.
+            self._look_for_the_model()
+            if self._trained_context is not None and new_tokens > self._trained_context:
+                warnings.warn(
+                    f"the first call has {new_tokens:,} tokens, and the model was trained on {self._trained_context:,} "
+                    "positions. A first call is dense over the whole prompt; generate(..., prefill_chunk_size=n) feeds it "
+                    "in pieces that attend to no more than the cache holds.",
+                    stacklevel=3,
+                )
+
+    def _refuse_interrupted(self, new_tokens: int) -> None:
+        """Wherever a forward was interrupted, one end of the cache shows it; `new_tokens`: what ours have not yet seen."""
+        seen = self._layers[self._first].get_seq_length()
+        for index in self._ends:
+            if self._layers[index].get_seq_length() != (seen + new_tokens if index < self._first else seen):
+                raise ValueError(
+                    "the layers of this cache have seen different numbers of tokens: a forward was interrupted. "
+                    "Call reset()."
+                )
+
+    def _refuse_gaps(self, position_ids: torch.Tensor | None, seen: int, new_tokens: int) -> None:
+        """Sinks move by the number of evicted tokens, so positions must count tokens."""
+        if position_ids is None or position_ids.shape[-1] != new_tokens or position_ids.is_floating_point():
+            return
+        if seen == 0:
+            self._first_position = int(position_ids.flatten()[0])
+        counted = torch.arange(new_tokens, device=position_ids.device) + self._first_position + seen
+        if not torch.equal(position_ids, counted.expand_as(position_ids).to(position_ids.dtype)):
+            raise NotImplementedError(
+                f"SinkWindowCache needs positions that rise by one with every token, from {self._first_position + seen:,} on in "
+                f"this call, but position_ids are {position_ids.flatten()[:8].tolist()}… (of images, or packed texts?)."
             )
 
     def _share_storage(self) -> None:
         alike = defaultdict(list)
         for layer in self.layers:
             if isinstance(layer, SinkWindowLayer) and layer.is_initialized and layer.storage is None:
-                shape = (layer.keys.shape, layer.values.shape, layer.dtype, layer.device)
-                alike[shape, layer.rotation.partner].append(layer)
+                alike[layer.keys.shape, layer.values.shape, layer.dtype, layer.device].append(layer)
         for layers in alike.values():
-            SharedStorage(layers)
+            partners = {layer.rotation.partner for layer in layers if not layer.rotation.is_identity}
+            for partner in partners or {layers[0].rotation.partner}:
+                together = [one for one in layers if one.rotation.partner == partner or one.rotation.is_identity]
+                SharedStorage([layer for layer in together if layer.storage is None])
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Returns `(kv_length, kv_offset)` for a layer; called by the mask-building code before any layer runs."""
@@ -167,6 +222,7 @@ class SinkWindowCache(Cache):
             return sizes
         if self.layers:
             self._refuse_padding(padding_mask_of_caller())
+            self._refuse_interrupted(0)
         return super().get_mask_sizes(query_length, layer_idx)
 
     # Applied to the methods themselves, the decorator would cost more at every call than all else that they do.
@@ -192,6 +248,17 @@ class SinkWindowCache(Cache):
         finally:
             for layer in layers:
                 layer.sinks_per_query = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SinkWindowCache:
+        # Copies made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            copied = type(self).__new__(type(self))
+            memo[id(self)] = copied
+            vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
+    def __bool__(self) -> bool:
+        return True  # although it has no layers before a model has used it
 
     @property
     def nbytes(self) -> int:

@@ -24,30 +24,27 @@ def calling_model() -> PreTrainedModel | None:
     return None
 
 
-def calling_padding_mask() -> torch.Tensor | None:
-    """The 2-D `attention_mask` `[batch, seen + new]` that the calling model was given, or None."""
+def calling_tensor(name: str, dimensions: set[int]) -> torch.Tensor | None:
+    """What the calling model was given as `attention_mask`, `position_ids` or the like: the innermost such tensor."""
     for _, frame in _calling_modules():
-        mask = frame.f_locals.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            return mask
+        if name in frame.f_code.co_varnames:
+            value = frame.f_locals.get(name)
+            if isinstance(value, torch.Tensor) and value.ndim in dimensions:
+                return value
     return None
 
 
 def padding_mask_of_caller() -> torch.Tensor | None:
-    """The same, from transformers' mask-building function, which asks the cache for sizes: at every step, so quickly."""
+    """The 2-D `attention_mask` in transformers' mask-building function, which asks the cache for sizes at every step."""
     mask = sys._getframe(2).f_locals.get("attention_mask")
     return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
 
-def text_model_class(model: PreTrainedModel) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """The class and config of the text decoder in `model`: itself, or a part of a model of several modalities."""
+def text_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The text decoder in `model`: itself, or a part of a model of several modalities."""
     config = model.config.get_text_config(decoder=True)
-    if config is model.config:
-        return type(model), config
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.config is config:
-            return type(module), config
-    return class_for_config(config)
+    parts = (module for module in model.modules() if isinstance(module, PreTrainedModel) and module.config is config)
+    return next(parts, model)
 
 
 def class_for_config(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
@@ -68,10 +65,20 @@ def class_for_config(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], P
 
 
 def _calling_modules() -> Iterator[tuple[Any, FrameType]]:
-    """The modules in whose methods we are and the frames of these, innermost first."""
+    """The modules in whose methods we are and the frames of these, innermost first; ends where the model was called."""
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_globals.get("__name__") != "sink_cache.twin":  # a twin has no other caller
-        owner = frame.f_locals.get("self")
+    inside_model = False
+    while frame is not None:
+        caller = frame.f_globals.get("__name__", "").partition(".")[0]
+        # Reading f_locals keeps a frame's variables alive until it returns, so leave frames without `self` alone.
+        owner = frame.f_locals.get("self") if frame.f_code.co_varnames[:1] == ("self",) else None
+        is_model = isinstance(owner, PreTrainedModel)
+        if inside_model and not is_model and caller not in _LIBRARIES:
+            return
         if isinstance(owner, torch.nn.Module):
             yield owner, frame
+        inside_model |= is_model
         frame = frame.f_back
+
+
+_LIBRARIES = {"torch", "transformers", "transformers_modules", "accelerate", "peft"}

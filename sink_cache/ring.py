@@ -27,6 +27,7 @@ class SinkWindowLayer(CacheLayerMixin):
         window (`int`): how many of the last tokens to keep, the current one included.
         rotation (`Rotation`): how the layer's keys rotate.
         max_position (`int`): the most tokens that the model can number.
+        sliding_window (`int`, *optional*): the layer's native window, of which the model's masks know.
 
     Attributes:
         keys, values (`torch.Tensor`): `[batch_size, num_heads, capacity, head_dim]`, sinks in the first `n_sink` slots, their
@@ -45,10 +46,17 @@ class SinkWindowLayer(CacheLayerMixin):
     storage: SharedStorage | None
     seen: int
 
-    def __init__(self, n_sink: int, window: int, rotation: Rotation, max_position: int = POSITION_LIMIT) -> None:
+    def __init__(
+        self,
+        n_sink: int,
+        window: int,
+        rotation: Rotation,
+        max_position: int = POSITION_LIMIT,
+        sliding_window: int | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.n_sink, self.window, self.capacity = n_sink, window, n_sink + window
-        self.rotation, self.max_position = rotation, max_position
+        self.rotation, self.max_position, self.sliding_window = rotation, max_position, sliding_window
         self.sinks_per_query = False
         self.reset()
 
@@ -83,7 +91,10 @@ class SinkWindowLayer(CacheLayerMixin):
             they are a view of the slots, valid until the next update.
         """
         storage = self.storage
-        if storage and (storage.step == self.seen or storage.begin_step(self.seen, key_states, value_states)):
+        if storage and (
+            (self.index and storage.step == self.seen and not key_states.requires_grad)
+            or storage.begin_step(self.seen, key_states, value_states)
+        ):
             self.keys.index_copy_(2, storage.slot, key_states)
             self.values.index_copy_(2, storage.slot, value_states)
             if self.seen < self.n_sink:
@@ -93,8 +104,6 @@ class SinkWindowLayer(CacheLayerMixin):
                 return self.keys, self.values
             return self.keys.narrow(2, 0, self.seen), self.values.narrow(2, 0, self.seen)
         self._check(key_states, value_states)
-        if storage and self.index == 0:
-            storage.check_uninterrupted()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if storage is None:
@@ -162,10 +171,10 @@ class SinkWindowLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         (batch_size, num_heads, _, head_dim), held = key_states.shape, self.keys.shape
-        given = (batch_size, num_heads, head_dim, key_states.dtype, key_states.device)
-        expected = (held[0], held[1], held[3], self.dtype, self.device)
+        given = (batch_size, num_heads, head_dim, key_states.dtype, value_states.dtype, key_states.device)
+        expected = (held[0], held[1], held[3], self.dtype, self.dtype, self.device)
         if given != expected:
-            names = ("batch size", "number of key-value heads", "head_dim", "dtype", "device")
+            names = ("batch size", "number of key-value heads", "head_dim", "dtype", "value dtype", "device")
             wrong = next(i for i in range(len(names)) if given[i] != expected[i])
             raise ValueError(
                 f"the {names[wrong]} of the keys is {given[wrong]}, but this cache holds {self.seen} tokens with "
@@ -187,6 +196,13 @@ class SinkWindowLayer(CacheLayerMixin):
         """
         self.check_positions(query_length)  # here too: beyond the end of a table a model fails before it calls update
         visible = min(self.seen, self.capacity - 1)
+        beyond = self.sliding_window is not None and visible + query_length > self.sliding_window
+        if beyond and self.seen and query_length > 1 and not self.sinks_per_query:
+            raise ValueError(
+                f"a call with {query_length} tokens on a cache that shows {visible} would lose the sinks, because the "
+                f"model's own masks end after sliding_window = {self.sliding_window} tokens. Feed these tokens with "
+                "sink_cache.stream, or one at a time."
+            )
         return visible + query_length, self.seen - visible
 
     def get_seq_length(self) -> int:
@@ -249,24 +265,17 @@ class SharedStorage:
         """
         fits = (
             (key_states.shape, value_states.shape) == self.token_shapes
-            and (key_states.dtype, key_states.device) == (self.keys.dtype, self.keys.device)
+            and key_states.dtype == value_states.dtype == self.keys.dtype
+            and key_states.device == self.keys.device
             and not (key_states.requires_grad or value_states.requires_grad)
         )
         if fits:
             self.layers[0].check_positions(1)
-            self.check_uninterrupted()
             self.present_sinks(max(0, seen + 1 - self.capacity))
             slot = seen if seen < self.capacity else self.n_sink + (seen - self.n_sink) % self.window
             self.slot = self.every_slot.narrow(0, slot, 1)
             self.step = seen
         return fits
-
-    def check_uninterrupted(self) -> None:
-        """Refuses to go on, before the first layer of a call, if the call before it did not reach the last layer."""
-        if self.layers[0].seen != self.layers[-1].seen:
-            raise ValueError(
-                "the layers of this cache have seen different numbers of tokens: a forward was interrupted. Call reset()."
-            )
 
     def present_sinks(self, shift: int) -> None:
         """Rotates the sinks of all layers forward by `shift` positions, if they are not yet."""

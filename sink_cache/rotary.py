@@ -117,23 +117,28 @@ class ForwardRotation:
     Angles are computed in float64, rotations in float32, and the result is rounded once to the keys' dtype.
 
     Args:
-        rotations (`list[Rotation]`): one for each layer; all with the same `partner`.
+        rotations (`list[Rotation]`): one for each layer; those that are no identity with the same `partner`.
         device (`torch.device`): where the keys are.
     """
 
     def __init__(self, rotations: list[Rotation], device: torch.device) -> None:
-        if len({rotation.partner for rotation in rotations}) != 1:
+        turning = [rotation for rotation in rotations if not rotation.is_identity] or rotations
+        if len({rotation.partner for rotation in turning}) != 1:
             raise ValueError("layers that rotate together must pair their dimensions in the same way")
         distinct = rotations[:1] if len(set(rotations)) == 1 else rotations
         # [layers or 1, batch, heads, tokens, head_dim], on the CPU because MPS has no float64
-        self._frequency = torch.tensor([r.frequency for r in distinct], dtype=torch.float64)[:, None, None, None, :]
-        self._partner = torch.tensor(rotations[0].partner, device=device)
+        frequency = torch.tensor([r.frequency for r in distinct], dtype=torch.float64, device="cpu")
+        self._frequency = frequency[:, None, None, None, :]
+        self._partner = torch.tensor(turning[0].partner, device=device)
         self._shifts, self._cos, self._sin = range(0), torch.empty(0), torch.empty(0)
         self._rows: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def _tabulate(self, shifts: range) -> None:
         if shifts != self._shifts:
-            angle = torch.tensor(shifts, dtype=torch.float64)[:, None, None, None, None, None] * self._frequency
+            angle = (
+                torch.tensor(shifts, dtype=torch.float64, device="cpu")[:, None, None, None, None, None]
+                * self._frequency
+            )
             self._shifts = shifts
             self._cos, self._sin = (t.float().to(self._partner.device) for t in (torch.cos(angle), torch.sin(angle)))
             self._rows = list(zip(self._cos.unbind(), self._sin.unbind(), strict=True))

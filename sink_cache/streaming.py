@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
 from .cache import SinkWindowCache
-from .discovery import text_model_class
+from .discovery import text_model
 
 
 @torch.no_grad()
@@ -45,11 +45,11 @@ def stream(
         raise TypeError(f"stream needs a SinkWindowCache, but got a {type(cache).__name__}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, but is {chunk_size}")
-    attention = text_model_class(model)[1]._attn_implementation
+    attention = text_model(model).config._attn_implementation
     if attention not in ("sdpa", "eager"):
         raise ValueError(f"stream needs attn_implementation 'sdpa' or 'eager', but this model has {attention!r}")
     batch_size, tokens = input_ids.shape
-    if chunk_size > 1 and any(DynamicCache(config=text_model_class(model)[1]).is_linear):
+    if chunk_size > 1 and any(DynamicCache(config=text_model(model).config).is_linear):
         raise NotImplementedError(
             f"stream cannot feed several tokens at once to model type {model.config.model_type!r}: it has linear-attention "
             "layers. Use chunk_size=1."
@@ -65,8 +65,8 @@ def stream(
         if room > 0 or stop - start == 1:
             yield model(chunk, position_ids=positions, past_key_values=cache, use_cache=True).logits
         else:
-            mask = _masks(model, cache, positions, attention)
             with cache.sinks_per_query():
+                mask = _masks(model, cache, positions, attention)
                 output = model(
                     chunk, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
                 )

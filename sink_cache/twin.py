@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,14 +88,14 @@ def position_scheme(
         try:
             _remembered[key] = _learn(model_class, config, buffers)
         except CannotStream as reason:
-            _remembered[key] = reason
+            _remembered[key] = str(reason)  # not the exception: its traceback would keep the live model in memory
     answer = _remembered[key]
-    if isinstance(answer, CannotStream):
-        raise CannotStream(str(answer))
+    if isinstance(answer, str):
+        raise CannotStream(answer)
     return answer
 
 
-_remembered: dict[tuple[type, str], PositionScheme | CannotStream] = {}
+_remembered: dict[tuple[type, str], PositionScheme | str] = {}
 
 
 def _learn(
@@ -179,9 +180,12 @@ def _one_token_alone(twin: PreTrainedModel, position: int) -> list[Any]:
 def build_twin(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """A float32 CPU model of this class with random weights, narrow where `config` is wide."""
     failures = []
-    for variant in range(1 + _NARROWINGS):
+    own = config._attn_implementation
+    implementations = (own,) if own in ("sdpa", "eager") else ("sdpa", "eager")  # others may need a GPU
+    for variant, attention in itertools.product(range(1 + _NARROWINGS), implementations):
         try:
             candidate = copy.deepcopy(config) if variant == 0 else _narrow(config, variant)
+            candidate._attn_implementation = attention
             with torch.device("meta"):
                 size = sum(p.numel() for p in model_class(copy.deepcopy(candidate)).parameters())
             if size > _SMALL:
@@ -243,7 +247,7 @@ def _quiet_and_apart() -> Iterator[None]:
     dtype, log = torch.get_default_dtype(), logging.getLogger("transformers")
     level = log.level
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs as well
         torch.set_default_dtype(torch.float32)
         log.setLevel(logging.CRITICAL)
         try:

@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from .cache import SinkWindowCache
-from .discovery import text_model_class
+from .discovery import text_model
 from .twin import PositionScheme, bounded_layers
 
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -67,12 +67,12 @@ def streaming_error(
     model: PreTrainedModel, scheme: PositionScheme | None, n_sink: int, window: int, tokens: int
 ) -> float:
     """The largest relative error of `SinkWindowCache` (with `scheme`, or finding its own) on random tokens."""
-    config = text_model_class(model)[1]
+    config = text_model(model).config
     cache = SinkWindowCache(n_sink, window)
     if scheme is not None:
         cache.prepare(config, scheme)
-    generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(config.vocab_size, (1, tokens), generator=generator).to(model.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    input_ids = torch.randint(config.vocab_size, (1, tokens), generator=generator, device="cpu").to(model.device)
     reference = _reference(model, input_ids, n_sink, window)
     worst = 0.0
     for t, expected in enumerate(reference):
@@ -84,7 +84,7 @@ def streaming_error(
 
 
 def _reference(model: PreTrainedModel, input_ids: torch.Tensor, n_sink: int, window: int) -> list[torch.Tensor]:
-    config = text_model_class(model)[1]
+    config = text_model(model).config
     layers = bounded_layers(config)[0]
     cache = _dynamic_cache(model, layers)
     cached: list[Any] = cache.layers
@@ -112,7 +112,7 @@ def _reference(model: PreTrainedModel, input_ids: torch.Tensor, n_sink: int, win
 
 
 def _dynamic_cache(model: PreTrainedModel, layers: list[int]) -> DynamicCache:
-    cache = DynamicCache(config=text_model_class(model)[1])
+    cache = DynamicCache(config=text_model(model).config)
     for layer in layers:
         cache.layers[layer] = DynamicLayer()
     return cache

@@ -1,8 +1,10 @@
 """Bad input and what is not supported: an error at once that says what was given and what to do, and nothing half-changed."""
 
 import copy
+import gc
 import re
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ from transformers import DynamicCache, GPT2Config, LlamaConfig, LlamaForCausalLM
 from sink_cache import SinkWindowCache, stream, verify
 
 from .families import tiny_model
+from .oracle import relative_error, streamed_logits
 from .test_exact import one_by_one, tokens
 
 
@@ -174,7 +177,10 @@ def test_frequencies_that_depend_on_the_length_are_refused(rope_type: str) -> No
 def test_alibi_is_refused_although_it_looks_like_no_positions() -> None:
     # Falcon with ALiBi takes position_ids and leaves its keys unrotated, as a model without positions would.
     model = tiny_model("falcon", alibi=True)
-    with torch.no_grad(), pytest.raises(NotImplementedError, match=r"in another way than through rotary keys|twin fails"):
+    with (
+        torch.no_grad(),
+        pytest.raises(NotImplementedError, match=r"in another way than through rotary keys|twin fails"),
+    ):
         one_by_one(model, tokens(20), SinkWindowCache(4, 8))
 
 
@@ -224,14 +230,68 @@ def test_compiled_models(llama: PreTrainedModel) -> None:
             assert cache.get_seq_length() == 0
 
 
-def test_an_interrupted_forward_is_noticed(llama: PreTrainedModel) -> None:
-    # Ctrl-C in a notebook: the first layers have taken in a token that the last ones have not.
-    cache = _used(llama)
-    cache.layers[0].seen += 1
-    with torch.no_grad(), pytest.raises(ValueError, match=re.escape("interrupted. Call reset()")):
-        llama(tokens(1), past_key_values=cache)
-    cache.reset()
-    one_by_one(llama, tokens(3), cache)
+@pytest.mark.parametrize("model_type", ["llama", "smollm3", "gemma3_text", "cohere2"])
+@pytest.mark.parametrize("seen, new", [(0, 9), (20, 1), (20, 5)])
+def test_an_interrupted_forward_is_noticed(model_type: str, seen: int, new: int) -> None:
+    # Ctrl-C in a notebook, out of memory: the first layers have taken in tokens that the last ones have not.
+    model = tiny_model(model_type, layers=4)
+    layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    for stop in range(1, 4):
+        cache = SinkWindowCache(4, 8)
+        if seen:
+            one_by_one(model, tokens(seen), cache)
+        interrupt = layers[stop].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+            model(tokens(new), past_key_values=cache)
+        interrupt.remove()
+        for retry in (new, 1):
+            with torch.no_grad(), pytest.raises(ValueError, match=re.escape("interrupted. Call reset()")):
+                model(tokens(retry), past_key_values=cache)
+        cache.reset()
+        one_by_one(model, tokens(3), cache)
+
+
+def test_a_cache_is_for_the_model_that_uses_it(llama: PreTrainedModel) -> None:
+    # Another model after a reset, a config that is not the model's, frequencies that are not the config's: all silent.
+    other = tiny_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 50.0})
+    rounded = copy.deepcopy(llama).bfloat16().float()
+    caches = [SinkWindowCache(4, 8), SinkWindowCache(4, 8, config=llama.config)]
+    one_by_one(llama, tokens(20), caches[0])
+    caches[0].reset()
+    for model, cache in [(other, caches[0]), (other, caches[1]), (rounded, SinkWindowCache(4, 8, config=llama.config))]:
+        assert relative_error(one_by_one(model, tokens(60), cache), streamed_logits(model, tokens(60), 4, 8)) <= 1e-5
+
+
+def test_positions_that_do_not_count_tokens_are_refused(llama: PreTrainedModel) -> None:
+    # Images and packed texts number several tokens alike; sinks move by tokens, so they would end up elsewhere.
+    cache = SinkWindowCache(4, 8)
+    for positions in ([0, 1, 1, 2], [0, 2, 4, 6], [3, 2, 1, 0]):
+        with torch.no_grad(), pytest.raises(NotImplementedError, match="rise by one"):
+            llama(tokens(4), position_ids=torch.tensor([positions]), past_key_values=cache)
+    with torch.no_grad():
+        llama(tokens(4), position_ids=torch.tensor([[7, 8, 9, 10]]), past_key_values=cache)
+        with pytest.raises(NotImplementedError, match="rise by one with every token, from 11 on"):
+            llama(tokens(2), position_ids=torch.tensor([[4, 5]]), past_key_values=cache)
+
+
+def test_a_long_call_on_natively_sliding_layers_is_refused() -> None:
+    # Their own mask counts from the end of the call, and would cut off the sinks.
+    model, cache = tiny_model("mistral", sliding_window=12), SinkWindowCache(4, 8)
+    one_by_one(model, tokens(30), cache)
+    with torch.no_grad(), pytest.raises(ValueError, match=re.escape("sink_cache.stream")):
+        model(tokens(6), past_key_values=cache)
+    logits = torch.cat([one_by_one(model, tokens(1), cache), *stream(model, tokens(6), cache, chunk_size=6)], dim=1)
+    assert torch.isfinite(logits).all()
+
+
+def test_a_refused_model_is_not_kept_alive() -> None:
+    model = tiny_model("gpt2", n_positions=513)
+    with torch.no_grad(), pytest.raises(NotImplementedError):
+        model(tokens(3), past_key_values=SinkWindowCache(4, 8))
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
 
 
 def test_verify_finds_a_model_that_is_not_what_its_config_says() -> None:

@@ -213,20 +213,34 @@ def test_inference_mode_and_no_grad_mix(llama: PreTrainedModel) -> None:
     assert relative_error(logits, one_by_one(llama, input_ids[:, 20:], reference)[:, 1:]) <= 1e-6
 
 
+@torch.inference_mode()
+def _copy_in_inference_mode(cache: SinkWindowCache) -> SinkWindowCache:
+    return copy.deepcopy(cache)
+
+
+def test_a_copy_made_in_inference_mode_goes_on_outside_of_it(llama: PreTrainedModel) -> None:
+    cache = SinkWindowCache(4, 8)
+    one_by_one(llama, tokens(20), cache)
+    expected = one_by_one(llama, tokens(20, seed=1), copy.deepcopy(cache))
+    assert torch.equal(one_by_one(llama, tokens(20, seed=1), _copy_in_inference_mode(cache)), expected)
+
+
 def test_the_config_alone_is_enough(llama: PreTrainedModel) -> None:
     input_ids = tokens(40)
     logits = one_by_one(llama, input_ids, SinkWindowCache(3, 5, config=llama.config))
     assert torch.equal(logits, one_by_one(llama, input_ids, SinkWindowCache(3, 5)))
 
 
-def test_the_callers_random_numbers_are_left_alone() -> None:
+def test_the_callers_random_numbers_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(
         "llama", seed=5, rope_parameters={"rope_type": "default", "rope_theta": 777.0}
     )  # never seen before
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    one_by_one(model, tokens(4), SinkWindowCache(1, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPUs were seeded"))
+        one_by_one(model, tokens(4), SinkWindowCache(1, 2))
     assert torch.equal(torch.rand(4), expected)
 
 
