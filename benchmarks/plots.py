@@ -43,7 +43,7 @@ def ppl_by_position(result: dict[str, Any], axes: Axes) -> None:
         axes.axvline(trained, color="grey", linestyle="--", label=f"trained context: {trained:,}")
     axes.set(xlabel="tokens before, in the sample", ylabel="perplexity", yscale="log")
     plain_ticks(axes)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
 def ppl_by_capacity(result: dict[str, Any], axes: Axes) -> None:
@@ -81,7 +81,7 @@ def ppl_by_capacity(result: dict[str, Any], axes: Axes) -> None:
     axes.set_xticks(capacities, [f"{capacity:,}" for capacity in capacities])
     axes.xaxis.set_minor_locator(NullLocator())
     plain_ticks(axes)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
 def plain_ticks(axes: Axes) -> None:
