@@ -172,7 +172,13 @@ class SinkWindowCache(Cache):
         self._refuse_gaps(calling_tensor("position_ids", {2, 3}), seen, new_tokens)
         if seen == 0:
             # A cache may have been prepared for another model: by config=, or in its life before a reset.
+            prepared = self._layers
             self._look_for_the_model()
+            if self._layers is not prepared and first > 0:
+                raise ValueError(
+                    "this cache was made for another model, and layers before the first of ours have used it already. "
+                    "Make a new SinkWindowCache for each model."
+                )
             if self._trained_context is not None and new_tokens > self._trained_context:
                 warnings.warn(
                     f"the first call has {new_tokens:,} tokens, and the model was trained on {self._trained_context:,} "

@@ -262,6 +262,23 @@ def test_a_cache_is_for_the_model_that_uses_it(llama: PreTrainedModel) -> None:
         assert relative_error(one_by_one(model, tokens(60), cache), streamed_logits(model, tokens(60), 4, 8)) <= 1e-5
 
 
+def test_another_model_whose_first_layers_are_not_ours_needs_a_new_cache() -> None:
+    # Its sliding layers have taken in the tokens before the first of our layers can see that the model changed.
+    model, other = (
+        tiny_model("gemma3_text"),
+        tiny_model("gemma3_text", query_pre_attn_scalar=16, max_position_embeddings=999),
+    )
+    rope = other.model.rotary_emb
+    for name, buffer in rope.named_buffers():
+        if "inv_freq" in name:
+            buffer.mul_(0.9)
+    cache = SinkWindowCache(4, 8)
+    one_by_one(model, tokens(20), cache)
+    cache.reset()
+    with torch.no_grad(), pytest.raises(ValueError, match="Make a new SinkWindowCache for each model"):
+        other(tokens(3), past_key_values=cache)
+
+
 def test_positions_that_do_not_count_tokens_are_refused(llama: PreTrainedModel) -> None:
     # Images and packed texts number several tokens alike; sinks move by tokens, so they would end up elsewhere.
     cache = SinkWindowCache(4, 8)

@@ -109,6 +109,23 @@ def test_generate_equals_a_loop_by_hand(llama: PreTrainedModel, prompt: int) -> 
     assert cache.get_seq_length() == prompt + 49
 
 
+def test_generate_in_turns_and_in_pieces(llama: PreTrainedModel) -> None:
+    # generate() slices each turn's prompt with get_seq_length(); a bounded value would feed old tokens again.
+    greedy = {"do_sample": False, "eos_token_id": None}
+    prompt, cache = tokens(30), SinkWindowCache(4, 8)
+    first = llama.generate(prompt, past_key_values=cache, max_new_tokens=15, prefill_chunk_size=7, **greedy)
+    second_prompt = torch.cat([first, tokens(9, seed=1)], dim=1)
+    second = llama.generate(second_prompt, past_key_values=cache, max_new_tokens=15, **greedy)
+    by_hand, fed = SinkWindowCache(4, 8), 0
+    with torch.no_grad():
+        for length in (7, 14, 21, 28, 30, *range(31, 45), 54, *range(55, 69)):
+            logits = llama(second[:, fed:length], past_key_values=by_hand).logits[:, -1]
+            if length >= 54 or 30 <= length < 45:
+                assert second[0, length] == logits.argmax()
+            fed = length
+    assert cache.get_seq_length() == by_hand.get_seq_length() == 68
+
+
 def test_equals_dynamic_cache_until_full(llama: PreTrainedModel) -> None:
     input_ids = tokens(20, batch_size=2)
     with torch.no_grad():
