@@ -112,7 +112,7 @@ class SinkWindowCache(Cache):
                 f"SinkWindowCache does not support model type {config.model_type!r} ({model_class.__name__}): {reason}. "
                 "Use DynamicCache with this model."
             ) from reason
-        if scheme != self._scheme or len(self._layers) != len(DynamicCache(config=config).layers):
+        if not self._layers or not scheme.agrees_with(self._scheme):
             self._make_layers(config, scheme)
 
     def prepare(self, config: PreTrainedConfig, scheme: PositionScheme) -> None:
@@ -206,8 +206,10 @@ class SinkWindowCache(Cache):
         counted = torch.arange(new_tokens, device=position_ids.device) + self._first_position + seen
         if not torch.equal(position_ids, counted.expand_as(position_ids).to(position_ids.dtype)):
             raise NotImplementedError(
-                f"SinkWindowCache needs positions that rise by one with every token, from {self._first_position + seen:,} on in "
-                f"this call, but position_ids are {position_ids.flatten()[:8].tolist()}… (of images, or packed texts?)."
+                f"SinkWindowCache needs positions that rise by one with every token, from {self._first_position + seen:,} "
+                f"on in this call, but position_ids are {position_ids.flatten()[:8].tolist()}… For another text, call "
+                "reset(); after stream() of a prompt, generate() needs one token more than was streamed; images and "
+                "packed texts are not supported."
             )
 
     def _share_storage(self) -> None:

@@ -44,7 +44,9 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
     """The text decoder in `model`: itself, or a part of a model of several modalities."""
     config = model.config.get_text_config(decoder=True)
     parts = (module for module in model.modules() if isinstance(module, PreTrainedModel) and module.config is config)
-    return next(parts, model)
+    # Without its head, so that generate(), called on the whole, and forward(), running in the part, show the same.
+    decoder = next(parts, model).base_model
+    return decoder if isinstance(decoder, PreTrainedModel) else model
 
 
 def class_for_config(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
@@ -54,7 +56,7 @@ def class_for_config(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], P
         ValueError: if transformers has none (remote code).
     """
     config = config.get_text_config(decoder=True)
-    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING):
+    for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
         model_class = mapping.get(type(config), None)
         if isinstance(model_class, type):
             return model_class, config

@@ -41,6 +41,11 @@ class Rotation:
         """Whether nothing turns: a layer without rotary embedding."""
         return not any(self.frequency)
 
+    def is_close_to(self, other: Rotation) -> bool:
+        """Whether both turn the same dimensions together, at frequencies that differ only by rounding."""
+        pairs = zip(self.frequency, other.frequency, strict=False)
+        return self.partner == other.partner and all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in pairs)
+
 
 def fit_rotation(keys: dict[int, torch.Tensor], tolerance: float = 1e-3) -> Rotation:
     """Finds the rotation in keys of the same tokens at several positions.

@@ -48,6 +48,15 @@ class PositionScheme:
     sliding_window: int | None
     max_position: int | None
 
+    def agrees_with(self, other: PositionScheme | None) -> bool:
+        """Whether both say the same, up to the rounding with which frequencies were learned."""
+        return (
+            other is not None
+            and (self.sliding_window, self.max_position) == (other.sliding_window, other.max_position)
+            and self.rotations.keys() == other.rotations.keys()
+            and all(rotation.is_close_to(other.rotations[layer]) for layer, rotation in self.rotations.items())
+        )
+
 
 def bounded_layers(config: PreTrainedConfig) -> tuple[list[int], int | None]:
     """The layers that a sink window replaces, and their native sliding window if they have one.

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .cache import SinkWindowCache
 from .discovery import text_model
-from .twin import PositionScheme, bounded_layers
+from .twin import CannotStream, PositionScheme, bounded_layers
 
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -53,6 +53,10 @@ def verify(
     try:
         with torch.no_grad():
             error = streaming_error(model, None, n_sink, window, tokens)
+    except CannotStream as reason:
+        raise NotImplementedError(
+            f"SinkWindowCache does not support model type {model.config.model_type!r}: {reason}. Use DynamicCache."
+        ) from reason
     finally:
         model.train(training)
     if not error <= limit:
