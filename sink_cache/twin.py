@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .rotary import NotARotation, Rotation, first_unexplained, fit_rotation
 
-_SMALL = 100_000_000  # parameters that a twin may have
+_SMALL = 150_000_000  # parameters that a twin may have
 _TOKENS = 16
 
 
@@ -211,7 +211,7 @@ def build_twin(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> 
     )
 
 
-_NARROWINGS = 3
+_NARROWINGS = 4
 
 
 def _narrow(config: PreTrainedConfig, variant: int) -> PreTrainedConfig:
@@ -219,7 +219,7 @@ def _narrow(config: PreTrainedConfig, variant: int) -> PreTrainedConfig:
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     own_head_dim = getattr(config, "head_dim", None)
-    few_kv_heads = 1 if variant == 3 else min(kv_heads, 2)
+    few_kv_heads = min(kv_heads, {3: 1, 4: 4}.get(variant, 2))  # CodeGen wants a multiple of 4
     few_heads = few_kv_heads * min(heads // kv_heads, 2)
     changes = {"num_attention_heads": few_heads, "num_key_value_heads": few_kv_heads}
     # Where the head size is a setting of its own the hidden size is free; elsewhere it is their product.
@@ -233,6 +233,8 @@ def _narrow(config: PreTrainedConfig, variant: int) -> PreTrainedConfig:
         if isinstance(value, int) and "experts" in name and "per_tok" not in name and value > 4:
             changes[name] = max(4, getattr(config, "num_experts_per_tok", None) or 0)
     narrow = copy.deepcopy(config)
+    if hasattr(narrow, "n_inner"):  # GPT-J and CodeGen: None there means four times the hidden size
+        narrow.n_inner = 64
     for name, value in changes.items():
         if getattr(narrow, name, None) is not None:
             setattr(narrow, name, value)
