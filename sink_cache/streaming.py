@@ -45,11 +45,12 @@ def stream(
         raise TypeError(f"stream needs a SinkWindowCache, but got a {type(cache).__name__}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, but is {chunk_size}")
-    attention = text_model(model).config._attn_implementation
+    config = text_model(model).config
+    attention = config._attn_implementation
     if attention not in ("sdpa", "eager"):
         raise ValueError(f"stream needs attn_implementation 'sdpa' or 'eager', but this model has {attention!r}")
     batch_size, tokens = input_ids.shape
-    if chunk_size > 1 and any(DynamicCache(config=text_model(model).config).is_linear):
+    if chunk_size > 1 and any(DynamicCache(config=config).is_linear):
         raise NotImplementedError(
             f"stream cannot feed several tokens at once to model type {model.config.model_type!r}: it has linear-attention "
             "layers. Use chunk_size=1."
@@ -63,14 +64,15 @@ def stream(
         positions = torch.arange(seen, seen + stop - start, device=input_ids.device).expand(batch_size, -1)
         chunk = input_ids[:, start:stop]
         if room > 0 or stop - start == 1:
-            yield model(chunk, position_ids=positions, past_key_values=cache, use_cache=True).logits
+            output = model(chunk, position_ids=positions, past_key_values=cache, use_cache=True)
         else:
             with cache.sinks_per_query():
                 mask = _masks(model, cache, positions, attention)
                 output = model(
                     chunk, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
                 )
-            yield output.logits
+        yield output.logits
+        del output  # or its logits would still be in memory while the next ones are made
         start = stop
 
 
