@@ -12,15 +12,17 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import gc
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +37,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 from transformers import Cache
 
@@ -45,6 +48,9 @@ SCHEMA_VERSION = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "numpy", "sink-cache")
 MIB = 2**20
+SDPA_CHOICES = ("auto", "flash", "efficient", "math", "cudnn", "no-cudnn")
+# Beyond these spreads nothing is concluded; an earlier study's ± 43% is one of them.
+WIDEST_STD, WIDEST_PERCENTILES, WIDEST_INTERVAL = 0.2, 0.5, 0.1
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -185,6 +191,17 @@ class Clock:
         return time.perf_counter()
 
 
+@contextlib.contextmanager
+def garbage_collector_off() -> Iterator[None]:
+    """Within, Python does not stop to look for garbage; it is collected before."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def progress_bar(total: int, description: str, unit: str = " tokens", *, disable: bool = False) -> tqdm[NoReturn]:
     """Return a progress bar on stderr that shows units per second and leaves no line behind when closed."""
     return tqdm(
@@ -195,6 +212,77 @@ def progress_bar(total: int, description: str, unit: str = " tokens", *, disable
 def no_progress_bar() -> tqdm[NoReturn]:
     """Return a progress bar that shows nothing."""
     return tqdm(disable=True)
+
+
+class Hardware:
+    """What a device can do at most, measured: nothing on it is faster than these rates allow."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.large = device.type != "cpu"
+
+    def copy_bytes_per_s(self) -> float:
+        """Return bytes read and written per second when a large tensor is copied."""
+        source = torch.ones((2**30 if self.large else 2**27) // 4, device=self.device)
+        target = torch.empty_like(source)
+        return 2 * source.nbytes / self._best_seconds(lambda: target.copy_(source))
+
+    def matrix_flops_per_s(self) -> float:
+        """Return floating-point operations per second of a large matrix product."""
+        size = 8192 if self.large else 1024
+        left, right = (torch.randn(size, size, device=self.device, dtype=self.dtype) for _ in range(2))
+        return 2 * size**3 / self._best_seconds(lambda: left @ right)
+
+    def _best_seconds(self, work: Callable[[], Any]) -> float:
+        clock, times = Clock(self.device), []
+        for _ in range(10):
+            start = clock.now()
+            work()
+            times.append(clock.now() - start)
+        return min(times[2:])
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def choose_sdpa(name: str) -> dict[str, bool]:
+    """Switch torch's attention backends for this process, and return which are on.
+
+    Args:
+        name (`str`): `auto` changes nothing, `no-cudnn` leaves out one, any other of `SDPA_CHOICES` is the only one left.
+    """
+    on = {}
+    for backend in ("flash", "mem_efficient", "math", "cudnn"):
+        if name != "auto":
+            enable = getattr(torch.backends.cuda, f"enable_{backend}_sdp")
+            enable(backend != "cudnn" if name == "no-cudnn" else backend.endswith(name))
+        on[backend] = bool(getattr(torch.backends.cuda, f"{backend}_sdp_enabled")())
+    return on
+
+
+def attention_kernel(names: Collection[str]) -> str:
+    """Return which attention kernel is among the names of kernels or operators."""
+    # In this order: the kernels of cuDNN call themselves flash, too.
+    signs = {
+        "cudnn": "cudnn",
+        "flash": "flash",
+        "fmha": "efficient",
+        "efficient_attention": "efficient",
+        "softmax": "math",
+    }
+    return next((kernel for sign, kernel in signs.items() if any(sign in name.lower() for name in names)), "unknown")
+
+
+class Operators(TorchDispatchMode):
+    """A context that notes the names of all operators that run within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -317,22 +405,59 @@ def ratio_interval(
     denominators: Sequence[float],
     statistic: Callable[..., Any] = np.median,
     *,
+    paired: bool = False,
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
     """Return the percentile bootstrap interval of `statistic(numerators) / statistic(denominators)`.
 
-    Both sides are resampled independently: they are measurements of two arms, not pairs.
+    Args:
+        paired (`bool`): value i of both sides was measured at one time, so they are resampled together, and what slows
+            down both cancels. By default the sides are resampled independently.
     """
     generator = np.random.default_rng(seed)
     sides = []
     for values in (numerators, denominators):
         array = np.asarray(values, dtype=np.float64)
-        sides.append(statistic(array[generator.integers(len(array), size=(resamples, len(array)))], axis=1))
+        if not (paired and sides):
+            chosen = generator.integers(len(array), size=(resamples, len(array)))
+        sides.append(statistic(array[chosen], axis=1))
     tail = (1 - confidence) / 2
     low, high = np.quantile(sides[0] / sides[1], (tail, 1 - tail))
     return float(low), float(high)
+
+
+def spread_warning(values: Sequence[float]) -> str:
+    """Return in words that measurements are too far apart to conclude anything from them, or an empty string."""
+    numbers = summary(values)
+    spreads = {
+        "std / mean": (numbers["std"] / numbers["mean"], WIDEST_STD),
+        "(p95 - p5) / median": ((numbers["p95"] - numbers["p5"]) / numbers["median"], WIDEST_PERCENTILES),
+    }
+    wide = [f"{what} is {spread:.0%}" for what, (spread, widest) in spreads.items() if spread > widest]
+    return f"the spread is too wide to conclude from ({', '.join(wide)})" if wide else ""
+
+
+def ratio_of_rounds(above: Sequence[Sequence[float]], below: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Compare two arms that took turns.
+
+    Args:
+        above, below: for each round, the raw numbers of that arm's turn.
+
+    Returns:
+        `value`, the ratio of the medians; `low` and `high`, its interval when rounds are resampled, because steps of one turn
+        are not independent; `note`, in words what cannot be concluded, or an empty string.
+    """
+    flat = [[number for turn in side for number in turn] for side in (above, below)]
+    value = float(np.median(flat[0]) / np.median(flat[1]))
+    low, high = ratio_interval(*([float(np.median(turn)) for turn in side] for side in (above, below)), paired=True)
+    note = ""
+    if any(spread_warning(side) for side in flat) or (high - low) / value > WIDEST_INTERVAL:
+        note = "no conclusion: the spread is too wide"
+    elif low <= 1 <= high:
+        note = "no difference can be told"
+    return {"value": value, "low": low, "high": high, "note": note}
 
 
 # --- result files ----------------------------------------------------------------------------------------------------
@@ -398,6 +523,13 @@ def describe_device(device: torch.device) -> dict[str, Any]:
     return described
 
 
+def device_name(device: torch.device) -> str:
+    """Return what a device is called in titles, such as `NVIDIA H100 80GB HBM3` or `AMD EPYC, 2 threads`."""
+    name: str = describe_device(device)["name"]
+    threads = torch.get_num_threads()
+    return name if device.type == "cuda" else f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+
+
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -439,9 +571,15 @@ def output_folder(path: str | Path) -> Path:
     return folder
 
 
+def file_stem(*parts: str) -> str:
+    """Return a file name, without its ending, made of words: `ppl-pythia-70m-random-weights-…`."""
+    return re.sub(r"[^a-z0-9.]+", "-", " ".join(parts).lower()).strip("-")
+
+
 def write_json(path: Path, result: dict[str, Any]) -> None:
     """Write a result file in one rename, so that a reader never sees half of it and an interruption loses nothing."""
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+    text = re.sub(r"\[[-+.e\d,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text)  # raw numbers, on one line
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as temporary:
         temporary.write(text + "\n")
     # A temporary file is private to its owner; a result is for everybody.

@@ -68,6 +68,17 @@ SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
+def shape_config(shape: str) -> PreTrainedConfig:
+    """Return the config of a known shape.
+
+    Raises:
+        BenchmarkError: the shape is unknown.
+    """
+    if shape not in SHAPES:
+        raise BenchmarkError(f"unknown shape {shape!r}: choose {', '.join(SHAPES)}")
+    return SHAPES[shape]()
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model in evaluation mode on its device, its tokenizer (None with random weights), and what it is called."""
@@ -155,9 +166,24 @@ def random_model(
     Raises:
         BenchmarkError: the shape is unknown.
     """
-    if shape not in SHAPES:
-        raise BenchmarkError(f"unknown shape {shape!r}: choose {', '.join(SHAPES)}")
+    config = shape_config(shape)
     torch.manual_seed(seed)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=dtype, attn_implementation=attn_implementation)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
     return LoadedModel(model.eval(), None, f"{shape} (random weights)")
+
+
+def step_weight_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of weights that one token needs: of an embedding that is not also the output layer, one row."""
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    return weight_bytes(model) - (0 if output.weight is embedding.weight else embedding.weight.nbytes)
+
+
+def forward_flops(model: PreTrainedModel, tokens: int) -> int:
+    """Return the operations of a forward over `tokens` that gives logits for the last: products, and causal attention."""
+    output = model.get_output_embeddings()
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not output]
+    config = model.config.get_text_config(decoder=True)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 2 * tokens**2 * config.num_attention_heads * head_dim * config.num_hidden_layers
+    return 2 * tokens * sum(one.weight.numel() for one in linear) + attention + 2 * output.weight.numel()

@@ -1,6 +1,6 @@
 """Plots of result files, which are all that they need; nothing is measured here.
 
-python -m benchmarks.plots results/ppl-*.json --output results
+python -m benchmarks.plots results/ppl-*.json results/latency-*.json --output results
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from .harness import BenchmarkError, Parser, output_folder, read_json, run
+from .harness import MIB, BenchmarkError, Parser, output_folder, read_json, run
 
 COLORMAPS = {"sink": "Blues", "window": "Oranges", "recompute": "Greens"}
 MARKERS = {"sink": "o", "window": "s", "recompute": "^"}
@@ -85,14 +85,87 @@ def ppl_by_capacity(result: dict[str, Any], axes: Axes) -> None:
 
 
 def plain_ticks(axes: Axes) -> None:
-    """Write a logarithmic axis of perplexities in plain numbers, also where it spans less than a decade."""
+    """Write a logarithmic axis in plain numbers, also where it spans less than a decade."""
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
     axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:,g}"))
 
 
+def latency_per_token(result: dict[str, Any], axes: Axes) -> None:
+    """Draw the time of a step against the context, for all arms, with what the hardware allows as thin dotted lines."""
+    for (arm, compiled, capacity), rows, colour in _latency_curves(result):
+        contexts, label = [row["context"] for row in rows], _latency_label(arm, compiled, capacity)
+        if arm == "recompute":
+            axes.axhline(rows[0]["median_ms"], color=colour, label=f"{label}, at any context")
+            continue
+        style: dict[str, Any] = {"linestyle": "--" if compiled else "-", "marker": "x" if compiled else "o"}
+        if arm == "dense-at-capacity":
+            style, label = {"linestyle": "-.", "linewidth": 1}, f"dense, {capacity:,} tokens: the ceiling of sink"
+        axes.plot(contexts, [row["median_ms"] for row in rows], color=colour, label=label, markersize=5, **style)
+        first = [(row["context"], row["first_time"]["median_ms"]) for row in rows if row["first_time"]]
+        if first:
+            label = "dense, lengths never seen before"
+            axes.plot(*zip(*first, strict=True), color=colour, linestyle="", marker="^", fillstyle="none", label=label)
+        if arm in ("dense", "sink") and not compiled:
+            axes.plot(contexts, [row["floor_ms"] for row in rows], color=colour, linestyle=":", linewidth=1)
+    axes.plot([], [], color="black", linestyle=":", linewidth=1, label="floors: bytes read / bandwidth")
+    axes.set(ylabel="ms per token, median", yscale="log")
+    _context_axis(result, axes)
+    plain_ticks(axes)
+
+
+def latency_cache(result: dict[str, Any], axes: Axes) -> None:
+    """Draw the memory of the cache against the context."""
+    for (arm, compiled, capacity), rows, colour in _latency_curves(result):
+        if arm in ("dense", "sink", "static") and not compiled:
+            sizes = [row["cache_bytes"] / MIB for row in rows]
+            label = _latency_label(arm, compiled, capacity)
+            # Static is as large as dense, so its line must not cover the other's.
+            line = {"linestyle": ":", "linewidth": 4} if arm == "static" else {"marker": "o"}
+            axes.plot([row["context"] for row in rows], sizes, color=colour, label=label, **line)
+    weights = result["model"]["weight_bytes"] / MIB
+    axes.axhline(weights, color="grey", linestyle="-.", label="the model's weights, for comparison")
+    axes.set(ylabel="MiB", yscale="log")
+    _context_axis(result, axes)
+    plain_ticks(axes)
+
+
+def _latency_curves(result: dict[str, Any]) -> list[tuple[tuple[str, bool, int | None], list[dict[str, Any]], Any]]:
+    """Return for each arm what it is (name, compiled, capacity), its rows by context, and its colour."""
+    curves: dict[tuple[str, bool, int | None], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        if not row["reason"]:
+            curves.setdefault((row["arm"], row["compiled"], row["capacity"]), []).append(row)
+    capacities = sorted({capacity for _, _, capacity in curves if capacity is not None})
+    colours: list[Any] = []
+    for arm, _, capacity in curves:
+        shade = 0.4 + 0.55 * (capacities.index(capacity) + 1) / len(capacities) if capacity else 0.8
+        named = {"dense": "Greys", "dense-at-capacity": "Greys", "static": "Purples"}
+        colours.append(mpl.colormaps[named.get(arm) or COLORMAPS.get(arm, "Reds")](1.0 if arm == "dense" else shade))
+    return [
+        (what, sorted(rows, key=lambda row: row["context"]), colour)
+        for (what, rows), colour in zip(curves.items(), colours, strict=True)
+    ]
+
+
+def _latency_label(arm: str, compiled: bool, capacity: int | None) -> str:
+    return arm + (f", {capacity:,} tokens" if capacity else "") + (", compiled" if compiled else "")
+
+
+def _context_axis(result: dict[str, Any], axes: Axes) -> None:
+    contexts = sorted({row["context"] for row in result["rows"]})
+    axes.set(xlabel="context: tokens of text before", xscale="log")
+    axes.set_xticks(contexts, [f"{context:,}" for context in contexts], rotation=30)
+    axes.xaxis.set_minor_locator(NullLocator())
+    trained = result["model"]["trained_context"]
+    if trained is not None and trained < contexts[-1]:
+        axes.axvline(trained, color="grey", linestyle="--", linewidth=1, label=f"trained context: {trained:,}")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
+
+
 PLOTS: dict[str, dict[str, Callable[[dict[str, Any], Axes], None]]] = {
     "ppl": {"by-position": ppl_by_position, "by-capacity": ppl_by_capacity},
+    "latency": {"per-token": latency_per_token, "cache": latency_cache},
 }
 
 

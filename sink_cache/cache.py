@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -14,7 +15,10 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from .discovery import calling_model, calling_tensor, class_for_config, padding_mask_of_caller, text_model
+from .masks import ChunkOffset, let_masks_show_each_query_its_sinks
 from .ring import POSITION_LIMIT, SharedStorage, SinkWindowLayer
+from .rotary import ForwardRotation
+from .static import DevicePositions, StaticSinkWindowLayer
 from .twin import CannotStream, PositionScheme, position_scheme
 
 _LARGEST_TABLE = 2**20  # numbers in a buffer
@@ -58,18 +62,26 @@ class SinkWindowCache(Cache):
     ```
     """
 
-    def __init__(self, n_sink: int, window: int, *, config: PreTrainedConfig | None = None) -> None:
+    def __init__(
+        self, n_sink: int, window: int, *, compileable: bool = False, config: PreTrainedConfig | None = None
+    ) -> None:
         for name, value, least in (("n_sink", n_sink, 0), ("window", window, 1)):
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an integer, but is {value!r} of type {type(value).__name__}")
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, but is {value}")
+        if not isinstance(compileable, bool):
+            raise TypeError(f"compileable must be True or False, but is {compileable!r}")
         self.n_sink, self.window, self.capacity = n_sink, window, n_sink + window
+        self.compileable = compileable
         self._trained_context: int | None = None
         self._scheme: PositionScheme | None = None
         self._first, self._ends = 0, (0, 0)  # the first of our layers; the first and the last layer of attention
         self._looks = True
-        self._first_position = 0
+        self._first_positions = (0,)  # of the first token, one for each row or one for all
+        self._exact = self._recording = False
+        self._chunk: ChunkOffset | None = None
+        self._positions_moved = False  # and have not been looked at since
         super().__init__(layers=[])
         if config is not None:
             if not isinstance(config, PreTrainedConfig):
@@ -127,10 +139,16 @@ class SinkWindowCache(Cache):
                 f"most sliding_window = {scheme.sliding_window} tokens. Choose n_sink + window <= {scheme.sliding_window}."
             )
         layers = DynamicCache(config=config).layers
-        max_position = min(POSITION_LIMIT, scheme.max_position or POSITION_LIMIT)
-        for index, rotation in scheme.rotations.items():
-            layers[index] = SinkWindowLayer(self.n_sink, self.window, rotation, max_position, scheme.sliding_window)
-        self._layers, self._first = layers, min(scheme.rotations)
+        limits = min(POSITION_LIMIT, scheme.max_position or POSITION_LIMIT), scheme.sliding_window
+        ours: dict[int, SinkWindowLayer]
+        if self.compileable:
+            ours = self._static_layers(layers, scheme, limits, config)
+        else:
+            ours = {i: SinkWindowLayer(self.n_sink, self.window, r, *limits) for i, r in scheme.rotations.items()}
+        for index, layer in ours.items():
+            layers[index] = layer
+            layer.exact_chunks, layer.recording = self._exact or self._recording, self._recording
+        self._layers, self._first = layers, min(ours)
         attention = [
             i for i, layer in enumerate(layers) if isinstance(layer, (SinkWindowLayer, DynamicSlidingWindowLayer))
         ]
@@ -138,47 +156,74 @@ class SinkWindowCache(Cache):
         self._scheme = scheme
         self._trained_context = getattr(config, "max_position_embeddings", None)
 
+    def _static_layers(
+        self, layers: list[Any], scheme: PositionScheme, limits: tuple[int, int | None], config: PreTrainedConfig
+    ) -> dict[int, SinkWindowLayer]:
+        """Ours for full attention; for sliding layers too, as rings without sinks: transformers' own move all their keys."""
+        rotations = dict(sorted({**scheme.rotations, **scheme.sliding}.items()))
+        for index, layer in enumerate(layers):
+            if index not in rotations and not layer.is_compileable:
+                raise NotImplementedError(
+                    f"compileable=True is not possible for model type {config.model_type!r}: layer {index} has a "
+                    f"{type(layer).__name__}, whose shapes change or whose keys cannot be moved. Leave compileable out."
+                )
+        positions = DevicePositions()
+        static: dict[int, SinkWindowLayer] = {}
+        for index, rotation in rotations.items():
+            bounded = index in scheme.rotations
+            sizes = (self.n_sink, self.window) if bounded else (0, layers[index].sliding_window)
+            is_last = index == max(rotations)
+            static[index] = StaticSinkWindowLayer(
+                *sizes, rotation, *limits, positions=positions, is_last=is_last, is_sliding=not bounded
+            )
+        return static
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores the new keys and values of one layer and returns those to attend to; see `SinkWindowLayer.update`."""
+        layers = self._layers
+        attended: tuple[torch.Tensor, torch.Tensor]
+        if self.compileable and key_states.shape[2] == 1 and layers and layers[layer_idx].is_initialized:
+            attended = layers[layer_idx].update(key_states, value_states)
+            return attended
         if torch.compiler.is_compiling():
-            compiled: tuple[torch.Tensor, torch.Tensor]
-            compiled = self._outside_of_graphs(self.update, key_states, value_states, layer_idx, *args, **kwargs)
-            return compiled
-        layers = self._layers or self.layers
-        if not layers:
+            attended = self._outside_of_graphs(self.update, key_states, value_states, layer_idx, *args, **kwargs)
+            return attended
+        if not layers and not self.layers:
             raise ValueError(
                 "this SinkWindowCache cannot see a transformers model among its callers. Pass "
                 "SinkWindowCache(..., config=model.config)."
             )
-        layer = layers[layer_idx]
+        layer = self._layers[layer_idx]
         if isinstance(layer, SinkWindowLayer):
             if layer_idx == self._first:
-                self._begin_call(layer_idx, key_states.shape[2])
+                self._begin_call(key_states.shape[2])
                 layer = self._layers[layer_idx]
-            if layer.seen and layer.storage is None:
+            if layer.storage is None and layer.position and not self.compileable:
                 self._share_storage()
-        attended: tuple[torch.Tensor, torch.Tensor] = layer.update(key_states, value_states, *args, **kwargs)
+        attended = layer.update(key_states, value_states, *args, **kwargs)
         return attended
 
-    def _begin_call(self, first: int, new_tokens: int) -> None:
+    def _begin_call(self, new_tokens: int) -> None:
         """All that has to be right before the first of our layers takes in the tokens of a call."""
-        seen = self._layers[first].seen
+        layer = self._layers[self._first]
+        seen = layer.get_seq_length()
         self._refuse_interrupted(new_tokens)
-        if seen and new_tokens == 1:
+        if seen and new_tokens == 1 and not self._positions_moved:
             return
-        self._refuse_padding(calling_tensor("attention_mask", {2}))
-        self._refuse_gaps(calling_tensor("position_ids", {2, 3}), seen, new_tokens)
+        self._note_padding(calling_tensor("attention_mask", {2}))
         if seen == 0:
             # A cache may have been prepared for another model: by config=, or in its life before a reset.
-            prepared = self._layers
+            prepared, pads = self._layers, layer.pads
             self._look_for_the_model()
-            if self._layers is not prepared and first > 0:
+            if self._layers is not prepared and self._first > 0:
                 raise ValueError(
                     "this cache was made for another model, and layers before the first of ours have used it already. "
                     "Make a new SinkWindowCache for each model."
                 )
+            self._set_pads(pads)
+            layer = self._layers[self._first]
             if self._trained_context is not None and new_tokens > self._trained_context:
                 warnings.warn(
                     f"the first call has {new_tokens:,} tokens, and the model was trained on {self._trained_context:,} "
@@ -186,6 +231,17 @@ class SinkWindowCache(Cache):
                     "in pieces that attend to no more than the cache holds.",
                     stacklevel=3,
                 )
+        self._refuse_gaps(calling_tensor("position_ids", {2, 3}), seen, new_tokens)
+        self._positions_moved = False
+        if layer.evicts_within(new_tokens):
+            chunk, self._chunk = self._chunk, None
+            if chunk is None or not chunk.used:
+                raise NotImplementedError(
+                    "stream() and assisted decoding need attn_implementation='sdpa' or 'eager' and no 4-D attention_mask: "
+                    "each query sees its own copy of the sinks, and only these masks can say so."
+                )
+        if layer.recording:
+            self._record(new_tokens)
 
     def _refuse_interrupted(self, new_tokens: int) -> None:
         """Wherever a forward was interrupted, one end of the cache shows it; `new_tokens`: what ours have not yet seen."""
@@ -201,15 +257,21 @@ class SinkWindowCache(Cache):
         """Sinks move by the number of evicted tokens, so positions must count tokens."""
         if position_ids is None or position_ids.shape[-1] != new_tokens or position_ids.is_floating_point():
             return
+        layer = self._layers[self._first]
+        pads = torch.tensor(layer.pads or (0,))[:, None]
+        index = torch.arange(new_tokens) + seen
+        counted = index - pads - layer.rebased
+        given = position_ids.cpu()
         if seen == 0:
-            self._first_position = int(position_ids.flatten()[0])
-        counted = torch.arange(new_tokens, device=position_ids.device) + self._first_position + seen
-        if not torch.equal(position_ids, counted.expand_as(position_ids).to(position_ids.dtype)):
+            self._first_positions = tuple((given - counted).reshape(-1, new_tokens)[:, -1].tolist())
+        if layer.pads or given.ndim == 2:
+            counted = counted + torch.tensor(self._first_positions)[:, None]
+        if not ((given == counted) | (index < pads)).all():
             raise NotImplementedError(
-                f"SinkWindowCache needs positions that rise by one with every token, from {self._first_position + seen:,} "
-                f"on in this call, but position_ids are {position_ids.flatten()[:8].tolist()}… For another text, call "
-                "reset(); after stream() of a prompt, generate() needs one token more than was streamed; images and "
-                "packed texts are not supported."
+                f"SinkWindowCache needs positions that rise by one with every token of a row, from "
+                f"{counted[0, 0]:,} on in this call, but position_ids are {given.flatten()[:8].tolist()}… For another "
+                "text, call reset(); after stream() of a prompt, generate() needs one token more than was streamed; after "
+                "rebase(), use next_position_ids(); images and packed texts are not supported."
             )
 
     def _share_storage(self) -> None:
@@ -223,39 +285,100 @@ class SinkWindowCache(Cache):
                 together = [one for one in layers if one.rotation.partner == partner or one.rotation.is_identity]
                 SharedStorage([layer for layer in together if layer.storage is None])
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, Any]:
         """Returns `(kv_length, kv_offset)` for a layer; called by the mask-building code before any layer runs."""
-        if torch.compiler.is_compiling():
+        static = self.compileable and query_length == 1
+        if torch.compiler.is_compiling() and not static:
             sizes: tuple[int, int] = self._outside_of_graphs(self.get_mask_sizes, query_length, layer_idx)
             return sizes
-        if self.layers:
-            self._refuse_padding(padding_mask_of_caller())
-            self._refuse_interrupted(0)
+        if self.layers and not torch.compiler.is_compiling():
+            mask = padding_mask_of_caller()
+            self._note_padding(mask)
+            if not static:
+                self._refuse_interrupted(0)
+                self._refuse_to_forget_padding(mask)
         return super().get_mask_sizes(query_length, layer_idx)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int | torch.Tensor:  # type: ignore[override]
+        """The index of the next token in masks."""
+        layer = self.layers[layer_idx] if self.layers else None
+        if isinstance(layer, SinkWindowLayer) and layer.exact_chunks:
+            self._chunk = ChunkOffset.of(layer)
+            return self._chunk
+        if isinstance(layer, StaticSinkWindowLayer):
+            return layer.get_query_offset()
+        return super().get_query_offset(layer_idx)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, ever. In a compiled step of a compileable cache: the position of the next token, a tensor."""
+        if self.compileable and torch.compiler.is_compiling():
+            position: int = self._layers[self._first].get_query_offset()
+            return position
+        return super().get_seq_length(layer_idx)
 
     # Applied to the methods themselves, the decorator would cost more at every call than all else that they do.
     @torch.compiler.disable(reason=_NOT_IN_GRAPHS)  # type: ignore[untyped-decorator]
     def _outside_of_graphs(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return method(*args, **kwargs)
 
-    def _refuse_padding(self, mask: torch.Tensor | None) -> None:
-        if mask is not None and not mask.all():
+    def _ours(self) -> list[SinkWindowLayer]:
+        return [layer for layer in self._layers if isinstance(layer, SinkWindowLayer)]
+
+    def _note_padding(self, mask: torch.Tensor | None) -> None:
+        """Learns from a mask `[batch_size, length]` how many pads each row began with; refuses what is not left padding."""
+        if mask is None or (not (pads := self._layers[self._first].pads) and mask.all()):
+            return
+        real = mask.bool().cpu()
+        zeros = tuple((~real).sum(dim=1).tolist())
+        if not torch.equal(real, torch.arange(mask.shape[-1]) >= torch.tensor(zeros)[:, None]):
             raise NotImplementedError(
-                "SinkWindowCache does not support padded batches yet, and attention_mask has zeros: in a padded row the "
-                "pads would become the sinks. Run rows of different lengths one at a time."
+                "SinkWindowCache supports left padding only, and attention_mask has zeros after the first token of a row. "
+                "Set tokenizer.padding_side = 'left'."
+            )
+        seen = self._layers[self._first].get_seq_length()
+        if not any(zeros) or zeros == pads:
+            return
+        if self.compileable:
+            raise NotImplementedError(
+                "SinkWindowCache(compileable=True) does not support padded batches, and attention_mask has zeros. "
+                "Leave compileable out."
+            )
+        if self._layers[self._first].exact_chunks:
+            raise NotImplementedError("stream() and assisted decoding do not support padded batches.")
+        for row, (before, now) in enumerate(zip(pads or (0,) * len(zeros), zeros, strict=False)):
+            if seen and now != before and (not pads or before < seen):
+                raise ValueError(
+                    f"attention_mask now begins with {now} zeros in row {row}, but began with {before} when the cache took in "
+                    "its first tokens. Call reset() for another text."
+                )
+        self._set_pads(zeros)
+
+    def _refuse_to_forget_padding(self, mask: torch.Tensor | None) -> None:
+        layer = self._layers[self._first]
+        if mask is None and layer.pads and min(layer.evicted_before_query()) < 0:
+            raise ValueError(
+                "rows of this cache began with padding and are not full yet, so that every call needs the attention_mask "
+                "of the whole text, as the first one did."
             )
 
+    def _set_pads(self, pads: tuple[int, ...]) -> None:
+        for layer in self._ours():
+            layer.pads = pads
+
     @contextmanager
-    def sinks_per_query(self) -> Iterator[None]:
-        """Within, calls with several new tokens give each query its own copy of the sinks; see `streaming.stream`."""
-        layers = [layer for layer in self.layers if isinstance(layer, SinkWindowLayer)]
-        for layer in layers:
-            layer.sinks_per_query = True
+    def exact_chunks(self) -> Iterator[None]:
+        """Within, each token of a call with several sees exactly what it would see if fed alone; see `streaming.stream`."""
+        let_masks_show_each_query_its_sinks()
+        self._set_exact(True)
         try:
             yield
         finally:
-            for layer in layers:
-                layer.sinks_per_query = False
+            self._set_exact(False)
+
+    def _set_exact(self, exact: bool) -> None:
+        self._exact = exact
+        for layer in self._ours():
+            layer.exact_chunks = exact or self._recording
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SinkWindowCache:
         # Copies made in inference mode could not be written to outside of it.
@@ -271,7 +394,7 @@ class SinkWindowCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values held, and of the sinks' pristine keys. Constant once the cache is in use."""
-        return sum(t.numel() * t.element_size() for layer in self._layers for t in _tensors(layer))
+        return sum(tensor.nbytes for layer in self._layers for tensor in tensors_of(layer).values())
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: a stream has no maximum length."""
@@ -282,27 +405,176 @@ class SinkWindowCache(Cache):
         return f"SinkWindowCache(n_sink={self.n_sink}, window={self.window}, seen={seen}, nbytes={self.nbytes})"
 
     def _not_supported(self, what: str) -> NotImplementedError:
-        return NotImplementedError(f"SinkWindowCache does not support {what} yet. Use DynamicCache for that.")
+        return NotImplementedError(f"SinkWindowCache does not support {what}. Use DynamicCache for that.")
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Not supported yet: evicted tokens cannot be brought back."""
-        raise self._not_supported("crop (assisted decoding)")
+    # --- going back ---
 
     def activate_past_recording(self) -> None:
-        """Not supported yet."""
-        raise self._not_supported("recording past states (assisted decoding)")
+        """From now on keeps what each call overwrites until the next `crop`, and makes calls with several tokens exact.
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Not supported yet."""
-        raise self._not_supported("reorder_cache (beam search)")
+        For assisted decoding: candidates are checked as if they had been fed one at a time.
+        """
+        if self.compileable:
+            raise self._not_supported("assisted decoding with compileable=True")
+        if not self.layers:
+            raise ValueError("activate_past_recording needs a model: pass SinkWindowCache(..., config=model.config).")
+        let_masks_show_each_query_its_sinks()
+        self._recording = True
+        for layer in self._ours():
+            layer.exact_chunks = layer.recording = True
+        for other in self._layers:
+            if not isinstance(other, SinkWindowLayer) and hasattr(other, "activate_past_recording"):
+                other.activate_past_recording()
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Not supported yet."""
-        raise self._not_supported("batch_repeat_interleave")
+    def _record(self, new_tokens: int) -> None:
+        layer = self._layers[self._first]
+        if layer.position == 0 or new_tokens == 1:
+            if new_tokens > self.capacity:
+                raise NotImplementedError(
+                    f"the first call of assisted decoding has {new_tokens} tokens, prompt and candidates, and the cache holds "
+                    f"{self.capacity}. Use a larger window."
+                )
+            return  # nothing is overwritten; single tokens are recorded by their storage
+        if new_tokens > self.window:
+            raise ValueError(f"{new_tokens} candidate tokens at once are more than window = {self.window}. Use fewer.")
+        self._share_storage()
+        for storage in self._storages():
+            storage.record(layer.position, new_tokens)
+
+    def _storages(self) -> list[SharedStorage]:
+        return list(dict.fromkeys(layer.storage for layer in self._ours() if layer.storage is not None))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last tokens (a number <= 0), as if they had never been fed; and what was recorded is forgotten.
+
+        Raises:
+            ValueError: for a positive number; or if tokens were evicted for those to be taken back, and the cache was not
+                recording (`activate_past_recording`) when they came.
+            NotImplementedError: for padded rows, and with `compileable=True`.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to take back, but got {tokens_to_remove}")
+        ours = self._ours()
+        if not ours or not ours[0].position:
+            return
+        if not ours[0].is_croppable:
+            raise self._not_supported("crop with compileable=True" if self.compileable else "crop of padded batches")
+        position = ours[0].position + tokens_to_remove
+        if position < 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}) takes back more than the {ours[0].position} tokens that there are"
+            )
+        recorded = min(
+            (start for storage in self._storages() for start, *_ in storage.overwritten), default=position + 1
+        )
+        if tokens_to_remove and ours[0].position > self.capacity and recorded > position:
+            raise ValueError(
+                f"crop({tokens_to_remove}) cannot bring back tokens that were evicted meanwhile. Call "
+                "activate_past_recording() before feeding tokens that may have to be taken back."
+            )
+        for other in self._layers:
+            if not isinstance(other, SinkWindowLayer):
+                other.crop(tokens_to_remove)
+        for storage in self._storages():
+            storage.bring_back(position)
+        for layer in ours:
+            layer.position = position
+
+    # --- other rows ---
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Not supported yet."""
-        raise self._not_supported("batch_select_indices")
+        """Keeps these rows of the batch (indices, or a mask), in this order; a row may come several times."""
+        for layer in self._layers:
+            if not isinstance(layer, SinkWindowLayer):
+                layer.batch_select_indices(indices)
+        ours = [layer for layer in self._ours() if layer.is_initialized]
+        if not ours:
+            return
+        batch_size = ours[0].values.shape[0]
+        rows = torch.arange(batch_size, device=indices.device)[indices]
+        if pads := ours[0].pads:
+            self._set_pads(tuple(pads[row] for row in rows.tolist()))
+        for storage in self._storages():
+            storage.select(rows.to(storage.keys.device))
+        for layer in ours:
+            if layer.storage is None:
+                with torch.inference_mode(False):
+                    there = rows.to(layer.device)
+                    layer.replace({name: tensor.index_select(0, there) for name, tensor in layer.tensors().items()})
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Rows in the order `beam_idx` `[batch_size]`, for beam search."""
+        if len(beam_idx) and self.get_seq_length():
+            self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        ours = [layer for layer in self._ours() if layer.is_initialized]
+        if ours:
+            rows = torch.arange(ours[0].values.shape[0], device=ours[0].device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    # --- bounded positions ---
+
+    def next_position_ids(self, new_tokens: int = 1) -> torch.Tensor:
+        """The `position_ids` for the next call of the model, `[1, new_tokens]`, or `[batch_size, new_tokens]` if padded.
+
+        Only needed after `rebase()`; until then models count positions right by themselves.
+        """
+        layer = self._layers[self._first] if self._layers else None
+        if layer is None or not layer.is_initialized:
+            return torch.arange(new_tokens)[None]
+        starts = torch.tensor(self._first_positions) - torch.tensor(layer.pads or (0,)) + layer.position
+        position_ids: torch.Tensor = (starts[:, None] + torch.arange(new_tokens)).to(layer.device)
+        return position_ids
+
+    def rebase(self) -> int:
+        """Moves the stream back to a lower position, as far as it goes; for loops that pass `position_ids` of their own.
+
+        Rotary attention sees differences of positions only, so the window's keys can be rotated back by any number, and the
+        text goes on from there. They are moved by a multiple of `window`; call this at least `window` tokens after the last
+        time, and each key is rotated once in its life.
+
+        Returns:
+            `int`: by how much: the next tokens' positions are `next_position_ids()`, and the positions that
+                `generate()` or `forward()` would count by themselves are wrong from now on.
+
+        Raises:
+            ValueError: before a model has used the cache.
+            NotImplementedError: for models with layers whose keys it cannot move.
+        """
+        if not self.layers:
+            raise ValueError("rebase() needs a cache that a model has used")
+        assert self._scheme is not None
+        first = self._layers[self._first]
+        others = [i for i, layer in enumerate(self._layers) if isinstance(layer, DynamicSlidingWindowLayer)]
+        unknown = [i for i in others if i not in self._scheme.sliding]
+        if unknown:
+            raise NotImplementedError(f"rebase() cannot move the keys of the sliding layers {unknown} of this model")
+        furthest = max(layer.capacity for layer in self._ours())
+        step = math.lcm(*{layer.window for layer in self._ours()})
+        by: int = max(0, first.position - furthest - max((*first.pads, 0))) // step * step
+        if by:
+            if not self.compileable:
+                self._share_storage()
+            for layer in self._ours():
+                layer.rebase(by)
+            for index in others:
+                sliding = self._layers[index]
+                ForwardRotation([self._scheme.sliding[index]], sliding.keys.device).one_layer_in_place(
+                    sliding.keys, 0, -by
+                )
+            self._positions_moved = True
+        return by
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        super().reset()  # type: ignore[no-untyped-call]
+        self._positions_moved, self._chunk, self._first_positions = False, None, (0,)
+        self._recording = False
+        self._set_exact(False)
+        for layer in self._ours():
+            layer.recording = False
 
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Not supported: the cache is small and stays on its device."""
@@ -313,6 +585,13 @@ class SinkWindowCache(Cache):
         raise self._not_supported("offloading")
 
 
-def _tensors(layer: Any) -> list[torch.Tensor]:
-    attributes = [v for value in vars(layer).values() for v in (value.values() if isinstance(value, dict) else [value])]
-    return [value for value in attributes if isinstance(value, torch.Tensor)]
+def tensors_of(layer: Any) -> dict[str, torch.Tensor]:
+    """The states that a layer holds, ours or one of transformers' own, by name."""
+    if isinstance(layer, SinkWindowLayer):
+        return layer.tensors()
+    states = {}
+    for name, value in vars(layer).items():
+        for key, state in value.items() if isinstance(value, dict) else [("", value)]:
+            if isinstance(state, torch.Tensor):
+                states[f"{name}.{key}".rstrip(".")] = state
+    return states

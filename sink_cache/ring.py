@@ -1,9 +1,12 @@
 """The ring: where one layer's keys and values lie, what is kept, and what is evicted.
 
-Token `t` of the stream lies in slot `t` while `t < n_sink`, and in slot `n_sink + (t - n_sink) % window` after that.
-Nothing but the number of tokens seen is needed to know what lies where, and attention does not care about the order of
-keys once all of them are visible. The keys of the window already have the right rotary distance to the next query;
+The token at position `t` lies in slot `t` while `t < n_sink`, and in slot `n_sink + (t - n_sink) % window` after that.
+Nothing but the position of the next token is needed to know what lies where, and attention does not care about the order
+of keys once all of them are visible. The keys of the window already have the right rotary distance to the next query;
 only the sinks are too far away, by the number of evicted tokens, and are presented rotated forward by it.
+
+A left-padded row counts its own tokens: its first real token is at position 0, its sinks are its own, and it fills up and
+evicts later than the others. `pads` says by how much.
 """
 
 from __future__ import annotations
@@ -34,17 +37,21 @@ class SinkWindowLayer(CacheLayerMixin):
             keys rotated forward by the number of evicted tokens.
         sink_keys (`torch.Tensor`): `[batch_size, num_heads, n_sink, head_dim]`, as the model made them. Always rotating
             from these rounds once; rotating in place would add up an error with every token.
-        seen (`int`): tokens seen, ever.
+        position (`int`): of the next token of an unpadded row: tokens seen, less what `rebase` has taken off.
+        rebased (`int`): what `rebase` has taken off.
+        pads (`tuple[int, ...]`): how many pads each row began with; empty if none did.
+        exact_chunks (`bool`): give each query of a call with several tokens its own copy of the sinks.
+        recording (`bool`): keep what is overwritten, so that `crop` can bring it back.
     """
 
-    is_sliding = False
     is_compileable = False
-    is_croppable = False
     keys: torch.Tensor
     values: torch.Tensor
     sink_keys: torch.Tensor
     storage: SharedStorage | None
-    seen: int
+    position: int
+    rebased: int
+    pads: tuple[int, ...]
 
     def __init__(
         self,
@@ -54,20 +61,16 @@ class SinkWindowLayer(CacheLayerMixin):
         max_position: int = POSITION_LIMIT,
         sliding_window: int | None = None,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        # Not super().__init__(), which sets keys and values to None; reset() sets all that it would.
         self.n_sink, self.window, self.capacity = n_sink, window, n_sink + window
         self.rotation, self.max_position, self.sliding_window = rotation, max_position, sliding_window
-        self.sinks_per_query = False
+        self.is_sliding = False
+        self.exact_chunks = self.recording = False
         self.reset()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates the slots; shapes, dtype and device are those of the first `key_states` and `value_states`."""
         batch_size, num_heads, _, head_dim = key_states.shape
-        if head_dim != len(self.rotation.partner):
-            raise NotImplementedError(
-                f"SinkWindowCache expected keys of head_dim {len(self.rotation.partner)} from this model's config, but got "
-                f"{head_dim}. Use DynamicCache with this model."
-            )
         self.dtype, self.device = key_states.dtype, key_states.device
         # Tensors made in inference mode could not be written to outside of it, so make ordinary ones.
         with torch.inference_mode(False):
@@ -88,77 +91,144 @@ class SinkWindowLayer(CacheLayerMixin):
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: keys and values `[batch_size, num_heads, kv_length, head_dim]` with the
             `kv_length` that `get_mask_sizes` promised. For several tokens they are in chronological order; for one token
-            they are a view of the slots, valid until the next update.
+            they are a view of the slots, valid until the next update. A row with fewer tokens has them at the end.
         """
         storage = self.storage
         if storage and (
-            (self.index and storage.step == self.seen and not key_states.requires_grad)
-            or storage.begin_step(self.seen, key_states, value_states)
+            (self.index and storage.step == self.position and not key_states.requires_grad)
+            or storage.begin_step(self.position, key_states, value_states)
         ):
+            if self.pads:
+                return self._step_of_padded_rows(storage, key_states, value_states)
             self.keys.index_copy_(2, storage.slot, key_states)
             self.values.index_copy_(2, storage.slot, value_states)
-            if self.seen < self.n_sink:
-                self.sink_keys[:, :, self.seen : self.seen + 1] = key_states
-            self.seen += 1
-            if self.seen >= self.capacity:
+            if self.position < self.n_sink:
+                self.sink_keys[:, :, self.position : self.position + 1] = key_states
+            self.position += 1
+            if self.position >= self.capacity:
                 return self.keys, self.values
-            return self.keys.narrow(2, 0, self.seen), self.values.narrow(2, 0, self.seen)
+            return self.keys.narrow(2, 0, self.position), self.values.narrow(2, 0, self.position)
         self._check(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if storage is None:
-            attended = key_states, value_states
-        elif self.sinks_per_query:
-            attended = self._attended_with_sinks_per_query(storage, key_states, value_states)
-        else:
-            storage.present_sinks(self._evicted_before_query())
-            slots = torch.cat([torch.arange(min(self.seen, self.n_sink), device=self.device), self._window_slots()])
-            attended = (
-                torch.cat([self.keys.index_select(2, slots), key_states], dim=2),
-                torch.cat([self.values.index_select(2, slots), value_states], dim=2),
-            )
-        self._store(key_states, value_states)
-        return attended
+        return self._update_several(key_states, value_states)
 
-    def _attended_with_sinks_per_query(
+    def _step_of_padded_rows(
         self, storage: SharedStorage, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values in the order: the sinks as the first query should see them, as the second, …; window; new.
+        """One token for each row, into a slot of its own."""
+        rows, slots = storage.every_row, storage.slot
+        self.keys[rows, :, slots] = key_states[:, :, 0]
+        self.values[rows, :, slots] = value_states[:, :, 0]
+        for row, pads in enumerate(self.pads):
+            if (count := self.position - pads) < self.n_sink:
+                self.sink_keys[row, :, count] = key_states[row, :, 0]
+        self.position += 1
+        if storage.visible is None:
+            return self.keys, self.values
+        return _take(self.keys, storage.visible), _take(self.values, storage.visible)
 
-        Each query has its own distance to the sinks, so each gets its own copy; `streaming.chunk_mask` fits this order.
-        """
-        queries, slots = key_states.shape[2], self._window_slots()
-        shifts = range(self._evicted_before_query(), self._evicted_before_query() + queries)
-        sink_keys = storage.forward_rotation.one_layer(self.sink_keys, self.index, shifts)
-        sink_values = self.values[:, :, : self.n_sink].repeat(1, 1, queries, 1)
+    def _update_several(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        attended = key_states, value_states
+        if self.evicts_within(key_states.shape[2]):
+            attended = self._attended_with_sinks_per_query(key_states, value_states)
+        elif self.position:
+            self._present_sinks()
+            cached = [self._cached_slots(max(0, count)) for _, count in self._rows()]
+            longest = max(len(slots) for slots in cached)
+            slots = torch.stack([torch.nn.functional.pad(slots, (longest - len(slots), 0)) for slots in cached])
+            attended = (
+                torch.cat([_take(self.keys, slots), key_states], dim=2),
+                torch.cat([_take(self.values, slots), value_states], dim=2),
+            )
+        for row, count in self._rows():
+            pads = max(0, -count)
+            self._store(row, max(0, count), key_states[row, :, pads:], value_states[row, :, pads:])
+        self._advance(key_states.shape[2])
+        return attended
+
+    def evicts_within(self, new_tokens: int) -> bool:
+        """Whether the queries of a call see different tokens evicted, and each has to have its own copy of the sinks."""
+        return self.exact_chunks and new_tokens > 1 and self.position + new_tokens > self.capacity
+
+    def chunk_tokens(self, queries: int) -> tuple[range, range, range]:
+        """What a call that `evicts_within` attends to: a sink copy for each of these shifts, cached and new positions."""
+        evicted = range(self.position + 1 - self.capacity, self.position + 1 - self.capacity + queries)
+        first = 0 if self.position < self.capacity else self.position + 1 - self.window
         return (
-            torch.cat([sink_keys, self.keys.index_select(2, slots), key_states], dim=2),
-            torch.cat([sink_values, self.values.index_select(2, slots), value_states], dim=2),
+            range(max(1, evicted.start), evicted.stop),
+            range(first, self.position),
+            range(self.position, self.position + queries),
         )
 
-    def _evicted_before_query(self) -> int:
-        """Tokens that the next query no longer sees: it takes a place in the window itself."""
-        return max(0, self.seen + 1 - self.capacity)
+    def _attended_with_sinks_per_query(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as in `chunk_tokens`: sinks for the first query that needs a copy, the next, …; cached; new.
 
-    def _window_slots(self) -> torch.Tensor:
-        """The slots of the window tokens that the next query sees besides itself, in chronological order."""
-        first = self.n_sink + self._evicted_before_query()
-        tokens = torch.arange(first, max(first, self.seen), device=self.device)
-        return self.n_sink + (tokens - self.n_sink) % self.window
+        Each query has its own distance to the sinks; `masks.chunk_mask` shows it its own copy.
+        """
+        shifts, cached, _ = self.chunk_tokens(key_states.shape[2])
+        slots = self.slots_of(torch.arange(cached.start, cached.stop, device=self.device))
+        # Sinks may be among the new tokens.
+        known = min(self.position, self.n_sink)
+        sink_keys = torch.cat([self.sink_keys[:, :, :known], key_states[:, :, : self.n_sink - known]], dim=2)
+        sink_values = torch.cat([self.values[:, :, :known], value_states[:, :, : self.n_sink - known]], dim=2)
+        if cached and cached.start == 0:
+            self._present_sinks()  # where nothing has been evicted: as they came
+        return (
+            torch.cat([self._sink_copies(sink_keys, shifts), self.keys.index_select(2, slots), key_states], dim=2),
+            torch.cat(
+                [sink_values.repeat(1, 1, len(shifts), 1), self.values.index_select(2, slots), value_states], dim=2
+            ),
+        )
 
-    def _store(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def _sink_copies(self, sink_keys: torch.Tensor, shifts: range) -> torch.Tensor:
+        if self.storage is None:
+            return ForwardRotation([self.rotation], self.device).one_layer(sink_keys, 0, shifts)
+        return self.storage.forward_rotation.one_layer(sink_keys, self.index, shifts)
+
+    def _present_sinks(self) -> None:
+        if self.storage is not None:
+            self.storage.present_sinks(self.evicted_before_query())
+
+    def _advance(self, new_tokens: int) -> None:
+        self.position += new_tokens
+
+    def _rows(self) -> list[tuple[slice, int]]:
+        """Rows of equal padding and the tokens that they have seen; negative while pads are still to come."""
+        if not self.pads:
+            return [(slice(None), self.position)]
+        return [(slice(row, row + 1), self.position - pads) for row, pads in enumerate(self.pads)]
+
+    def evicted_before_query(self) -> tuple[int, ...]:
+        """For rows of equal padding: tokens that the next query no longer sees, as it takes a place itself (if > 0)."""
+        return tuple(count + 1 - self.capacity for _, count in self._rows())
+
+    def slots_of(self, positions: torch.Tensor) -> torch.Tensor:
+        """Where the tokens at these positions of an unpadded row lie."""
+        return torch.where(positions < self.n_sink, positions, self.n_sink + (positions - self.n_sink) % self.window)
+
+    def _cached_slots(self, count: int) -> torch.Tensor:
+        """The slots that the next query of a row of `count` tokens sees besides itself, in chronological order."""
+        first = self.n_sink + max(0, count + 1 - self.capacity)
+        sinks = torch.arange(min(count, self.n_sink), device=self.device)
+        return self.slots_of(torch.cat([sinks, torch.arange(first, max(first, count), device=self.device)]))
+
+    def _store(self, row: slice, count: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Keeps those of several new tokens that are sinks, or are not older than `window` at the end of the call."""
-        end = self.seen + key_states.shape[2]
-        first = max(self.seen, self.n_sink, end - self.window)
-        sinks = torch.arange(self.seen, max(self.seen, min(self.n_sink, end)), device=self.device)
+        end = count + key_states.shape[2]
+        first = max(count, self.n_sink, end - self.window)
+        sinks = torch.arange(count, max(count, min(self.n_sink, end)), device=self.device)
         kept = torch.cat([sinks, torch.arange(first, max(first, end), device=self.device)])
-        slots = torch.where(kept < self.n_sink, kept, self.n_sink + (kept - self.n_sink) % self.window)
-        self.keys.index_copy_(2, slots, key_states.index_select(2, kept - self.seen))
-        self.values.index_copy_(2, slots, value_states.index_select(2, kept - self.seen))
-        if self.seen < self.n_sink:
+        slots = self.slots_of(kept)
+        self.keys[row].index_copy_(2, slots, key_states.index_select(2, kept - count))
+        self.values[row].index_copy_(2, slots, value_states.index_select(2, kept - count))
+        if count < self.n_sink:
             stop = min(self.n_sink, end)
-            self.sink_keys[:, :, self.seen : stop] = key_states[:, :, : stop - self.seen]
-        self.seen = end
+            self.sink_keys[row, :, count:stop] = key_states[:, :, : stop - count]
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Refuses what would go wrong, before anything is changed."""
@@ -166,6 +236,11 @@ class SinkWindowLayer(CacheLayerMixin):
             raise NotImplementedError(
                 "SinkWindowCache is for inference only: it writes in place, and an endless stream would be an endless "
                 "graph. Call the model under torch.no_grad() or torch.inference_mode()."
+            )
+        if key_states.shape[-1] != len(self.rotation.partner):
+            raise NotImplementedError(
+                f"SinkWindowCache expected keys of head_dim {len(self.rotation.partner)} from this model's config, but got "
+                f"{key_states.shape[-1]}. Use DynamicCache with this model."
             )
         self.check_positions(key_states.shape[2])
         if not self.is_initialized:
@@ -177,41 +252,75 @@ class SinkWindowLayer(CacheLayerMixin):
             names = ("batch size", "number of key-value heads", "head_dim", "dtype", "value dtype", "device")
             wrong = next(i for i in range(len(names)) if given[i] != expected[i])
             raise ValueError(
-                f"the {names[wrong]} of the keys is {given[wrong]}, but this cache holds {self.seen} tokens with "
+                f"the {names[wrong]} of the keys is {given[wrong]}, but this cache holds {self.get_seq_length()} tokens with "
                 f"{names[wrong]} {expected[wrong]}. Call reset() before using it for something else."
             )
 
     def check_positions(self, new_tokens: int) -> None:
         """Refuses to number more tokens than the model can."""
-        if self.seen + new_tokens > self.max_position:
+        if self.position + new_tokens > self.max_position:
             raise ValueError(
-                f"{self.seen:,} tokens seen and {new_tokens:,} new are more than the {self.max_position:,} positions that "
-                "this model can tell apart. Call reset(), or start a new cache from the recent text."
+                f"{self.position:,} tokens seen and {new_tokens:,} new are more than the {self.max_position:,} positions that "
+                "this model can tell apart. Call reset(), start a new cache from the recent text, or generate with "
+                "custom_generate=sink_cache.endless, which keeps positions bounded."
             )
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def visible(self) -> int:
+        """Cached tokens that the next query of the row with the most tokens sees besides itself."""
+        return max(0, min(max(count for _, count in self._rows()), self.capacity - 1))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
         """Returns `(kv_length, kv_offset)`: how many keys `update` will return, and the index of the first of them.
 
         The index counts as if the keys were contiguous up to the last new token, so that a causal mask built from it is right.
         """
         self.check_positions(query_length)  # here too: beyond the end of a table a model fails before it calls update
-        visible = min(self.seen, self.capacity - 1)
+        if self.evicts_within(query_length):
+            shifts, cached, _ = self.chunk_tokens(query_length)
+            return len(shifts) * self.n_sink + len(cached) + query_length, 0
+        visible = self.visible()
         beyond = self.sliding_window is not None and visible + query_length > self.sliding_window
-        if beyond and self.seen and query_length > 1 and not self.sinks_per_query:
+        if beyond and self.position and query_length > 1:
             raise ValueError(
                 f"a call with {query_length} tokens on a cache that shows {visible} would lose the sinks, because the "
                 f"model's own masks end after sliding_window = {self.sliding_window} tokens. Feed these tokens with "
                 "sink_cache.stream, or one at a time."
             )
-        return visible + query_length, self.seen - visible
+        return visible + query_length, self.get_seq_length() - visible
 
     def get_seq_length(self) -> int:
         """Tokens seen, ever: `generate()` slices the prompt with it, and models number positions from it."""
-        return self.seen
+        return self.position + self.rebased
 
     def get_max_length(self) -> int:
         """-1: a stream has no maximum length."""
         return -1
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether `crop` can undo a call, once `recording`; padded rows cannot."""
+        return not self.pads
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that the layer holds, by name, `[batch_size, num_heads, slots, head_dim]` each; empty before the first update."""
+        if not self.is_initialized:
+            return {}
+        return {"keys": self.keys, "values": self.values, "sink_keys": self.sink_keys}
+
+    def replace(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Holds these instead; the layer must not be part of a `SharedStorage`."""
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
+        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
+
+    def rebase(self, by: int) -> None:
+        """Moves the window back by `by` positions, a multiple of `window`; layers of a `SharedStorage` all at once."""
+        if self.storage is None:
+            turn = ForwardRotation([self.rotation], self.device)
+            turn.one_layer_in_place(self.keys[:, :, self.n_sink :], 0, -by)
+        elif self.index == 0:
+            self.storage.rebase(by)
+        self.position, self.rebased = self.position - by, self.rebased + by
 
     def reset(self) -> None:
         """Forgets all tokens; shape, dtype and device may differ afterwards."""
@@ -219,7 +328,15 @@ class SinkWindowLayer(CacheLayerMixin):
         self.storage = None
         self.index = 0  # among the layers of its storage
         self.is_initialized = False
-        self.seen = 0
+        self.position = self.rebased = 0
+        self.pads = ()
+
+
+def _take(tensor: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """From `[batch, heads, slots, head_dim]` these slots, `[1 or batch, length]`."""
+    if slots.shape[0] == 1:
+        return tensor.index_select(2, slots[0])
+    return tensor.gather(2, slots[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[-1]))
 
 
 class SharedStorage:
@@ -231,54 +348,105 @@ class SharedStorage:
 
     Attributes:
         slot (`torch.Tensor`): `[1]`, int64, the slot that takes the token of the current step. One tensor for all layers, because
-            a view of the slot for every layer costs a launch-bound step more than the write itself.
+            a view of the slot for every layer costs a launch-bound step more than the write itself. `[batch_size]` if padded.
+        visible (`torch.Tensor`, *optional*): `[batch_size, kv_length]`, the slots that padded rows see at the current step;
+            None when they see all.
     """
 
     def __init__(self, layers: list[SinkWindowLayer]) -> None:
         self.layers = layers
-        self.keys, self.values, self.sink_keys = (self._join(name) for name in ("keys", "values", "sink_keys"))
-        for index, layer in enumerate(layers):
-            layer.storage, layer.index = self, index
         first = layers[0]
         self.n_sink, self.window, self.capacity = first.n_sink, first.window, first.capacity
         self.forward_rotation = ForwardRotation([layer.rotation for layer in layers], first.device)
         self.rotates = self.n_sink > 0 and not all(layer.rotation.is_identity for layer in layers)
-        self.sink_slots = self.keys[..., : self.n_sink, :]
-        self.shift = 0
-        self.token_shapes = self.keys[0, :, :, :1].shape, self.values[0, :, :, :1].shape
-        self.step = -1
         self.every_slot = torch.arange(self.capacity, device=first.device)
         self.slot = self.every_slot[:0]
-
-    def _join(self, name: str) -> torch.Tensor:
+        self.visible: torch.Tensor | None = None
+        self.overwritten: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         with torch.inference_mode(False):
-            joined = torch.stack([getattr(layer, name) for layer in self.layers])
-            for layer, own in zip(self.layers, joined.unbind(), strict=True):
-                setattr(layer, name, own)
-        return joined
+            self._hold(*(torch.stack([layer.tensors()[name] for layer in layers]) for name in _NAMES))
 
-    def begin_step(self, seen: int, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
-        """Gets ready for one token after `seen` others, with which the first layer of the step comes, for all layers.
+    def _hold(self, keys: torch.Tensor, values: torch.Tensor, sink_keys: torch.Tensor) -> None:
+        self.keys, self.values, self.sink_keys = keys, values, sink_keys
+        for index, layer in enumerate(self.layers):
+            layer.replace({name: getattr(self, name)[index] for name in _NAMES})
+            layer.storage, layer.index = self, index
+        self.sink_slots = self.keys[..., : self.n_sink, :]
+        self.every_row = torch.arange(keys.shape[1], device=keys.device)
+        self.token_shapes = self.keys[0, :, :, :1].shape, self.values[0, :, :, :1].shape
+        self.shifts: tuple[int, ...] | None = None  # of the presented sinks, if known
+        self.step = -1
+
+    def begin_step(self, position: int, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+        """Gets ready for one token at `position`, with which the first layer of the step comes, for all layers.
 
         Returns:
             `bool`: False, with nothing done, if these are not one token of what is stored here.
         """
+        layer = self.layers[0]
         fits = (
             (key_states.shape, value_states.shape) == self.token_shapes
             and key_states.dtype == value_states.dtype == self.keys.dtype
             and key_states.device == self.keys.device
             and not (key_states.requires_grad or value_states.requires_grad)
+            and (not layer.pads or position >= max(layer.pads))
         )
         if fits:
-            self.layers[0].check_positions(1)
-            self.present_sinks(max(0, seen + 1 - self.capacity))
-            slot = seen if seen < self.capacity else self.n_sink + (seen - self.n_sink) % self.window
-            self.slot = self.every_slot.narrow(0, slot, 1)
-            self.step = seen
+            layer.check_positions(1)
+            self.present_sinks(layer.evicted_before_query())
+            if layer.pads:
+                self._place_padded_rows(position, layer.pads)
+            else:
+                slot = position if position < self.capacity else self.n_sink + (position - self.n_sink) % self.window
+                self.slot = self.every_slot.narrow(0, slot, 1)
+            if layer.recording:
+                self.record(position, 1)
+            self.step = position
         return fits
 
-    def present_sinks(self, shift: int) -> None:
-        """Rotates the sinks of all layers forward by `shift` positions, if they are not yet."""
-        if self.rotates and shift != self.shift:
-            self.forward_rotation.all_layers(self.sink_keys, shift, out=self.sink_slots)
-        self.shift = shift
+    def _place_padded_rows(self, position: int, pads: tuple[int, ...]) -> None:
+        counts = position - torch.tensor(pads)
+        self.slot = self.layers[0].slots_of(counts).to(self.keys.device)
+        self.visible = None
+        seen = torch.clamp(counts + 1, max=self.capacity)
+        if int(seen.min()) < self.capacity:
+            length = int(seen.max())
+            self.visible = torch.clamp(torch.arange(length) - (length - seen)[:, None], min=0).to(self.keys.device)
+
+    def present_sinks(self, evicted: tuple[int, ...]) -> None:
+        """Rotates the sinks of all layers and rows forward by `evicted` positions (if > 0), if they are not yet."""
+        shifts = tuple(max(0, shift) for shift in evicted)
+        if self.rotates and shifts != self.shifts:
+            self.forward_rotation.all_layers(self.sink_keys, evicted, out=self.sink_slots)
+        self.shifts = shifts
+
+    def rebase(self, by: int) -> None:
+        """Moves the window keys of all layers back by `by` positions."""
+        for index in range(len(self.layers)):  # one at a time: the float32 copies of all would be large
+            self.forward_rotation.one_layer_in_place(self.keys[index, :, :, self.n_sink :], index, -by)
+        self.shifts, self.step = None, -1
+        self.overwritten.clear()
+
+    def record(self, position: int, new_tokens: int) -> None:
+        """Keeps what `new_tokens` tokens from `position` on (at most `window`) are about to overwrite."""
+        positions = torch.arange(position, position + new_tokens, device=self.keys.device)
+        slots = self.layers[0].slots_of(positions)
+        self.overwritten.append((position, slots, self.keys[..., slots, :], self.values[..., slots, :]))
+
+    def bring_back(self, position: int) -> None:
+        """Puts back what tokens at `position` and after overwrote, and forgets what else was recorded."""
+        for start, slots, keys, values in reversed(self.overwritten):
+            kept = max(0, position - start)
+            self.keys[..., slots[kept:], :] = keys[..., kept:, :]
+            self.values[..., slots[kept:], :] = values[..., kept:, :]
+        self.overwritten.clear()
+        self.step, self.shifts = -1, None
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keeps these rows of the batch, in this order; a row may come several times."""
+        with torch.inference_mode(False):
+            self._hold(*(getattr(self, name).index_select(1, rows) for name in _NAMES))
+        self.overwritten.clear()
+
+
+_NAMES = ("keys", "values", "sink_keys")

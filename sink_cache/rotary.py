@@ -117,7 +117,7 @@ def rotate(keys: torch.Tensor, rotation: Rotation, shift: int) -> torch.Tensor:
 
 
 class ForwardRotation:
-    """Moves the sink keys of several layers forward: all layers by one shift, or one layer by many shifts.
+    """Moves the sink keys of several layers forward: all layers by the number of evicted tokens, or one layer by many shifts.
 
     Angles are computed in float64, rotations in float32, and the result is rounded once to the keys' dtype.
 
@@ -131,28 +131,39 @@ class ForwardRotation:
         if len({rotation.partner for rotation in turning}) != 1:
             raise ValueError("layers that rotate together must pair their dimensions in the same way")
         distinct = rotations[:1] if len(set(rotations)) == 1 else rotations
-        # [layers or 1, batch, heads, tokens, head_dim], on the CPU because MPS has no float64
-        frequency = torch.tensor([r.frequency for r in distinct], dtype=torch.float64, device="cpu")
-        self._frequency = frequency[:, None, None, None, :]
+        # [layers or 1, head_dim], on the CPU because MPS has no float64
+        self._frequency = torch.tensor([r.frequency for r in distinct], dtype=torch.float64, device="cpu")
         self._partner = torch.tensor(turning[0].partner, device=device)
-        self._shifts, self._cos, self._sin = range(0), torch.empty(0), torch.empty(0)
+        self._evicted: tuple[int, ...] = ()
         self._rows: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._shifts = range(0)
+        self._tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def _tabulate(self, shifts: range) -> None:
-        if shifts != self._shifts:
-            angle = (
-                torch.tensor(shifts, dtype=torch.float64, device="cpu")[:, None, None, None, None, None]
-                * self._frequency
-            )
-            self._shifts = shifts
-            self._cos, self._sin = (t.float().to(self._partner.device) for t in (torch.cos(angle), torch.sin(angle)))
-            self._rows = list(zip(self._cos.unbind(), self._sin.unbind(), strict=True))
+    def _cos_sin(self, shifts: torch.Tensor, frequency: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin `[..., head_dim]` of the angles by which keys move, for shifts `[...]`, float32 on the device."""
+        angle = shifts.double()[..., None] * frequency
+        cos, sin = (t.float().to(self._partner.device) for t in (torch.cos(angle), torch.sin(angle)))
+        return cos, sin
 
-    def all_layers(self, pristine: torch.Tensor, shift: int, out: torch.Tensor) -> None:
-        """Writes `pristine` `[layers, batch, heads, n_sink, head_dim]`, moved forward by `shift`, to `out`: 3 kernels."""
-        if shift not in self._shifts:
-            self._tabulate(range(shift, shift + _TABLE_ROWS))
-        cos, sin = self._rows[shift - self._shifts.start]
+    def all_layers(self, pristine: torch.Tensor, evicted: tuple[int, ...], out: torch.Tensor) -> None:
+        """Writes `pristine` `[layers, batch, heads, n_sink, head_dim]` to `out`, moved forward: 3 kernels.
+
+        `evicted` has one number for each row of the batch or one for all; keys of a row move by it if it is positive.
+        """
+        steps = evicted[0] - self._evicted[0] if self._evicted else -1
+        table_fits = 0 <= steps < _TABLE_ROWS and all(
+            new - old == steps for new, old in zip(evicted, self._evicted, strict=False)
+        )
+        if not table_fits or len(evicted) != len(self._evicted):
+            shifts = torch.arange(_TABLE_ROWS, device="cpu")[:, None] + torch.tensor(evicted, device="cpu")
+            # [steps, 1, rows, 1, 1, head_dim] after [steps, rows, layers, head_dim]
+            cos, sin = self._cos_sin(shifts.clamp(min=0)[..., None], self._frequency)
+            self._rows = [
+                (c.transpose(0, 1)[:, :, None, None], s.transpose(0, 1)[:, :, None, None])
+                for c, s in zip(cos.unbind(), sin.unbind(), strict=True)
+            ]
+            self._evicted, steps = evicted, 0
+        cos, sin = self._rows[steps]
         torch.addcmul(pristine * cos, pristine.index_select(-1, self._partner), sin, out=out)
 
     def one_layer(self, pristine: torch.Tensor, layer: int, shifts: range) -> torch.Tensor:
@@ -161,8 +172,20 @@ class ForwardRotation:
         Returns:
             `torch.Tensor`: `[batch, heads, len(shifts) * n_sink, head_dim]`.
         """
-        self._tabulate(shifts)
-        layer = layer if self._cos.shape[1] > 1 else 0
-        cos, sin = (table[:, layer, 0, 0] for table in (self._cos, self._sin))  # [shifts, 1, head_dim]
+        cos, sin = self._table_of(shifts, layer)  # [shifts, 1, head_dim]
         copies = pristine[:, :, None] * cos + pristine[:, :, None].index_select(-1, self._partner) * sin
         return copies.flatten(2, 3).to(pristine.dtype)
+
+    def _table_of(self, shifts: range, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if shifts != self._shifts:
+            self._shifts, self._tables = shifts, {}
+        layer = layer if len(self._frequency) > 1 else 0
+        if layer not in self._tables:
+            every_shift = torch.arange(shifts.start, shifts.stop, device="cpu")[:, None]
+            self._tables[layer] = self._cos_sin(every_shift, self._frequency[layer])
+        return self._tables[layer]
+
+    def one_layer_in_place(self, keys: torch.Tensor, layer: int, shift: int) -> None:
+        """Moves `keys` `[batch, heads, tokens, head_dim]` of a layer by `shift` positions, which may be negative."""
+        cos, sin = self._table_of(range(shift, shift + 1), layer)
+        keys.copy_(keys * cos[0] + keys.index_select(-1, self._partner) * sin[0])

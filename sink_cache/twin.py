@@ -42,19 +42,24 @@ class PositionScheme:
         sliding_window (`int`, *optional*): set if these layers are natively sliding (no layer of the model attends to
             everything, as in Mistral 7B v0.1): the most tokens that they attend to.
         max_position (`int`, *optional*): set if the model has a table of positions: its length.
+        sliding (`dict[int, Rotation]`): natively sliding layers beside them, of which a window is kept as well, and how
+            their keys rotate.
     """
 
     rotations: dict[int, Rotation]
     sliding_window: int | None
     max_position: int | None
+    sliding: dict[int, Rotation]
 
     def agrees_with(self, other: PositionScheme | None) -> bool:
         """Whether both say the same, up to the rounding with which frequencies were learned."""
         return (
             other is not None
             and (self.sliding_window, self.max_position) == (other.sliding_window, other.max_position)
-            and self.rotations.keys() == other.rotations.keys()
-            and all(rotation.is_close_to(other.rotations[layer]) for layer, rotation in self.rotations.items())
+            and all(
+                mine.keys() == theirs.keys() and all(mine[layer].is_close_to(theirs[layer]) for layer in mine)
+                for mine, theirs in ((self.rotations, other.rotations), (self.sliding, other.sliding))
+            )
         )
 
 
@@ -120,8 +125,7 @@ def _learn(
         for name, buffer in twin.named_buffers():
             if name in buffers and buffers[name].shape == buffer.shape:
                 buffer.copy_(buffers[name])
-        rotations, max_position = _probe(twin, layers)
-        scheme = PositionScheme(rotations, sliding_window, max_position)
+        scheme = _probe(twin, layers, sliding_window)
         try:
             error = streaming_error(twin, scheme, n_sink=2, window=2, tokens=7)
         except Exception as failure:
@@ -134,11 +138,18 @@ def _learn(
     return scheme
 
 
-def _probe(twin: PreTrainedModel, layers: list[int]) -> tuple[dict[int, Rotation], int | None]:
+def _probe(twin: PreTrainedModel, layers: list[int], sliding_window: int | None) -> PositionScheme:
     """Runs one token at positions 0, 1, 8, 64, … past the trained context, and fits the rotation of each layer."""
     trained = getattr(twin.config, "max_position_embeddings", None) or 2048
     powers = [8**k for k in range(max(6, int(trained).bit_length() // 3 + 2))]
     keys: dict[int, dict[int, torch.Tensor]] = {layer: {} for layer in layers}
+    # In a layer of chunked attention it matters which slot a key is in, and not only that it is there.
+    chunked = getattr(twin.config, "attention_chunk_size", None) is not None
+    sliding: dict[int, dict[int, torch.Tensor]] = {
+        index: {}
+        for index, layer in enumerate(DynamicCache(config=twin.config).layers)
+        if type(layer) is DynamicSlidingWindowLayer and index not in keys and not chunked
+    }
     values: dict[int, torch.Tensor] = {}
     max_position = None
     for position in [0, *powers, 3, 11, 777]:
@@ -161,8 +172,11 @@ def _probe(twin: PreTrainedModel, layers: list[int]) -> tuple[dict[int, Rotation
                     "rotary key is kept in the place of the values"
                 )
             keys[layer][position] = key_states.flatten(0, 2)
+        for layer, samples in sliding.items():
+            samples[position] = cached[layer].keys.flatten(0, 2)
     try:
-        return _fit_layers(keys), max_position
+        rotations = _fit_layers(keys)
+        return PositionScheme(rotations, sliding_window, max_position, _fit_sliding_layers(sliding))
     except NotARotation as reason:
         kind = (getattr(twin.config, "rope_parameters", None) or {}).get("rope_type")
         named = f" (rope_type {kind!r})" if isinstance(kind, str) and kind != "default" else ""
@@ -175,6 +189,14 @@ def _fit_layers(keys: dict[int, dict[int, torch.Tensor]]) -> dict[int, Rotation]
         known = (r for r in dict.fromkeys(rotations.values()) if first_unexplained(samples, r) is None)
         rotations[layer] = next(known, None) or fit_rotation(samples)
     return rotations
+
+
+def _fit_sliding_layers(keys: dict[int, dict[int, torch.Tensor]]) -> dict[int, Rotation]:
+    """The layers whose keys rotate; the cache leaves these layers alone, so those that do not are no reason to refuse."""
+    try:
+        return _fit_layers(keys)
+    except NotARotation:
+        return {}
 
 
 def _one_token_alone(twin: PreTrainedModel, position: int) -> list[Any]:

@@ -52,7 +52,7 @@ def test_all_layers_at_once_equals_one_by_one(dtype: torch.dtype) -> None:
     slots = torch.zeros(2, 3, 2, 9, 5, dtype=dtype)
     forward = ForwardRotation([HALF_SPLIT, slow], pristine.device)
     for shift in (1, 2, 63, 64, 65, 3, 100_000):  # along the table, past its end, back, far away
-        forward.all_layers(pristine, shift, out=slots[..., :4, :])
+        forward.all_layers(pristine, (shift,), out=slots[..., :4, :])
         copies = [forward.one_layer(pristine[i], i, range(shift - 1, shift + 1)) for i in range(2)]
         for i, rotation in enumerate((HALF_SPLIT, slow)):
             expected = rotate(pristine[i], rotation, shift)

@@ -1,0 +1,419 @@
+"""One page on why two ways to measure a cache's gain disagree, from result files alone; nothing is measured here.
+
+    python -m benchmarks.compare results/*.json
+
+`benchmarks.latency` measures single steps at fixed contexts; `benchmarks.ppl` measures whole runs over a text, whose steps have
+all contexts from 0 to the length of a sample. Where there are results of both for the same model, device, dtype and
+threads, the page shows for each capacity
+
+    per token    dense(N) / sink(N), eager, at each context N
+    whole run    measured: tokens per second of sink over those of dense
+    predicted    the sum of the latency curve of dense over the run's contexts, over that of sink. Between the contexts that
+                 were measured the curves are straight lines, below the least they are flat, and beyond the largest there
+                 is no prediction. Unsynchronised times are taken where there are some, because a run does not wait for
+                 the device after every step; and in the first sample, whose lengths are all new, dense pays for that
+                 as much as `latency` measured
+
+and says in sentences, computed from these numbers, where the difference comes from. Only runs of one token per step and
+sample (`--mode step --batch-size 1`) are predicted, because that is what `latency` times. The same model need not have the
+same weights: times do not depend on them. Where there are several latency results for a model, their ratios are compared, too.
+
+Writes `report.md`, its plots, and `report.html`, which holds everything in one file.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import itertools
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import NullLocator
+from tabulate import tabulate
+
+from . import harness
+from .harness import BenchmarkError
+
+AGREEMENT = 0.15  # of prediction and measurement
+RUN_TO_RUN = 0.03  # of two latency results
+NEW_LENGTHS_COST = 1.2  # from this ratio on, what new lengths cost is part of a prediction
+STYLE = (
+    "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}img{max-width:100%}"
+    "table{border-collapse:collapse;font-size:90%;margin:1em 0}td,th{border:1px solid #ccc;padding:.2em .6em}"
+)
+
+
+# --- the two regimes -------------------------------------------------------------------------------------------------
+
+
+class Curve:
+    """Milliseconds of a step against the tokens before it, from the rows of a latency result."""
+
+    def __init__(self, latency: dict[str, Any], arm: str, capacity: int | None = None) -> None:
+        self.rows = {
+            row["context"]: row
+            for row in latency["rows"]
+            if (row["arm"], row["compiled"], row["capacity"]) == (arm, False, capacity) and not row["reason"]
+        }
+        self.contexts = sorted(self.rows)
+
+    def ms(self, synchronized: bool = True) -> list[float]:
+        """Return the median of a step at each context; the unsynchronised one only where it was measured everywhere."""
+        rows = [self.rows[context] for context in self.contexts]
+        if synchronized or not all(row["unsynchronized_ms"] for row in rows):
+            return [row["median_ms"] for row in rows]
+        return [statistics.median(row["unsynchronized_ms"]) for row in rows]
+
+    def sum_ms(self, tokens: int, factor: float = 1.0) -> float:
+        """Return the time of reading so many tokens one by one."""
+        return factor * float(np.interp(np.arange(tokens), self.contexts, self.ms(synchronized=False)).sum())
+
+    def new_lengths(self) -> float:
+        """Return how many times longer a step is at a length never seen before: the median over contexts."""
+        first = [row["first_time"] for row in self.rows.values() if row["first_time"]]
+        return statistics.median(one["median_ms"] / one["again_median_ms"] for one in first) if first else 1.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A whole run with sink and with dense, and the curves of both, at one capacity."""
+
+    run: dict[str, Any]
+    latency: dict[str, Any]
+    capacity: int
+
+    def row(self, method: str) -> dict[str, Any] | None:
+        """Return the run's row of `dense` or `sink`, if it was measured."""
+        capacity = self.capacity if method == "sink" else None
+        rows = [row for row in self.run["rows"] if (row["method"], row["capacity"]) == (method, capacity)]
+        return rows[0] if rows and rows[0]["seconds"] else None
+
+    @property
+    def dense(self) -> Curve:
+        """The curve of dense."""
+        return Curve(self.latency, "dense")
+
+    @property
+    def sink(self) -> Curve:
+        """The curve of sink at this capacity."""
+        return Curve(self.latency, "sink", self.capacity)
+
+    @property
+    def samples(self) -> list[int]:
+        """The tokens read of each sample, when these were read one at a time."""
+        return [batch["tokens_processed"] for batch in self.row("dense")["batches"]]
+
+    @property
+    def measured(self) -> float:
+        """The speed-up of the whole run."""
+        return self.row("sink")["tokens_per_second"] / self.row("dense")["tokens_per_second"]
+
+    def not_predicted(self) -> str:
+        """Return in words why the run cannot be predicted, or an empty string."""
+        protocol = self.run["protocol"]
+        if (protocol["mode"], protocol["batch_size"]) != ("step", 1):
+            return (
+                f"the run read {protocol['chunk_size']:,} tokens of {protocol['batch_size']} samples per forward, and one step "
+                "of one sample is what the curve measures"
+            )
+        reach = min([self.dense.contexts[-1], max(self.sink.contexts[-1], self.capacity)])
+        if max(self.samples) > reach:
+            return f"the run reaches {max(self.samples):,} tokens, and the curve ends at {reach:,}"
+        return ""
+
+    def predicted_ms(self) -> dict[str, float]:
+        """Return what the curves predict for the whole run with each method."""
+        new = self.dense.new_lengths()
+        factors = [new if new >= NEW_LENGTHS_COST and not i else 1.0 for i in range(len(self.samples))]
+        return {
+            "dense": sum(map(self.dense.sum_ms, self.samples, factors)),
+            "sink": sum(map(self.sink.sum_ms, self.samples)),
+        }
+
+    @property
+    def predicted(self) -> float | None:
+        """The speed-up of the whole run as the curves predict it."""
+        if self.not_predicted():
+            return None
+        predicted = self.predicted_ms()
+        return predicted["dense"] / predicted["sink"]
+
+    def ratio(self, name: str, context: int) -> dict[str, Any] | None:
+        """Return an eager ratio of the latency result, such as `achieved`."""
+        wanted = (name, context, self.capacity, False)
+        ratios = self.latency["ratios"]
+        found = [one for one in ratios if (one["name"], one["context"], one["capacity"], one["compiled"]) == wanted]
+        return found[0] if found else None
+
+
+def setting(result: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what two results must share to be compared."""
+    device = result["device"]
+    threads = result["threads"] if device["type"] == "cpu" else None
+    return result["model"]["type"], result["model"]["parameters"], device["name"], result["dtype"], threads
+
+
+def comparisons(results: Sequence[dict[str, Any]]) -> list[Comparison]:
+    """Return all runs that have a latency result of the same setting, the newest, for each capacity that both have."""
+    latest = {setting(one): one for one in sorted(results, key=lambda one: one["date"]) if one["harness"] == "latency"}
+    found = []
+    for run in (one for one in results if one["harness"] == "ppl" and setting(one) in latest):
+        for capacity in sorted({row["capacity"] for row in run["rows"] if row["method"] == "sink"}):
+            one = Comparison(run, latest[setting(run)], capacity)
+            if one.row("sink") and one.row("dense") and one.sink.contexts and one.dense.contexts:
+                found.append(one)
+    return found
+
+
+# --- why they differ -------------------------------------------------------------------------------------------------
+
+
+def reasons(one: Comparison) -> list[str]:
+    """Return sentences, made of the numbers, on why the speed-up of a step and of a run differ."""
+    dense, sink, capacity = one.dense, one.sink, one.capacity
+    largest = max(set(dense.contexts) & set(sink.contexts))
+    step = dense.rows[largest]["median_ms"] / sink.rows[largest]["median_ms"]
+    found = [f"A step after {largest:,} tokens gains {step:.2f}×, the whole run {one.measured:.2f}×."]
+
+    far, near = dense.rows[largest], Curve(one.latency, "dense-at-capacity", capacity).rows.get(largest)
+    if near is not None:
+        rest = near["median_ms"] / far["median_ms"]
+        found.append(
+            f"**What can be won.** A dense step after {largest:,} tokens takes {far['median_ms']:.2f} ms, and "
+            f"{near['median_ms']:.2f} ms ({rest:.0%}) with {capacity:,} tokens in the cache. Only the rest depends on the "
+            f"context, so a dense cache cut to this size would gain {1 / rest:.2f}×; this one gains {step:.2f}×."
+        )
+    if far["busy"] is not None:
+        bound = "bound by launching kernels" if far["busy"] < 0.7 else "bound by the GPU's own work"
+        found.append(
+            f"**Launching.** During that step the GPU works {far['busy']:.0%} of the time: the step is {bound}"
+            + (", which a smaller cache does not shorten." if far["busy"] < 0.7 else ".")
+        )
+    samples = one.samples
+    contexts = np.concatenate([np.arange(tokens) for tokens in samples])
+    batch = one.run["protocol"]["batch_size"]
+    if batch == 1:
+        found.append(
+            f"**Integration.** The steps of the run have 0 to {contexts.max():,} tokens before them, {contexts.mean():,.0f} on "
+            f"average; {(contexts < capacity).mean():.0%} of them come before the cache of {capacity:,} is full, where nothing "
+            "is bounded yet."
+        )
+    new = dense.new_lengths()
+    found.append(
+        f"**New lengths.** A dense step at a length never seen before takes {new:.2f} times as long as the same step again. "
+        + (
+            f"All lengths of the first of {len(samples)} sample(s) are new, and a sink cache has no new lengths once it is full."
+            if new >= NEW_LENGTHS_COST
+            else "So building plans for new lengths is no part of the difference here."
+        )
+    )
+    waits = [curve.ms()[-1] / curve.ms(synchronized=False)[-1] for curve in (dense, sink)]
+    if far["unsynchronized_ms"]:
+        found.append(
+            f"**Synchronisation.** Waiting for the device after every step makes a dense step {waits[0]:.2f} and a sink step "
+            f"{waits[1]:.2f} times as long. The run does not wait, so the prediction is made of steps that do not."
+        )
+    else:
+        found.append("**Synchronisation.** There is none on this device, so it is no part of the difference.")
+    if why := one.not_predicted():
+        return [*found, f"**No prediction:** {why}."]
+    predicted, ms = one.predicted or 0.0, one.predicted_ms()
+    off = predicted / one.measured - 1
+    parts = ", ".join(
+        f"{method} {1e3 * one.row(method)['seconds'] / sum(samples):.2f} ms measured, {ms[method] / sum(samples):.2f} predicted"
+        for method in ("dense", "sink")
+    )
+    return [
+        *found,
+        f"**The sum.** Over the contexts of the run the curves predict {predicted:.2f}×, which is {abs(off):.0%} "
+        f"{'more' if off > 0 else 'less'} than the {one.measured:.2f}× measured: "
+        + (
+            "both regimes measure one thing, at different places."
+            if abs(off) <= AGREEMENT
+            else f"more than {AGREEMENT:.0%}, so something else differs between the two."
+        )
+        + f" Per token of the run: {parts}.",
+    ]
+
+
+def draw(group: Sequence[Comparison], path: Path) -> None:
+    """Draw the speed-up of a step against the context, and that of the whole run, measured and predicted, across."""
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    for index, one in enumerate(group):
+        colour = f"C{index}"
+        points = [(n, ratio) for n in one.dense.contexts if (ratio := one.ratio("achieved", n)) is not None]
+        values = [ratio["value"] for _, ratio in points]
+        # An interval of medians need not contain the ratio of the medians.
+        errors = [
+            [max(0, r["value"] - r["low"]) for _, r in points],
+            [max(0, r["high"] - r["value"]) for _, r in points],
+        ]
+        label = f"capacity {one.capacity:,}: a step"
+        axes.errorbar([n for n, _ in points], values, errors, color=colour, marker="o", capsize=3, label=label)
+        axes.axhline(one.measured, color=colour, linestyle="--", label=f"the whole run, measured: {one.measured:.2f}×")
+        if one.predicted is not None:
+            axes.axhline(one.predicted, color=colour, linestyle=":", label=f"predicted: {one.predicted:.2f}×")
+    axes.axvspan(axes.get_xlim()[0], max(group[0].samples), color="grey", alpha=0.15, label="contexts of the run")
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(xlabel="context: tokens of text before", ylabel="speed-up over dense", xscale="log")
+    contexts = group[0].dense.contexts
+    axes.set_xticks(contexts, [f"{context:,}" for context in contexts], rotation=30)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_title(group[0].run["title"])
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+class Page:
+    """Headings, sentences, tables and plots, written as Markdown and as one HTML file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.markdown: list[str] = []
+        self.html: list[str] = []
+
+    def heading(self, text: str, level: int = 2) -> None:
+        """Add a heading."""
+        self.markdown.append(f"{'#' * level} {text}")
+        self.html.append(f"<h{level}>{html.escape(text)}</h{level}>")
+
+    def sentences(self, texts: Sequence[str]) -> None:
+        """Add a paragraph for each text; **double stars** make a part of it bold."""
+        for text in texts:
+            self.markdown.append(text)
+            parts = html.escape(text).split("**")
+            self.html.append(f"<p>{''.join(f'<b>{part}</b>' if i % 2 else part for i, part in enumerate(parts))}</p>")
+
+    def table(self, rows: Sequence[Sequence[str]], headers: Sequence[str]) -> None:
+        """Add a table of strings."""
+        for format, lines in (("pipe", self.markdown), ("html", self.html)):
+            lines.append(str(tabulate(rows, headers, tablefmt=format, disable_numparse=True, missingval="–")))
+
+    def image(self, path: Path, description: str) -> None:
+        """Add a PNG file of the page's folder; the HTML file takes it in."""
+        self.markdown.append(f"![{description}]({path.name})")
+        data = base64.b64encode(path.read_bytes()).decode()
+        self.html.append(f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">')
+
+    def write(self, title: str) -> list[Path]:
+        """Write both files, and return their paths."""
+        head = f"<!DOCTYPE html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
+        contents = {"report.md": "\n\n".join(self.markdown) + "\n", "report.html": "\n".join([head, *self.html]) + "\n"}
+        for name, text in contents.items():
+            (self.folder / name).write_text(text, encoding="utf-8")
+        return [self.folder / name for name in contents]
+
+
+def shown(ratio: dict[str, Any] | None) -> str | None:
+    """Return a ratio as text, with its interval."""
+    if ratio is None:
+        return None
+    return f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" + (
+        " ?" if ratio["note"].startswith("no conclusion") else ""
+    )
+
+
+def add_comparison(page: Page, group: Sequence[Comparison], plot: Path) -> None:
+    """Add one run beside its latency result, with all capacities."""
+    run, latency = group[0].run, group[0].latency
+    page.heading(run["title"])
+    threads = f", {run['threads']} thread(s)" if run["device"]["type"] == "cpu" else ""
+    page.sentences([f"{run['device']['name']}{threads}, {run['dtype']}. Steps: {latency['title']}."])
+    contexts = [n for n in group[0].dense.contexts if any(one.ratio("achieved", n) for one in group)]
+    page.sentences(
+        ["Speed-up of one step, dense(N) / sink(N), with its 95% interval (? where the spread is too wide):"]
+    )
+    body = [[f"{n:,}", *(shown(one.ratio("achieved", n)) for one in group)] for n in contexts]
+    page.table(body, ["context N", *(f"capacity {one.capacity:,}" for one in group)])
+    page.sentences(["Speed-up of the whole run:"])
+    body = []
+    for one in group:
+        predicted = one.predicted
+        off = None if predicted is None else f"{predicted / one.measured - 1:+.0%}"
+        body.append([f"{one.capacity:,}", f"{one.measured:.2f}", predicted and f"{predicted:.2f}", off])
+    page.table(body, ["capacity", "measured", "predicted", "predicted / measured - 1"])
+    draw(group, plot)
+    page.image(plot, "Speed-up of a step by context, and of the whole run")
+    for one in group:
+        page.heading(f"Capacity {one.capacity:,}", 3)
+        page.sentences(reasons(one))
+
+
+def add_run_to_run(page: Page, first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Add by how much the ratios of two latency results of one setting differ."""
+    keys = ("name", "context", "capacity", "compiled")
+    sides = [{tuple(ratio[key] for key in keys): ratio for ratio in one["ratios"]} for one in (first, second)]
+    both = sorted(sides[0].keys() & sides[1].keys())
+    if not both:
+        return
+    away = {key: sides[1][key]["value"] / sides[0][key]["value"] - 1 for key in both}
+    worst = max(both, key=lambda key: abs(away[key]))
+    within = sum(abs(one) <= RUN_TO_RUN for one in away.values())
+    page.heading(f"Two runs of the same: {first['model']['name']}, {first['dtype']}, {first['device']['name']}")
+    page.sentences(
+        [
+            f"{first['date']} and {second['date']}: {within} of {len(both)} median ratios agree within {RUN_TO_RUN:.0%}; "
+            f"the furthest apart is {worst[0]} at {worst[1]:,} tokens, capacity {worst[2]:,}"
+            f"{', compiled' if worst[3] else ''}, by {abs(away[worst]):.1%}."
+        ]
+    )
+    body = []
+    for key in both:
+        arm = "sink compiled" if key[3] else "sink"
+        body.append(
+            [key[0], arm, f"{key[2]:,}", f"{key[1]:,}", *(shown(side[key]) for side in sides), f"{away[key]:+.1%}"]
+        )
+    page.table(body, ["ratio", "arm", "capacity", "context", "first", "second", "difference"])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the result files and write the page; see the module docstring."""
+    parser = harness.Parser(prog="python -m benchmarks.compare", description=__doc__)
+    parser.add_argument("results", nargs="+", metavar="FILE.json")
+    parser.add_argument("--output", help="folder for the page and its plots (that of the first file)")
+    args = parser.parse_args(argv)
+    results, left_out = [], []
+    for name in args.results:
+        try:
+            results.append(harness.read_json(name))
+        except BenchmarkError as error:
+            left_out.append(str(error))
+    by_setting: Callable[[dict[str, Any]], str] = lambda one: str(setting(one))  # noqa: E731
+    latencies = sorted((one for one in results if one["harness"] == "latency"), key=by_setting)
+    repeated = [list(same) for _, same in itertools.groupby(latencies, by_setting)]
+    found = comparisons(results)
+    if not found and all(len(same) < 2 for same in repeated):
+        raise BenchmarkError(
+            "nothing to compare: there must be a result of benchmarks.ppl and one of benchmarks.latency with the same model, "
+            "device, dtype, threads and a common capacity, with dense and sink measured in both"
+        )
+    page = Page(harness.output_folder(args.output or Path(args.results[0]).parent))
+    title = "Per token and whole run: two ways to measure what a bounded cache gains"
+    page.heading(title, 1)
+    page.sentences(
+        ["Made by `python -m benchmarks.compare` from result files; every number and sentence is computed from them."]
+    )
+    for index, (_, group) in enumerate(itertools.groupby(found, lambda one: id(one.run)), 1):
+        add_comparison(page, list(group), page.folder / f"report-{index}.png")
+    for same in repeated:
+        for first, second in itertools.pairwise(sorted(same, key=lambda one: one["date"])):
+            add_run_to_run(page, first, second)
+    for complaint in left_out:
+        print(f"left out: {complaint}", file=sys.stderr)
+    for written in page.write(title):
+        print(f"wrote {written}")
+
+
+if __name__ == "__main__":
+    sys.exit(harness.run(main))

@@ -1,0 +1,890 @@
+"""Decoding latency: milliseconds per token at a fixed length of the text, and why it is what it is.
+
+    python -m benchmarks.latency                                         # as below, on what this machine has
+    python -m benchmarks.latency --random-weights pythia-70m pythia-6.9b --device cuda --dtype bfloat16
+    python -m benchmarks.latency --model FOLDER --contexts 512 4096 --capacities 256 1024
+
+The text is read up to a context of N tokens; then single tokens are fed and timed, with the device synchronised before and
+after every step: `torch.cuda.synchronize`, `torch.mps.synchronize`, or nothing on the CPU, which runs in order. (MPS is
+tested with a faked backend only; it has not run on hardware here.) The time of a step does not depend on the values of
+weights, so random ones of a named shape are the default, and no hub is asked. Arms:
+
+    dense               DynamicCache: a step reads N tokens of cache
+    dense-at-capacity   DynamicCache of `capacity` tokens, measured beside the others at every N: what bounding can reach
+    sink                SinkWindowCache(n_sink, capacity - n_sink)
+    static              StaticCache of max_cache_len = N, whose last slots are being filled
+    recompute           no cache: the last `capacity` tokens are read anew for every token, the paper's baseline. It does
+                        not depend on N and is measured once, at N = capacity
+
+Eager steps are plain `model(token, past_key_values=cache)`. Compiled ones (`--compile`; static and sink) are the steps of
+`generate()`: `prepare_inputs_for_generation`, which builds the mask, then `model.get_compiled_call`.
+
+How it is measured: each arm is warmed up by count and by time; then, at each N, all arms take turns, a few steps each, in
+`--rounds` rounds, so that drift of the machine hits all alike. The garbage collector is off. Before each turn an arm goes back to
+N tokens, untimed, and takes one untimed step. So lengths repeat; what dense needs at lengths that this process has
+never seen is measured by itself, because some attention backends build a plan for every new length. Turns without
+synchronisation between the steps follow (not on the CPU): a device that is never waited for may be faster.
+
+What explains it: `ceiling` = dense(N) / dense(capacity) is the most that a bounded cache can win, `achieved` = dense(N) /
+sink(N), `overhead` = sink(N) / dense(capacity), each with a 95% bootstrap interval over paired rounds. `busy` is the share of
+the step in which the GPU worked: below 1 the step waits for the CPU to launch kernels. `floor_ms` is what the hardware allows:
+for a step, the bytes of weights and cache read, at the measured copy bandwidth; for recompute, its arithmetic, at the measured
+rate of a large matrix product.
+
+Results: tables here, and for each model in the `--output` folder a JSON file (for its header see `benchmarks.harness`) and two
+plots. Besides `machine` (the measured rates) and `ratios` it has `rows` with
+
+    arm, compiled, context, capacity, n_sink, beyond_trained_context
+    median_ms, mean_ms, std_ms, p5_ms, p95_ms, n     of the steps
+    step_ms                 all of them, round by round
+    unsynchronized_ms       per token, one number per round, or null
+    first_time              median_ms at lengths never seen before, and again_median_ms, of the same steps taken again; dense
+    event_ms, gpu_ms, busy  median by CUDA events; kernel time per step (torch.profiler), and its share of median_ms
+    sdpa                    the attention kernel that ran
+    cache_bytes, peak_bytes_over_weights    in a pass of their own: the cache, and with what a step needs besides
+    floor_ms, warning, reason               reason: in words, why there are no numbers
+
+A compiled step's working memory is set aside when its graph is recorded and is not in its `peak_bytes_over_weights`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import gc
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from tabulate import tabulate
+from tqdm import tqdm
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicLayer
+
+from sink_cache import SinkWindowCache
+
+from . import harness, models, plots
+from .harness import MIB, BenchmarkError
+
+BLOCK_LIMIT = 63  # steps of a turn; with the untimed one before, a static cache keeps 64 slots free for them
+WARM_UP_STEPS = 3
+MAX_TURN_S = 2.0  # a slower arm takes fewer steps in its turn
+NEW_LENGTHS = 8  # steps at lengths that the process has never seen
+CPU_DEFAULTS: dict[str, Any] = {
+    "contexts": 4096,
+    "capacities": [256],
+    "compile": False,
+    "dtype": "float32",
+    "rounds": 12,
+}
+GPU_DEFAULTS: dict[str, Any] = {
+    "contexts": 32768,
+    "capacities": [1024],
+    "compile": True,
+    "dtype": "bfloat16",
+    "rounds": 8,
+}
+
+
+class CannotMeasure(Exception):
+    """Why an arm cannot be measured at some context, in words; the others still can."""
+
+
+# --- arms ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bench:
+    """What all arms of a model share: the model, tokens, the dense prefill, and the static caches, which are large."""
+
+    loaded: models.LoadedModel
+    n_sink: int
+    piece_tokens: int
+    kept_contexts: frozenset[int]
+    static_compiled_contexts: frozenset[int]
+    longest: int
+    snapshots: dict[int, list[Any]] = field(default_factory=dict)
+    statics: dict[int, StaticCache] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.model: PreTrainedModel = self.loaded.model
+        self.device = self.model.device
+        self.config = self.model.config.get_text_config(decoder=True)
+        generator = torch.Generator().manual_seed(0)
+        # As long as the text with all steps: generate() passes all tokens, and a mask and positions for all of them.
+        shape = (1, self.longest + 2**16)
+        self.tokens = torch.randint(self.config.vocab_size, shape, generator=generator).to(self.device)
+        self.ones = torch.ones_like(self.tokens)
+        self.positions = torch.arange(shape[1], device=self.device)[None]
+        self.token = self.tokens[:, :1].clone()
+        self._dense, self._read, self._broken = DynamicCache(config=self.model.config), 0, ""
+
+    def read(self, cache: Cache, start: int, stop: int) -> None:
+        """Feed the tokens of the text from `start` to `stop` into a cache, in pieces."""
+        for first in range(start, stop, self.piece_tokens):
+            piece = self.tokens[:, first : min(first + self.piece_tokens, stop)]
+            self.model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def dense_layers(self, context: int) -> list[Any]:
+        """Return the layers of a DynamicCache that has read `context` tokens; contexts must rise, or be kept ones."""
+        if context not in self.snapshots:
+            if self._broken:
+                raise CannotMeasure(self._broken)
+            try:
+                self.read(self._dense, self._read, context)
+            except Exception as error:
+                self._broken, self._dense = reason_for(error), DynamicCache()
+                raise
+            self._read = context
+            self.snapshots = {n: layers for n, layers in self.snapshots.items() if n in self.kept_contexts}
+            self.snapshots[context] = snapshot(self._dense)
+        return self.snapshots[context]
+
+    def step_of_generate(self, cache: Cache, seen: int) -> None:
+        """Feed one token after `seen` others as `generate()` does with a cache that can be compiled."""
+        inputs = self.model.prepare_inputs_for_generation(
+            self.tokens[:, : seen + 1],
+            next_sequence_length=1,
+            past_key_values=cache,
+            attention_mask=self.ones[:, : seen + 1],
+            position_ids=self.positions[:, : seen + 1],
+            use_cache=True,
+        )
+        self.compiled_call(**inputs, return_dict=True)
+
+    @functools.cached_property
+    def compiled_call(self) -> Callable[..., Any]:
+        """The model's forward, compiled as `generate()` does it."""
+        return self.model.get_compiled_call(self.model.generation_config.compile_config)
+
+
+def snapshot(cache: DynamicCache) -> list[Any]:
+    """Return copies of the layers that stay as they are: a dynamic layer makes new tensors and never writes into old ones."""
+    return [copy.copy(layer) for layer in cache.layers]
+
+
+class Arm:
+    """One way to decode: `fill(context)`, then turns of `rewind()` and some `step()`s, of which only steps are timed."""
+
+    name: ClassVar[str]
+    compiled: ClassVar[bool] = False
+    bounded: ClassVar[bool] = False  # has one arm for each capacity
+
+    def __init__(self, bench: Bench, capacity: int | None = None) -> None:
+        self.bench, self.capacity = bench, capacity
+        self.cache: Cache | None = None
+
+    def applies(self, context: int) -> bool:
+        """Whether there is anything to measure at a context."""
+        return True
+
+    def fill(self, context: int) -> None:
+        """Read a text of `context` tokens; contexts only rise. Raises CannotMeasure."""
+
+    def rewind(self) -> None:
+        """Go back to the state that `fill` left, or to one that costs the same."""
+
+    def step(self) -> None:
+        """Feed one token."""
+        self.bench.model(self.bench.token, past_key_values=self.cache, use_cache=True)
+
+    def length(self, context: int) -> int:
+        """Return how many tokens a step attends to."""
+        return context if self.capacity is None else min(context, self.capacity)
+
+    def release(self) -> None:
+        """Let go of memory before the next context."""
+        self.cache = None
+
+
+class Dense(Arm):
+    """DynamicCache."""
+
+    name = "dense"
+
+    def fill(self, context: int) -> None:
+        """Take the shared prefill."""
+        self._layers = self.bench.dense_layers(self.length(context))
+
+    def rewind(self) -> None:
+        """Begin anew from the layers of the prefill."""
+        self.cache = DynamicCache(config=self.bench.model.config)
+        self.cache.layers = [copy.copy(layer) for layer in self._layers]
+
+    def release(self) -> None:
+        """Let go of the prefill, too."""
+        self.cache, self._layers = None, []
+
+
+class DenseAtCapacity(Dense):
+    """DynamicCache of `capacity` tokens, beside the others."""
+
+    name = "dense-at-capacity"
+    bounded = True
+
+    def applies(self, context: int) -> bool:
+        """Up to the capacity it would be dense itself."""
+        return self.capacity is not None and context > self.capacity
+
+
+class Sink(Arm):
+    """SinkWindowCache, fed on from context to context; when it is full, every further token costs the same."""
+
+    name = "sink"
+    bounded = True
+    _seen = 0
+    _unfilled: SinkWindowCache | None = None
+
+    def make(self) -> SinkWindowCache:
+        """Return an empty cache."""
+        return SinkWindowCache(self.bench.n_sink, int(self.capacity or 0) - self.bench.n_sink)
+
+    def fill(self, context: int) -> None:
+        """Read what is missing."""
+        if self.cache is None:
+            self.cache, self._seen = self.make(), 0
+        elif self._unfilled is not None:
+            self.rewind()
+        self.bench.read(self.cache, self._seen, context)
+        self._seen = self._context = max(self._seen, context)
+        self._unfilled = copy.deepcopy(self.cache) if context < self.cache.capacity else None
+
+    def rewind(self) -> None:
+        """Begin anew from a copy, unless the cache was full: then its state costs the same."""
+        if self._unfilled is not None:
+            self.cache, self._seen = copy.deepcopy(self._unfilled), self._context
+
+    def step(self) -> None:
+        """Feed one token, and count it."""
+        super().step()
+        self._seen += 1
+
+    def release(self) -> None:
+        """Keep the cache: it is small, and read on."""
+
+
+class SinkCompiled(Sink):
+    """The same in the compiled step of `generate()`, once nothing changes its shape any more."""
+
+    compiled = True
+
+    def make(self) -> SinkWindowCache:
+        """Return an empty cache that can be compiled."""
+        try:
+            return SinkWindowCache(self.bench.n_sink, int(self.capacity or 0) - self.bench.n_sink, compileable=True)
+        except TypeError:
+            raise CannotMeasure("this SinkWindowCache has no compileable=True") from None
+
+    def fill(self, context: int) -> None:
+        """Read what is missing."""
+        if context < int(self.capacity or 0):
+            raise CannotMeasure("compiled steps are measured from a full cache on")
+        super().fill(context)
+
+    def step(self) -> None:
+        """Feed one token as `generate()` does."""
+        self.bench.step_of_generate(self.cache, self._seen)
+        self._seen += 1
+
+
+class Static(Arm):
+    """StaticCache with as many slots as the context, of which the steps fill the last."""
+
+    name = "static"
+
+    def fill(self, context: int) -> None:
+        """Take the tokens of the shared prefill."""
+        self._layers = self.bench.dense_layers(context)
+        if any(type(layer) is not DynamicLayer for layer in self._layers):
+            raise CannotMeasure("only models of full-attention layers are measured with a StaticCache")
+        self._filled = context - min(BLOCK_LIMIT + 1, context - 1)
+        # Eager and compiled steps share the slots, because they are many.
+        if context not in self.bench.statics:
+            self.bench.statics[context] = StaticCache(config=self.bench.model.config, max_cache_len=context)
+        self.cache = self.bench.statics[context]
+
+    def rewind(self) -> None:
+        """Write the tokens in again."""
+        self.cache.reset()
+        for index, layer in enumerate(self._layers):
+            keys, values = (states[:, :, : self._filled] for states in (layer.keys, layer.values))
+            self.cache.update(keys, values, index)
+        self._seen = self._filled
+
+    def release(self) -> None:
+        """Let go of the slots and the prefill."""
+        self.cache, self._layers = None, []
+        self.bench.statics.clear()
+
+
+class StaticCompiled(Static):
+    """The same in the compiled step of `generate()`, which is compiled for every length."""
+
+    compiled = True
+
+    def fill(self, context: int) -> None:
+        """Take the tokens of the shared prefill."""
+        if context not in self.bench.static_compiled_contexts:
+            raise CannotMeasure("it would have to be compiled for this length alone: see --compile-static-everywhere")
+        super().fill(context)
+
+    def step(self) -> None:
+        """Feed one token as `generate()` does."""
+        self.bench.step_of_generate(self.cache, self._seen)
+        self._seen += 1
+
+
+class Recompute(Arm):
+    """No cache: the window is read anew."""
+
+    name = "recompute"
+    bounded = True
+
+    def applies(self, context: int) -> bool:
+        """It does not depend on the context, so once is enough."""
+        return context == self.capacity
+
+    def step(self) -> None:
+        """Read the last `capacity` tokens."""
+        self.bench.model(self.bench.tokens[:, : self.capacity], use_cache=False, logits_to_keep=1)
+
+
+ARMS: tuple[type[Arm], ...] = (Dense, DenseAtCapacity, Sink, SinkCompiled, Static, StaticCompiled, Recompute)
+ARM_NAMES = tuple(dict.fromkeys(arm.name for arm in ARMS))
+
+
+def make_arms(bench: Bench, names: Sequence[str], capacities: Sequence[int], compiled: bool) -> list[Arm]:
+    """Return the arms that are asked for, in the order in which they take turns."""
+    chosen = [kind for kind in ARMS if kind.name in names and (compiled or not kind.compiled)]
+    return [kind(bench, capacity) for kind in chosen for capacity in (capacities if kind.bounded else [None])]
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured; see the module docstring."""
+
+    rounds: int
+    steps: int
+    min_seconds: float
+    warm_up_s: float
+    deadline: float = math.inf  # by time.perf_counter()
+
+
+@dataclass
+class Measurement:
+    """The raw numbers of one arm at one context, times in ms."""
+
+    turn_steps: int = 1
+    rounds: list[list[float]] = field(default_factory=list)
+    unsynchronized: list[float] = field(default_factory=list)
+    first_time: list[tuple[float, float]] = field(default_factory=list)
+    event_ms: float | None = None
+    gpu_ms: float | None = None
+    sdpa: str = ""
+    cache_bytes: int | None = None
+    peak_bytes: int | None = None
+    warnings: list[str] = field(default_factory=list)
+    reason: str = ""
+
+
+def reason_for(error: BaseException) -> str:
+    """Return in words why an arm failed."""
+    if isinstance(error, CannotMeasure):
+        return str(error)
+    if harness.is_out_of_memory(error):
+        return "out of memory"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def timed_steps(arm: Arm, steps: int, clock: harness.Clock) -> list[float]:
+    """Return the time of each step in ms, the device being synchronised before and after every one."""
+    times = []
+    for _ in range(steps):
+        start = clock.now()
+        arm.step()
+        times.append(1e3 * (clock.now() - start))
+    return times
+
+
+def unsynchronized_step(arm: Arm, steps: int, clock: harness.Clock) -> float:
+    """Return the time of a step in ms when the device is synchronised only before the first and after the last."""
+    start = clock.now()
+    for _ in range(steps):
+        arm.step()
+    return 1e3 * (clock.now() - start) / steps
+
+
+def event_times(arm: Arm, steps: int, clock: harness.Clock) -> list[float]:
+    """Return the time of each step in ms by CUDA events. Around a launch-bound step they, too, see the launches."""
+    times = []
+    for _ in range(steps):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        clock.now()
+        start.record()
+        arm.step()
+        end.record()
+        clock.now()
+        times.append(start.elapsed_time(end))
+    return times
+
+
+def warm_up(arm: Arm, settings: Settings, clock: harness.Clock) -> float:
+    """Step until nothing is new, by count and by time, and return the time of a step in ms."""
+    times: list[float] = []
+    while len(times) < WARM_UP_STEPS or sum(times[WARM_UP_STEPS:]) < 1e3 * settings.warm_up_s:
+        if len(times) % BLOCK_LIMIT == 0:
+            arm.rewind()
+        times += timed_steps(arm, 1, clock)
+        if len(times) >= WARM_UP_STEPS and times[-1] > 1e3 * settings.warm_up_s:
+            break
+    return min(times[-3:])
+
+
+def steps_per_turn(step_ms: float, settings: Settings) -> int:
+    """Return how many steps make a turn: `steps`, more if they are short, fewer if they are very long."""
+    wanted = max(settings.steps, math.ceil(1e3 * settings.min_seconds / settings.rounds / step_ms))
+    return max(1, min(wanted, BLOCK_LIMIT, int(1e3 * MAX_TURN_S / step_ms)))
+
+
+def look_into(arm: Arm, clock: harness.Clock, steps: int = 5) -> tuple[float | None, str]:
+    """Return the time of kernels per step in ms, by torch.profiler, and which attention kernel ran; None where unknown."""
+    if clock.device.type != "cuda":
+        if arm.compiled:
+            return None, "compiled"
+        with harness.Operators() as operators:
+            arm.step()
+        return None, harness.attention_kernel(operators.names)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(steps):
+            arm.step()
+        clock.now()
+    on_gpu = torch.autograd.DeviceType.CUDA
+    kernels = [one for one in profiler.events() if one.device_type == on_gpu and not one.is_user_annotation]
+    total = sum(kernel.time_range.elapsed_us() for kernel in kernels)
+    return total / 1e3 / steps or None, harness.attention_kernel({kernel.name for kernel in kernels})
+
+
+def new_length_times(arm: Dense, known: set[int], context: int, clock: harness.Clock) -> list[tuple[float, float]]:
+    """Return pairs of times in ms: a step at a length that this process has never seen, and at once the same step again."""
+    start = arm.length(context)
+    lengths = range(start + 1, start + 1 + BLOCK_LIMIT + 1)  # all that the turns will reach
+    pairs = []
+    if known.isdisjoint(lengths):
+        arm.step()  # whatever the first step of an arm does besides
+        for _ in range(NEW_LENGTHS):
+            before = snapshot(arm.cache)
+            new = timed_steps(arm, 1, clock)
+            arm.cache.layers = before
+            pairs.append((*new, *timed_steps(arm, 1, clock)))
+    known.update(lengths)
+    return pairs
+
+
+def start_arm(arm: Arm, context: int, settings: Settings, clock: harness.Clock, known: set[int]) -> Measurement:
+    """Bring an arm to a context, measure lengths never seen before, and warm it up."""
+    if time.perf_counter() > settings.deadline:
+        raise CannotMeasure("not measured: the time limit was used up")
+    measured = Measurement()
+    arm.fill(context)
+    arm.rewind()
+    if isinstance(arm, Dense):
+        measured.first_time = new_length_times(arm, known, context, clock)
+    skipped = compile_counter("inductor", "cudagraph_skips")
+    measured.turn_steps = steps_per_turn(warm_up(arm, settings, clock), settings)
+    if clock.device.type == "cuda" and compile_counter("inductor", "cudagraph_skips") > skipped:
+        measured.warnings.append("torch.compile left out CUDA graphs")
+    return measured
+
+
+def take_turn(arm: Arm, measured: Measurement, clock: harness.Clock) -> None:
+    """Add one turn of an arm to what was measured of it."""
+    for synchronized in (True, False) if clock.device.type != "cpu" else (True,):
+        arm.rewind()
+        if not isinstance(arm, Recompute):
+            arm.step()
+        if synchronized:
+            measured.rounds.append(timed_steps(arm, measured.turn_steps, clock))
+        else:
+            measured.unsynchronized.append(unsynchronized_step(arm, measured.turn_steps, clock))
+
+
+def look_closer(arm: Arm, measured: Measurement, clock: harness.Clock) -> None:
+    """Measure memory, and on CUDA what the GPU does, in passes whose steps are not timed."""
+    arm.rewind()
+    arm.step()
+    measured.cache_bytes = harness.cache_bytes(arm.cache)
+    with harness.PeakMemory(clock.device) as peak:
+        for _ in range(2):
+            arm.step()
+        clock.now()
+    measured.peak_bytes = measured.cache_bytes + peak.bytes
+    pressure = harness.memory_pressure(peak)
+    measured.warnings += [pressure] if pressure else []
+    if clock.device.type == "cuda":
+        measured.event_ms = statistics.median(event_times(arm, 10, clock))
+    measured.gpu_ms, measured.sdpa = look_into(arm, clock)
+
+
+def measure_context(
+    arms: Sequence[Arm], context: int, settings: Settings, clock: harness.Clock, lengths: set[int], bar: tqdm[Any]
+) -> list[tuple[Arm, Measurement]]:
+    """Measure all arms at one context, taking turns.
+
+    Args:
+        lengths: those that dense steps have had in this process; it is added to.
+    """
+    applying = [arm for arm in arms if arm.applies(context)]
+    found = {arm: Measurement() for arm in applying}
+
+    def for_each(work: Callable[[Arm], None]) -> None:
+        for arm in applying:
+            if not found[arm].reason:
+                bar.set_postfix_str(
+                    f"{context:,} tokens, {arm.name}{' compiled' if arm.compiled else ''}", refresh=False
+                )
+                try:
+                    work(arm)
+                # Whatever fails, compilers included, fails for one arm; the others and their machine time are kept.
+                except Exception as error:
+                    found[arm] = Measurement(reason=reason_for(error))
+            bar.update()
+
+    def start(arm: Arm) -> None:
+        found[arm] = start_arm(arm, context, settings, clock, lengths)
+
+    with torch.no_grad(), harness.garbage_collector_off():
+        for_each(start)
+        compiled_before = compile_counter("stats", "unique_graphs")
+        for _ in range(settings.rounds):
+            for_each(lambda arm: take_turn(arm, found[arm], clock))
+        if compile_counter("stats", "unique_graphs") > compiled_before:
+            for arm in applying:
+                found[arm].warnings += ["graphs were compiled while it was timed"] if arm.compiled else []
+        for_each(lambda arm: look_closer(arm, found[arm], clock))
+    for arm in applying:
+        arm.release()
+    gc.collect()
+    if clock.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return list(found.items())
+
+
+def compile_counter(group: str, name: str) -> int:
+    """Return one of torch.compile's own counters, such as how many graphs this process has compiled."""
+    return int(torch._dynamo.utils.counters[group][name])
+
+
+# --- reporting -------------------------------------------------------------------------------------------------------
+
+
+def floor_ms(arm: Arm, cache_bytes: int, machine: dict[str, float]) -> float:
+    """Return the shortest time that the measured rates of the hardware allow for a step."""
+    seconds = (machine["step_weight_bytes"] + cache_bytes) / machine["copy_bytes_per_s"]
+    if isinstance(arm, Recompute):
+        seconds = models.forward_flops(arm.bench.model, int(arm.capacity or 0)) / machine["matrix_flops_per_s"]
+    return 1e3 * seconds
+
+
+def make_row(arm: Arm, context: int, measured: Measurement, machine: dict[str, float]) -> dict[str, Any]:
+    """Return a row of the result file; see the module docstring."""
+    trained, capacity = arm.bench.loaded.trained_context, arm.capacity
+    numbers = ("median_ms", "mean_ms", "std_ms", "p5_ms", "p95_ms", "n", "step_ms", "unsynchronized_ms", "first_time")
+    more = ("event_ms", "gpu_ms", "busy", "sdpa", "cache_bytes", "peak_bytes_over_weights", "floor_ms")
+    row: dict[str, Any] = {
+        "arm": arm.name,
+        "compiled": arm.compiled,
+        "context": context,
+        "capacity": capacity,
+        "n_sink": arm.bench.n_sink if isinstance(arm, Sink) else None,
+        "beyond_trained_context": trained is not None and arm.length(context) > trained,
+        **dict.fromkeys((*numbers, *more)),
+        "warning": "",
+        "reason": measured.reason,
+    }
+    if measured.reason:
+        return row
+    steps = [time for turn in measured.rounds for time in turn]
+    statistic = harness.summary(steps)
+    row |= {f"{name}_ms": statistic[name] for name in ("median", "mean", "std", "p5", "p95")}
+    if wide := harness.spread_warning(steps):
+        measured.warnings.append(wide)
+    if measured.event_ms and abs(measured.event_ms / statistic["median"] - 1) > 0.1:
+        measured.warnings.append(f"CUDA events saw {measured.event_ms:.3f} ms, the clock {statistic['median']:.3f} ms")
+    return row | {
+        "n": len(steps),
+        "step_ms": [rounded(turn) for turn in measured.rounds],
+        "unsynchronized_ms": rounded(measured.unsynchronized) or None,
+        "first_time": first_time(measured.first_time),
+        "event_ms": measured.event_ms,
+        "gpu_ms": measured.gpu_ms,
+        "busy": measured.gpu_ms and measured.gpu_ms / statistic["median"],
+        "sdpa": measured.sdpa,
+        "cache_bytes": measured.cache_bytes,
+        "peak_bytes_over_weights": measured.peak_bytes,
+        "floor_ms": floor_ms(arm, measured.cache_bytes or 0, machine),
+        "warning": "; ".join(measured.warnings),
+    }
+
+
+def first_time(pairs: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
+    """Return what a result file says about lengths never seen before, or None if there were none."""
+    if not pairs:
+        return None
+    new, again = (list(times) for times in zip(*pairs, strict=True))
+    medians = {"median_ms": statistics.median(new), "again_median_ms": statistics.median(again)}
+    return medians | {"step_ms": rounded(new), "again_step_ms": rounded(again)}
+
+
+def rounded(times: Sequence[float]) -> list[float]:
+    """Return times in ms to a tenth of a microsecond: result files stay small, and clocks are not finer."""
+    return [round(time, 4) for time in times]
+
+
+def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what the arms say about each other, at each context, for each sink arm; see the module docstring."""
+    cells = {(row["arm"], row["compiled"], row["context"], row["capacity"]): row for row in rows}
+
+    def cell(arm: str, capacity: int | None, compiled: bool = False) -> dict[str, Any] | None:
+        row = cells.get((arm, compiled, context, capacity))
+        return row if row is not None and not row["reason"] else None
+
+    found = []
+    for row in rows:
+        if row["arm"] == "sink" and not row["reason"]:
+            context, capacity, compiled = row["context"], row["capacity"], row["compiled"]
+            far = cell("dense", None)
+            near = far if context <= capacity else cell("dense-at-capacity", capacity)
+            static, recompute = cell("static", None, compiled), cell("recompute", capacity)
+            pairs = {
+                "ceiling": (far, near if context > capacity else None),
+                "achieved": (far, row),
+                "overhead": (row, near),
+                "static_over_sink": (static, row),
+                "recompute_over_sink": (recompute, row),
+            }
+            for name, (above, below) in pairs.items():
+                if above is not None and below is not None:
+                    ratio = {"name": name, "context": context, "capacity": capacity, "compiled": compiled}
+                    found.append(ratio | harness.ratio_of_rounds(above["step_ms"], below["step_ms"]))
+                    if name == "recompute_over_sink":
+                        limit = above["floor_ms"] / below["floor_ms"]
+                        found[-1] |= {"hardware_limit": limit, "share_of_limit": found[-1]["value"] / limit}
+    return found
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Return the rows and the ratios as text tables, with what must be known in words below."""
+    headers = ["context", "arm", "capacity", "ms", "p5 – p95", "unsync.", "new length", "floor", "busy", "attention"]
+    lines, notes = [], []
+    for row in result["rows"]:
+        arm = row["arm"] + (" compiled" if row["compiled"] else "")
+        if row["reason"] or row["warning"]:
+            which = arm if row["capacity"] is None else f"{arm} {row['capacity']:,}"
+            notes.append((f"{which}: {row['reason'] or row['warning']}", f"{row['context']:,}"))
+        if row["reason"]:
+            continue
+        first, free = row["first_time"], row["unsynchronized_ms"]
+        lines.append(
+            [
+                f"{row['context']:,}" + ("*" if row["beyond_trained_context"] else ""),
+                arm,
+                row["capacity"],
+                f"{row['median_ms']:.3f}",
+                f"{row['p5_ms']:.3f} – {row['p95_ms']:.3f}",
+                free and f"{statistics.median(free):.3f}",
+                first and f"{first['median_ms']:.3f} / {first['again_median_ms']:.3f}",
+                f"{row['floor_ms']:.3f}",
+                row["busy"] and f"{row['busy']:.0%}",
+                row["sdpa"],
+                f"{row['cache_bytes'] / MIB:,.1f}",
+                f"{row['peak_bytes_over_weights'] / MIB:,.0f}",
+            ]
+        )
+    headers += ["cache MiB", "peak MiB"]
+    text = [
+        tabulate(lines, headers, disable_numparse=True, colalign=["right", "left", *["right"] * 10], missingval="–")
+    ]
+    text.append("* beyond the trained context." if any("*" in line[0] for line in lines) else "")
+    names = list(dict.fromkeys(ratio["name"] for ratio in result["ratios"]))
+    cells: dict[tuple[Any, ...], dict[str, str]] = {}
+    for ratio in result["ratios"]:
+        key = f"{ratio['context']:,}", "sink compiled" if ratio["compiled"] else "sink", ratio["capacity"]
+        sign = "?" if ratio["note"].startswith("no conclusion") else ""
+        cells.setdefault(key, {})[ratio["name"]] = (
+            f"{ratio['value']:.3g} [{ratio['low']:.3g}, {ratio['high']:.3g}]{sign}"
+        )
+    if cells:
+        body = [[*key, *(of.get(name) for name in names)] for key, of in cells.items()]
+        text.append(tabulate(body, ["context", "arm", "capacity", *names], disable_numparse=True, missingval="–"))
+        text.append("In brackets the 95% interval; ? where the spread is too wide for a conclusion.")
+    for note in dict.fromkeys(note for note, _ in notes):
+        text.append(f"{note} ({', '.join(where for one, where in notes if one == note)})")
+    return "\n".join(line for line in text if line)
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check the command line."""
+    parser = harness.Parser(prog="python -m benchmarks.latency", description=__doc__)
+    source = parser.add_argument_group("model")
+    source.add_argument("--model", help="an id on the hub or a folder (random weights)")
+    source.add_argument("--random-weights", nargs="+", metavar="SHAPE", help=f"{', '.join(models.SHAPES)} (pythia-70m)")
+    source.add_argument("--offline", action="store_true", help="ask no hub: as without --model")
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--contexts", nargs="+", type=int, metavar="N", help="(256, 512 … 32,768; 4,096 on a CPU)")
+    what.add_argument("--capacities", nargs="+", type=int, metavar="N", help="sinks included (1024; 256 on a CPU)")
+    what.add_argument("--n-sink", type=int, default=4, help="(%(default)s)")
+    what.add_argument("--arms", nargs="+", choices=ARM_NAMES, default=list(ARM_NAMES), metavar="ARM", help="(all)")
+    what.add_argument("--compile", action=argparse.BooleanOptionalAction, help="also compiled steps (on CUDA)")
+    what.add_argument(
+        "--compile-static-everywhere", action="store_true", help="not only at the capacities and the largest context"
+    )
+    what.add_argument("--sdpa-backend", choices=harness.SDPA_CHOICES, default="auto", help="(auto)")
+    how = parser.add_argument_group("how, and where to")
+    how.add_argument("--rounds", type=int, help="turns of each arm at each context (8; 12 on a CPU)")
+    how.add_argument("--steps", type=int, default=4, help="steps of a turn, at least (%(default)s)")
+    how.add_argument("--min-seconds", type=float, default=0.25, help="time of all turns of an arm (%(default)s)")
+    how.add_argument("--warm-up-seconds", type=float, default=0.1, help="after the first steps (%(default)s)")
+    how.add_argument(
+        "--time-limit", type=float, default=math.inf, metavar="S", help="for each model; then no more arms"
+    )
+    how.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (%(default)s)")
+    how.add_argument("--dtype", help=f"{', '.join(harness.DTYPES)} (bfloat16 on CUDA, else float32)")
+    how.add_argument("--attn-implementation", help="sdpa or eager (the model's default)")
+    how.add_argument("--output", default="build/benchmarks", help="folder for JSON files and plots (%(default)s)")
+    args = parser.parse_args(argv)
+    if args.model is not None and (args.offline or args.random_weights):
+        parser.error("--model is for a model with weights: leave out --offline and --random-weights")
+    for name, least in {"steps": 1, "n_sink": 0, "min_seconds": 0, "warm_up_seconds": 0}.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, but is {getattr(args, name)}")
+    if args.rounds is not None and args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, but is {args.rounds}")
+    if args.steps > BLOCK_LIMIT:
+        parser.error(f"--steps must be at most {BLOCK_LIMIT}, but is {args.steps}: take more --rounds")
+    for capacity in args.capacities or []:
+        if capacity <= args.n_sink:
+            parser.error(f"capacity {capacity} leaves no window: it includes the {args.n_sink} sinks")
+    if min(args.contexts or [2]) < 2:
+        parser.error(f"contexts must be at least 2, but one is {min(args.contexts)}")
+    return args
+
+
+def fill_in_defaults(args: argparse.Namespace, device: torch.device) -> None:
+    """Set what depends on the device and was not asked for."""
+    for name, value in (GPU_DEFAULTS if device.type == "cuda" else CPU_DEFAULTS).items():
+        if getattr(args, name) is None:
+            powers = [2**power for power in range(8, 16) if name == "contexts" and 2**power <= value]
+            setattr(args, name, powers if name == "contexts" else value)
+    args.random_weights = args.random_weights or ["pythia-70m"]
+
+
+def measure_model(
+    args: argparse.Namespace, loaded: models.LoadedModel, result: dict[str, Any], keep: Callable[[], None]
+) -> None:
+    """Measure a model at all contexts; rows and ratios are added to the result as they come, and `keep` is called."""
+    contexts = sorted({*args.contexts, *args.capacities})
+    device = loaded.model.device
+    bench = Bench(
+        loaded,
+        args.n_sink,
+        piece_tokens=2048 if device.type == "cuda" else 512,
+        kept_contexts=frozenset(args.capacities),
+        static_compiled_contexts=frozenset(
+            contexts if args.compile_static_everywhere else [*args.capacities, contexts[-1]]
+        ),
+        longest=contexts[-1],
+    )
+    arms = make_arms(bench, args.arms, args.capacities, args.compile)
+    deadline = time.perf_counter() + args.time_limit
+    settings = Settings(args.rounds, args.steps, args.min_seconds, args.warm_up_seconds, deadline)
+    clock = harness.Clock(device)
+    lengths: set[int] = set()
+    blocks = (args.rounds + 2) * sum(arm.applies(context) for arm in arms for context in contexts)
+    with harness.progress_bar(blocks, loaded.name, " turns") as bar:
+        with torch.no_grad():  # the process's first steps, at a length that is not asked for
+            bench.model(bench.token, past_key_values=DynamicCache(config=bench.model.config), use_cache=True)
+        for context in contexts:
+            for arm, measured in measure_context(arms, context, settings, clock, lengths, bar):
+                result["rows"].append(make_row(arm, context, measured, result["machine"]))
+            result["ratios"] = ratios(result["rows"])
+            keep()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure each model, print its tables, and write its result file and plots; see the module docstring."""
+    args = parse(argv)
+    folder = harness.output_folder(args.output)
+    device = harness.choose_device(args.device)
+    fill_in_defaults(args, device)
+    dtype = harness.parse_dtype(args.dtype)
+    for shape in args.random_weights:
+        models.shape_config(shape)  # refuse a wrong name before the first is measured
+    transformers.utils.logging.disable_progress_bar()
+    sdpa = harness.choose_sdpa(args.sdpa_backend)
+    # Each length is compiled by itself, as in a process that has only this one; and none falls back to eager silently.
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    torch._dynamo.config.recompile_limit = 1000
+    attention = args.attn_implementation
+    hardware = harness.Hardware(device, dtype)
+    rates = {"copy_bytes_per_s": hardware.copy_bytes_per_s(), "matrix_flops_per_s": hardware.matrix_flops_per_s()}
+    for name in [args.model] if args.model else args.random_weights:
+        if args.model:
+            loaded = models.load(name, dtype, device, attn_implementation=attention)
+        else:
+            loaded = models.random_model(name, dtype, device, attn_implementation=attention)
+        title = f"decoding with {loaded.name}, {str(dtype).removeprefix('torch.')}, {harness.device_name(device)}"
+        result = harness.header(
+            "latency",
+            title,
+            device,
+            dtype,
+            argv=argv,
+            model=loaded.description,
+            protocol={
+                name: getattr(args, name)
+                for name in ("contexts", "capacities", "n_sink", "arms", "compile", "rounds", "steps", "min_seconds")
+            }
+            | {"batch_size": 1, "sdpa_backend": args.sdpa_backend, "sdpa_enabled": sdpa},
+            machine=rates | {"step_weight_bytes": models.step_weight_bytes(loaded.model)},
+            interrupted=False,
+            ratios=[],
+            rows=[],
+        )
+        path = folder / f"{harness.file_stem('latency', loaded.name, device.type, args.dtype)}.json"
+        print(result["title"], flush=True)
+        try:
+            measure_model(args, loaded, result, lambda: harness.write_json(path, result))  # noqa: B023
+        except KeyboardInterrupt:
+            result["interrupted"] = True
+            if result["rows"]:
+                harness.write_json(path, result)
+        if result["rows"]:
+            print(tables(result))
+            if all(row["reason"] for row in result["rows"]):
+                raise BenchmarkError(f"nothing could be measured: {result['rows'][0]['reason']}")
+            for written in [path, *plots.plot(path, folder)]:
+                print(f"wrote {written}")
+        if result["interrupted"]:
+            raise KeyboardInterrupt
+        del loaded
+        torch.compiler.reset()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    sys.exit(harness.run(main))

@@ -1,0 +1,71 @@
+"""The mask of a call with several tokens in which each query has its own copy of the sinks.
+
+transformers builds masks from indices, and no index says that a query sees one copy of a token and not another. Masks are
+built by functions that transformers lets users register (`AttentionMaskInterface`), and these ask the cache for the offset of
+the queries: so a cache that gives each query its own sinks answers with a `ChunkOffset`, which knows the mask. Everybody
+else's masks are built as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AttentionMaskInterface
+
+from .ring import SinkWindowLayer
+
+
+class ChunkOffset(int):
+    """The offset of the queries for a layer that shows each query its own copy of the sinks."""
+
+    layer: SinkWindowLayer
+    used: bool
+
+    @classmethod
+    def of(cls, layer: SinkWindowLayer) -> ChunkOffset:
+        """The offset for the next call on this layer."""
+        offset = cls(layer.get_seq_length())
+        offset.layer, offset.used = layer, False
+        return offset
+
+
+def chunk_mask(layer: SinkWindowLayer, queries: int) -> torch.Tensor:
+    """Who sees whom when a layer takes in several tokens, each with its own copy of the sinks.
+
+    Returns:
+        `torch.Tensor`: bool `[queries, kv_length]`, true where a query sees a key. Keys are in the order of
+            `SinkWindowLayer.chunk_tokens`: sinks for each query that needs a copy, cached tokens, the new tokens.
+    """
+    shifts, cached, new = layer.chunk_tokens(queries)
+    position = torch.arange(new.start, new.stop)[:, None]
+    shift = position + 1 - layer.capacity
+    owner = torch.arange(shifts.start, shifts.stop).repeat_interleave(layer.n_sink)[None]
+    token = torch.cat([torch.arange(cached.start, cached.stop), torch.arange(new.start, new.stop)])[None]
+    in_window = (token >= layer.n_sink) & (position - token < layer.window)
+    return torch.cat([owner == shift, (token <= position) & ((shift <= 0) | in_window)], dim=1)
+
+
+def let_masks_show_each_query_its_sinks() -> None:
+    """Registers mask functions for sdpa and eager attention that know `ChunkOffset`; once for the process."""
+    interface: Any = AttentionMaskInterface()
+    for attention in ("sdpa", "eager"):
+        if not isinstance(interface[attention], _MaskFunction):
+            AttentionMaskInterface.register(attention, _MaskFunction(interface[attention], attention == "eager"))
+
+
+class _MaskFunction:
+    def __init__(self, build: Callable[..., torch.Tensor | None], additive: bool) -> None:
+        self.build, self.additive = build, additive
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        offset = kwargs.get("q_offset")
+        if not isinstance(offset, ChunkOffset) or not offset.layer.evicts_within(kwargs["q_length"]):
+            return self.build(*args, **kwargs)
+        offset.used = True
+        mask = chunk_mask(offset.layer, kwargs["q_length"]).to(kwargs["device"]).expand(kwargs["batch_size"], 1, -1, -1)
+        if self.additive:
+            dtype = kwargs["dtype"]
+            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+        return mask
