@@ -124,13 +124,15 @@ class Bench:
         self.ones = torch.ones_like(self.tokens)
         self.positions = torch.arange(shape[1], device=self.device)[None]
         self.token = self.tokens[:, :1].clone()
+        # As in generate(), where the model's forward has it.
+        self.keep_last = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
         self._dense, self._read, self._broken = DynamicCache(config=self.model.config), 0, ""
 
     def read(self, cache: Cache, start: int, stop: int) -> None:
         """Feed the tokens of the text from `start` to `stop` into a cache, in pieces."""
         for first in range(start, stop, self.piece_tokens):
             piece = self.tokens[:, first : min(first + self.piece_tokens, stop)]
-            self.model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self.model(piece, past_key_values=cache, use_cache=True, **self.keep_last)
 
     def dense_layers(self, context: int) -> list[Any]:
         """Return the layers of a DynamicCache that has read `context` tokens; contexts must rise, or be kept ones."""
@@ -144,7 +146,8 @@ class Bench:
                 raise
             self._read = context
             self.snapshots = {n: layers for n, layers in self.snapshots.items() if n in self.kept_contexts}
-            self.snapshots[context] = snapshot(self._dense)
+            # Copies of layers stay as they are: a dynamic layer makes new tensors and never writes into old ones.
+            self.snapshots[context] = [copy.copy(layer) for layer in self._dense.layers]
         return self.snapshots[context]
 
     def step_of_generate(self, cache: Cache, seen: int) -> None:
@@ -156,6 +159,7 @@ class Bench:
             attention_mask=self.ones[:, : seen + 1],
             position_ids=self.positions[:, : seen + 1],
             use_cache=True,
+            **self.keep_last,
         )
         self.compiled_call(**inputs, return_dict=True)
 
@@ -163,11 +167,6 @@ class Bench:
     def compiled_call(self) -> Callable[..., Any]:
         """The model's forward, compiled as `generate()` does it."""
         return self.model.get_compiled_call(self.model.generation_config.compile_config)
-
-
-def snapshot(cache: DynamicCache) -> list[Any]:
-    """Return copies of the layers that stay as they are: a dynamic layer makes new tensors and never writes into old ones."""
-    return [copy.copy(layer) for layer in cache.layers]
 
 
 class Arm:
@@ -353,7 +352,7 @@ class Recompute(Arm):
 
     def step(self) -> None:
         """Read the last `capacity` tokens."""
-        self.bench.model(self.bench.tokens[:, : self.capacity], use_cache=False, logits_to_keep=1)
+        self.bench.model(self.bench.tokens[:, : self.capacity], use_cache=False, **self.bench.keep_last)
 
 
 ARMS: tuple[type[Arm], ...] = (Dense, DenseAtCapacity, Sink, SinkCompiled, Static, StaticCompiled, Recompute)
@@ -475,19 +474,21 @@ def look_into(arm: Arm, clock: harness.Clock, steps: int = 5) -> tuple[float | N
 
 
 def new_length_times(arm: Dense, known: set[int], context: int, clock: harness.Clock) -> list[tuple[float, float]]:
-    """Return pairs of times in ms: a step at a length that this process has never seen, and at once the same step again."""
-    start = arm.length(context)
-    lengths = range(start + 1, start + 1 + BLOCK_LIMIT + 1)  # all that the turns will reach
-    pairs = []
-    if known.isdisjoint(lengths):
-        arm.step()  # whatever the first step of an arm does besides
-        for _ in range(NEW_LENGTHS):
-            before = snapshot(arm.cache)
-            new = timed_steps(arm, 1, clock)
-            arm.cache.layers = before
-            pairs.append((*new, *timed_steps(arm, 1, clock)))
+    """Return pairs of times in ms: a step at a length that this process has never seen, and the same step again."""
+    lengths = range(arm.length(context) + 1, arm.length(context) + 1 + BLOCK_LIMIT + 1)  # all that turns will reach
+    new = known.isdisjoint(lengths)
     known.update(lengths)
-    return pairs
+    if not new:
+        return []
+    # The first lengths come often enough for memory to be there; then the next ones come twice, in the same way.
+    turns = [[], []]
+    for turn in (None, None, *turns):
+        arm.rewind()
+        for _ in range(NEW_LENGTHS // 2):
+            arm.step()
+        if turn is not None:
+            turn += timed_steps(arm, NEW_LENGTHS, clock)
+    return list(zip(*turns, strict=True))
 
 
 def start_arm(arm: Arm, context: int, settings: Settings, clock: harness.Clock, known: set[int]) -> Measurement:
@@ -563,6 +564,8 @@ def measure_context(
         found[arm] = start_arm(arm, context, settings, clock, lengths)
 
     with torch.no_grad(), harness.garbage_collector_off():
+        if clock.device.type == "cuda":
+            torch.cuda.empty_cache()  # of what the last context has left in pieces
         for_each(start)
         compiled_before = compile_counter("stats", "unique_graphs")
         for _ in range(settings.rounds):
@@ -573,9 +576,6 @@ def measure_context(
         for_each(lambda arm: look_closer(arm, found[arm], clock))
     for arm in applying:
         arm.release()
-    gc.collect()
-    if clock.device.type == "cuda":
-        torch.cuda.empty_cache()
     return list(found.items())
 
 

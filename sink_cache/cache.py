@@ -262,10 +262,13 @@ class SinkWindowCache(Cache):
         index = torch.arange(new_tokens) + seen
         counted = index - pads - layer.rebased
         given = position_ids.cpu()
-        if seen == 0:
-            self._first_positions = tuple((given - counted).reshape(-1, new_tokens)[:, -1].tolist())
-        if layer.pads or given.ndim == 2:
-            counted = counted + torch.tensor(self._first_positions)[:, None]
+        # Rows may begin anywhere: what counts are distances.
+        starts = (given - counted).reshape(-1, new_tokens)[:, -1].tolist()
+        known = self._first_positions * (len(starts) // len(self._first_positions) or 1)
+        begins = [seen <= row_pads for row_pads in layer.pads or (0,) * len(starts)]
+        starts = [now if begin else before for now, begin, before in zip(starts, begins, known, strict=False)]
+        self._first_positions = tuple(starts) if len(set(starts)) > 1 else (starts[0],)
+        counted = counted + torch.tensor(self._first_positions)[:, None]
         if not ((given == counted) | (index < pads)).all():
             raise NotImplementedError(
                 f"SinkWindowCache needs positions that rise by one with every token of a row, from "
@@ -494,6 +497,8 @@ class SinkWindowCache(Cache):
         rows = torch.arange(batch_size, device=indices.device)[indices]
         if pads := ours[0].pads:
             self._set_pads(tuple(pads[row] for row in rows.tolist()))
+        if len(self._first_positions) > 1:
+            self._first_positions = tuple(self._first_positions[row] for row in rows.tolist())
         for storage in self._storages():
             storage.select(rows.to(storage.keys.device))
         for layer in ours:
