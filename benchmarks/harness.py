@@ -579,7 +579,8 @@ def file_stem(*parts: str) -> str:
 def write_json(path: Path, result: dict[str, Any]) -> None:
     """Write a result file in one rename, so that a reader never sees half of it and an interruption loses nothing."""
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
-    text = re.sub(r"\[[-+.e\d,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text)  # raw numbers, on one line
+    # Raw numbers on one line; strings have no line ends in JSON.
+    text = re.sub(r"\[\n([-+.e\d,\s]+)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as temporary:
         temporary.write(text + "\n")
     # A temporary file is private to its owner; a result is for everybody.

@@ -39,8 +39,11 @@ plots. Besides `machine` (the measured rates) and `ratios` it has `rows` with
     step_ms                 all of them, round by round
     unsynchronized_ms       per token, one number per round, or null
     first_time              median_ms at lengths never seen before, and again_median_ms, of the same steps taken again; dense
-    event_ms, gpu_ms, busy  median by CUDA events; kernel time per step (torch.profiler), and its share of median_ms
-    sdpa                    the attention kernel that ran
+    event_ms                the same by CUDA events, in other steps
+    gpu_ms, busy            by CUDA events around steps that were launched while the GPU was still spinning: its own work,
+                            without waiting for launches; and the share of that in median_ms
+    profiler_ms             with --profile, at the largest context: the sum of all kernels by torch.profiler
+    sdpa                    the attention kernel that ran; of compiled steps it is known with --profile only
     cache_bytes, peak_bytes_over_weights    in a pass of their own: the cache, and with what a step needs besides
     floor_ms, warning, reason               reason: in words, why there are no numbers
 
@@ -57,6 +60,7 @@ import math
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -74,22 +78,13 @@ from . import harness, models, plots
 from .harness import MIB, BenchmarkError
 
 BLOCK_LIMIT = 63  # steps of a turn; with the untimed one before, a static cache keeps 64 slots free for them
-WARM_UP_STEPS = 3
+WARM_UP_STEPS = {False: 3, True: 8}  # eager, and compiled: to compile, to record the graph, and some more
 MAX_TURN_S = 2.0  # a slower arm takes fewer steps in its turn
+SPIN_CYCLES_PER_MS = 2_000_000  # of the fastest GPUs
 NEW_LENGTHS = 8  # steps at lengths that the process has never seen
-CPU_DEFAULTS: dict[str, Any] = {
-    "contexts": 4096,
-    "capacities": [256],
-    "compile": False,
-    "dtype": "float32",
-    "rounds": 12,
-}
-GPU_DEFAULTS: dict[str, Any] = {
-    "contexts": 32768,
-    "capacities": [1024],
-    "compile": True,
-    "dtype": "bfloat16",
-    "rounds": 8,
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {"longest": 4096, "capacities": [256], "compile": False, "dtype": "float32", "rounds": 12},
+    "cuda": {"longest": 32768, "capacities": [1024], "compile": True, "dtype": "bfloat16", "rounds": 8},
 }
 
 
@@ -377,6 +372,7 @@ class Settings:
     min_seconds: float
     warm_up_s: float
     deadline: float = math.inf  # by time.perf_counter()
+    profile_at: int | None = None  # the context at whose end the profiler runs
 
 
 @dataclass
@@ -389,7 +385,8 @@ class Measurement:
     first_time: list[tuple[float, float]] = field(default_factory=list)
     event_ms: float | None = None
     gpu_ms: float | None = None
-    sdpa: str = ""
+    profiler_ms: float | None = None
+    sdpa: str = "compiled"
     cache_bytes: int | None = None
     peak_bytes: int | None = None
     warnings: list[str] = field(default_factory=list)
@@ -423,12 +420,19 @@ def unsynchronized_step(arm: Arm, steps: int, clock: harness.Clock) -> float:
     return 1e3 * (clock.now() - start) / steps
 
 
-def event_times(arm: Arm, steps: int, clock: harness.Clock) -> list[float]:
-    """Return the time of each step in ms by CUDA events. Around a launch-bound step they, too, see the launches."""
+def event_times(arm: Arm, steps: int, clock: harness.Clock, queue_ms: float = 0.0) -> list[float]:
+    """Return the time of each step in ms by CUDA events. Around a launch-bound step they, too, see the launches.
+
+    Args:
+        queue_ms (`float`): let the GPU spin for at least so long first. When the CPU needs less than that to launch the step,
+            all of it is waiting in the queue, and what the events see is the GPU's own work.
+    """
     times = []
     for _ in range(steps):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         clock.now()
+        if queue_ms:
+            torch.cuda._sleep(int(queue_ms * SPIN_CYCLES_PER_MS))
         start.record()
         arm.step()
         end.record()
@@ -437,15 +441,23 @@ def event_times(arm: Arm, steps: int, clock: harness.Clock) -> list[float]:
     return times
 
 
+def waits_for_the_gpu(arm: Arm) -> bool:
+    """Return whether a step by itself waits for the GPU, so that it cannot be queued."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        arm.step()
+        torch.cuda.set_sync_debug_mode("default")
+    return any("synchroniz" in str(one.message) for one in caught)
+
+
 def warm_up(arm: Arm, settings: Settings, clock: harness.Clock) -> float:
     """Step until nothing is new, by count and by time, and return the time of a step in ms."""
     times: list[float] = []
-    while len(times) < WARM_UP_STEPS or sum(times[WARM_UP_STEPS:]) < 1e3 * settings.warm_up_s:
+    while len(times) < WARM_UP_STEPS[arm.compiled] or sum(times[3:]) < 1e3 * settings.warm_up_s:
         if len(times) % BLOCK_LIMIT == 0:
             arm.rewind()
         times += timed_steps(arm, 1, clock)
-        if len(times) >= WARM_UP_STEPS and times[-1] > 1e3 * settings.warm_up_s:
-            break
     return min(times[-3:])
 
 
@@ -455,14 +467,8 @@ def steps_per_turn(step_ms: float, settings: Settings) -> int:
     return max(1, min(wanted, BLOCK_LIMIT, int(1e3 * MAX_TURN_S / step_ms)))
 
 
-def look_into(arm: Arm, clock: harness.Clock, steps: int = 5) -> tuple[float | None, str]:
-    """Return the time of kernels per step in ms, by torch.profiler, and which attention kernel ran; None where unknown."""
-    if clock.device.type != "cuda":
-        if arm.compiled:
-            return None, "compiled"
-        with harness.Operators() as operators:
-            arm.step()
-        return None, harness.attention_kernel(operators.names)
+def profile(arm: Arm, clock: harness.Clock, steps: int = 5) -> tuple[float | None, str]:
+    """Return the time of all kernels per step in ms, by torch.profiler, and which attention kernel is among them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(steps):
             arm.step()
@@ -531,9 +537,21 @@ def look_closer(arm: Arm, measured: Measurement, clock: harness.Clock) -> None:
     measured.peak_bytes = measured.cache_bytes + peak.bytes
     pressure = harness.memory_pressure(peak)
     measured.warnings += [pressure] if pressure else []
+    if not arm.compiled:
+        with harness.Operators() as operators:
+            arm.step()
+        measured.sdpa = harness.attention_kernel(operators.names)
     if clock.device.type == "cuda":
         measured.event_ms = statistics.median(event_times(arm, 10, clock))
-    measured.gpu_ms, measured.sdpa = look_into(arm, clock)
+        if not waits_for_the_gpu(arm):
+            measured.gpu_ms = statistics.median(event_times(arm, 5, clock, queue_ms=2 * measured.event_ms + 1))
+
+
+def profile_last(arm: Arm, measured: Measurement, clock: harness.Clock) -> None:
+    """Profile an arm when all times are taken: what the profiler attaches to CUDA stays, and slows down launches."""
+    arm.rewind()
+    arm.step()
+    measured.profiler_ms, measured.sdpa = profile(arm, clock)
 
 
 def measure_context(
@@ -574,6 +592,8 @@ def measure_context(
             for arm in applying:
                 found[arm].warnings += ["graphs were compiled while it was timed"] if arm.compiled else []
         for_each(lambda arm: look_closer(arm, found[arm], clock))
+        if context == settings.profile_at:
+            for_each(lambda arm: profile_last(arm, found[arm], clock))
     for arm in applying:
         arm.release()
     return list(found.items())
@@ -599,7 +619,7 @@ def make_row(arm: Arm, context: int, measured: Measurement, machine: dict[str, f
     """Return a row of the result file; see the module docstring."""
     trained, capacity = arm.bench.loaded.trained_context, arm.capacity
     numbers = ("median_ms", "mean_ms", "std_ms", "p5_ms", "p95_ms", "n", "step_ms", "unsynchronized_ms", "first_time")
-    more = ("event_ms", "gpu_ms", "busy", "sdpa", "cache_bytes", "peak_bytes_over_weights", "floor_ms")
+    more = ("event_ms", "gpu_ms", "profiler_ms", "busy", "sdpa", "cache_bytes", "peak_bytes_over_weights", "floor_ms")
     row: dict[str, Any] = {
         "arm": arm.name,
         "compiled": arm.compiled,
@@ -627,6 +647,7 @@ def make_row(arm: Arm, context: int, measured: Measurement, machine: dict[str, f
         "first_time": first_time(measured.first_time),
         "event_ms": measured.event_ms,
         "gpu_ms": measured.gpu_ms,
+        "profiler_ms": measured.profiler_ms,
         "busy": measured.gpu_ms and measured.gpu_ms / statistic["median"],
         "sdpa": measured.sdpa,
         "cache_bytes": measured.cache_bytes,
@@ -751,6 +772,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--compile-static-everywhere", action="store_true", help="not only at the capacities and the largest context"
     )
+    what.add_argument(
+        "--profile", action="store_true", help="in the end, kernel times by torch.profiler; CUDA, one model"
+    )
     what.add_argument("--sdpa-backend", choices=harness.SDPA_CHOICES, default="auto", help="(auto)")
     how = parser.add_argument_group("how, and where to")
     how.add_argument("--rounds", type=int, help="turns of each arm at each context (8; 12 on a CPU)")
@@ -772,6 +796,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, but is {getattr(args, name)}")
     if args.rounds is not None and args.rounds < 1:
         parser.error(f"--rounds must be at least 1, but is {args.rounds}")
+    if args.profile and len(args.random_weights or [1]) > 1:
+        parser.error("--profile is for one model: what the profiler attaches to CUDA would slow down the next")
     if args.steps > BLOCK_LIMIT:
         parser.error(f"--steps must be at most {BLOCK_LIMIT}, but is {args.steps}: take more --rounds")
     for capacity in args.capacities or []:
@@ -784,11 +810,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def fill_in_defaults(args: argparse.Namespace, device: torch.device) -> None:
     """Set what depends on the device and was not asked for."""
-    for name, value in (GPU_DEFAULTS if device.type == "cuda" else CPU_DEFAULTS).items():
-        if getattr(args, name) is None:
-            powers = [2**power for power in range(8, 16) if name == "contexts" and 2**power <= value]
-            setattr(args, name, powers if name == "contexts" else value)
-    args.random_weights = args.random_weights or ["pythia-70m"]
+    defaults = DEFAULTS["cuda" if device.type == "cuda" else "cpu"]
+    powers = [2**power for power in range(8, 16) if 2**power <= defaults["longest"]]
+    for name, value in {**defaults, "contexts": powers, "random_weights": ["pythia-70m"]}.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
 
 
 def measure_model(
@@ -809,7 +835,8 @@ def measure_model(
     )
     arms = make_arms(bench, args.arms, args.capacities, args.compile)
     deadline = time.perf_counter() + args.time_limit
-    settings = Settings(args.rounds, args.steps, args.min_seconds, args.warm_up_seconds, deadline)
+    profile_at = contexts[-1] if args.profile and device.type == "cuda" else None
+    settings = Settings(args.rounds, args.steps, args.min_seconds, args.warm_up_seconds, deadline, profile_at)
     clock = harness.Clock(device)
     lengths: set[int] = set()
     blocks = (args.rounds + 2) * sum(arm.applies(context) for arm in arms for context in contexts)

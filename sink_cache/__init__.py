@@ -1,7 +1,8 @@
 """Attention sinks and a sliding window for transformers: exact, constant in memory, through plain `generate()`."""
 
 from .cache import SinkWindowCache
+from .endless_loop import endless
 from .streaming import stream
 from .verify import verify
 
-__all__ = ["SinkWindowCache", "stream", "verify"]
+__all__ = ["SinkWindowCache", "endless", "stream", "verify"]

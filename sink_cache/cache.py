@@ -533,6 +533,15 @@ class SinkWindowCache(Cache):
         position_ids: torch.Tensor = (starts[:, None] + torch.arange(new_tokens)).to(layer.device)
         return position_ids
 
+    def tokens_until_full(self) -> int:
+        """How many more tokens until every row of every bounded layer is full, and one-token calls need no mask."""
+        return max(0, -min(min(layer.evicted_before_query()) for layer in self._ours()))
+
+    @property
+    def rebase_step(self) -> int:
+        """By a multiple of this many positions `rebase` moves; and that many tokens should lie between two calls."""
+        return math.lcm(*{layer.window for layer in self._ours()})
+
     def rebase(self) -> int:
         """Moves the stream back to a lower position, as far as it goes; for loops that pass `position_ids` of their own.
 
@@ -557,8 +566,7 @@ class SinkWindowCache(Cache):
         if unknown:
             raise NotImplementedError(f"rebase() cannot move the keys of the sliding layers {unknown} of this model")
         furthest = max(layer.capacity for layer in self._ours())
-        step = math.lcm(*{layer.window for layer in self._ours()})
-        by: int = max(0, first.position - furthest - max((*first.pads, 0))) // step * step
+        by: int = max(0, first.position - furthest - max((*first.pads, 0))) // self.rebase_step * self.rebase_step
         if by:
             if not self.compileable:
                 self._share_storage()

@@ -40,6 +40,18 @@ def padding_mask_of_caller() -> torch.Tensor | None:
     return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
 
+def generate_call() -> dict[str, Any]:
+    """The local variables of the `generate()` that called a decoding loop of ours, which hands on neither its streamer nor
+    whether a maximum length was asked for; empty without one.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__", "").startswith("transformers."):
+            return frame.f_locals
+        frame = frame.f_back
+    return {}
+
+
 def text_model(model: PreTrainedModel) -> PreTrainedModel:
     """The text decoder in `model`: itself, or a part of a model of several modalities."""
     config = model.config.get_text_config(decoder=True)

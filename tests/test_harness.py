@@ -68,6 +68,62 @@ def test_interval_of_a_ratio() -> None:
     assert few_high - few_low > high - low
 
 
+def test_what_slows_down_both_arms_cancels_in_pairs() -> None:
+    # The machine gets three times slower while both take turns: unpaired, nothing could be told.
+    drift = np.linspace(1, 3, 20)
+    low, high = harness.ratio_interval(2 * drift, drift, paired=True)
+    assert (low, high) == pytest.approx((2, 2))
+    low, high = harness.ratio_interval(2 * drift, drift)
+    assert high - low > 0.5
+
+
+def test_a_ratio_says_what_cannot_be_concluded() -> None:
+    generator = np.random.default_rng(0)
+    one, same, double = (generator.normal(size, 0.02, (10, 20)).tolist() for size in (1.0, 1.0, 2.0))
+    found = harness.ratio_of_rounds(double, one)
+    assert found["low"] < 2 < found["high"]
+    assert found["note"] == ""
+    assert harness.ratio_of_rounds(same, one)["note"] == "no difference can be told"
+    # One round in two is disturbed, although the medians of all look well.
+    noisy = [[3 * ms for ms in turn] if i % 2 else turn for i, turn in enumerate(one)]
+    assert harness.ratio_of_rounds(noisy, one)["note"].startswith("no conclusion")
+    assert harness.spread_warning([1.0] * 99 + [1.2]) == ""
+
+
+def test_attention_kernels_by_their_names() -> None:
+    # As torch.profiler shows them; those of cuDNN contain "flash", too.
+    assert harness.attention_kernel(["gemv2T", "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma"]) == "cudnn"
+    assert harness.attention_kernel(["void pytorch_flash::flash_fwd_splitkv_kernel"]) == "flash"
+    assert harness.attention_kernel(["fmha_cutlassF_bf16_aligned_64x64_rf_sm80"]) == "efficient"
+    assert harness.attention_kernel(["aten._softmax.default"]) == "math"
+    assert harness.attention_kernel(["gemv2T"]) == "unknown"
+
+
+def test_operators_and_backends_of_attention() -> None:
+    states = torch.ones(1, 2, 4, 8)
+    try:
+        for choice, kernel in (("math", "math"), ("flash", "flash"), ("no-cudnn", "flash")):
+            on = harness.choose_sdpa(choice)
+            assert [name for name, is_on in on.items() if is_on] == (
+                ["flash", "mem_efficient", "math"] if choice == "no-cudnn" else [choice]
+            )
+            with harness.Operators() as operators:
+                torch.nn.functional.scaled_dot_product_attention(states, states, states)
+            assert harness.attention_kernel(operators.names) == kernel
+            assert harness.choose_sdpa("auto") == on
+    finally:
+        for backend in ("flash", "mem_efficient", "math", "cudnn"):
+            getattr(torch.backends.cuda, f"enable_{backend}_sdp")(True)
+
+
+def test_rates_of_the_hardware_are_of_bytes_and_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter(np.arange(1000.0))
+    monkeypatch.setattr(harness.Clock, "now", lambda _: next(readings))  # everything takes one second
+    hardware = harness.Hardware(torch.device("cpu"), torch.float32)
+    assert hardware.copy_bytes_per_s() == 2 * 2**27  # read and written
+    assert hardware.matrix_flops_per_s() == 2 * 1024**3
+
+
 def test_summary() -> None:
     assert harness.summary([4.0, 1.0, 3.0, 2.0]) == pytest.approx(
         {"n": 4, "median": 2.5, "mean": 2.5, "std": 1.290994, "p5": 1.15, "p95": 3.85, "min": 1.0, "max": 4.0}
@@ -84,6 +140,13 @@ def test_a_result_file_is_complete_or_not_there(tmp_path: Path) -> None:
         harness.write_json(path, {**header, "rows": [{"perplexity": float("nan")}]})
     assert harness.read_json(path) == header
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_raw_numbers_are_written_on_one_line(tmp_path: Path) -> None:
+    content = {"schema": harness.SCHEMA, "schema_version": 1, "a": [[1.5, -2e-07], [3]], "text": "[1,\n 2]", "none": []}
+    harness.write_json(tmp_path / "result.json", content)
+    assert harness.read_json(tmp_path / "result.json") == content
+    assert "[1.5, -2e-07]" in (tmp_path / "result.json").read_text()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", json.dumps({"schema": harness.SCHEMA, "schema_version": 0})])

@@ -220,11 +220,43 @@ def test_arms_take_turns_without_garbage_collector(monkeypatch: pytest.MonkeyPat
 def test_warm_up_is_by_count_and_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     monkeypatch.setattr(latency, "timed_steps", lambda arm, steps, _: [arm.step() or 10.0] * steps)
-    latency.warm_up(FakeArm(done), Settings(1, 1, 0, warm_up_s=0.0), Clock(CPU))
-    assert len(done) == latency.WARM_UP_STEPS
+    latency.warm_up(arm := FakeArm(done), Settings(1, 1, 0, warm_up_s=0.0), Clock(CPU))
+    assert len(done) == 3
+    latency.warm_up(arm, Settings(1, 1, 0, warm_up_s=0.5), Clock(CPU))
+    assert len(done) == 3 + 3 + 50
     done.clear()
-    latency.warm_up(FakeArm(done), Settings(1, 1, 0, warm_up_s=0.5), Clock(CPU))
-    assert len(done) == latency.WARM_UP_STEPS + 50
+    monkeypatch.setattr(FakeArm, "compiled", True)  # the first steps compile and record
+    latency.warm_up(arm, Settings(1, 1, 0, warm_up_s=0.0), Clock(CPU))
+    assert len(done) == 8
+
+
+def test_the_work_of_the_gpu_is_seen_without_its_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Events around a launch-bound step see the wall time; the GPU must be kept busy until the step is launched.
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.name = "end" if Event.made % 2 else "start"
+            Event.made += 1
+
+        made = 0
+
+        def record(self) -> None:
+            done.append(self.name)
+
+        def elapsed_time(self, end: Any) -> float:
+            return 1.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: done.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append(f"spin {cycles:.0e}"), raising=False)
+    clock = Clock(torch.device("cuda"))
+    done.clear()
+    assert latency.event_times(FakeArm(done), 1, clock, queue_ms=2.5) == [1.5]
+    assert done == ["wait", "spin 5e+06", "start", "step", "end", "wait"]
+    done.clear()
+    latency.event_times(FakeArm(done), 1, clock)
+    assert done == ["wait", "start", "step", "end", "wait"]
 
 
 @pytest.mark.parametrize(
@@ -352,7 +384,7 @@ def test_floors_are_bytes_or_operations_over_rates() -> None:
 @pytest.mark.parametrize("shape", ["tiny", "pythia-70m"])
 def test_operations_are_those_that_torch_counts(shape: str) -> None:
     # Reference: torch's own counter over a real forward. It counts attention in full, ours only below the diagonal.
-    model = models.random_model(shape, torch.float32, CPU).model
+    model = models.random_model(shape, torch.float32, CPU, attn_implementation="eager").model
     tokens = 64
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, tokens, dtype=torch.long, device=CPU), use_cache=False, logits_to_keep=1)
@@ -494,6 +526,7 @@ def test_the_default_needs_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--dtype", "int8"], "unknown dtype 'int8'"),
         (["--device", "tpu"], "unknown device 'tpu'"),
         (["--sdpa-backend", "fast"], "'fast'"),
+        (["--random-weights", "tiny", "gpt2", "--profile"], "--profile is for one model"),
         (["--random-weights", "tiny", "gpt-5"], "unknown shape 'gpt-5'"),
         (["--model", "here"], "--model is for a model with weights"),
         (["--output", "{file}"], "cannot make the folder"),

@@ -1,0 +1,223 @@
+"""Generation without end: positions stay bounded, and nothing grows with the text.
+
+`generate()` numbers tokens for ever, keeps every one, and builds a mask of all of them. This decoding loop goes in through
+transformers' own extension point for one, `custom_generate`. When a full cache has moved far enough, it is rebased, so
+positions never exceed a few times the capacity; of the text only the recent tokens are kept; and once the cache is full a
+compiled step needs no mask, because every slot is visible to the one query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import torch
+from transformers import (
+    AttentionInterface,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from .cache import SinkWindowCache
+from .discovery import generate_call, text_model
+
+# Rebasing costs a few small kernels a layer; a small window need not pay for them every few tokens.
+_REBASE_EVERY = 1024
+_MASKLESS = "sdpa_maskless"
+
+
+@torch.no_grad()
+def endless(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    *,
+    keep_tokens: int | None = None,
+    **model_kwargs: Any,
+) -> torch.Tensor | GenerateDecoderOnlyOutput:
+    """A decoding loop for `model.generate(..., custom_generate=endless)` that runs until it is told to stop.
+
+    Greedy decoding and sampling, with all of `generate()`'s logits processors and stopping criteria, and a `streamer`. It stops
+    at an `eos_token_id` (if the model or the call has one), when a stopping criterion says so, after `max_new_tokens` or
+    at `max_length`, if given; otherwise never. With `SinkWindowCache(..., compileable=True)`, steps of a full cache are
+    compiled where `generate()` would compile them, and run without masks.
+
+    Args:
+        keep_tokens (`int`, *optional*): how many of the last tokens logits processors and stopping criteria see, and are
+            returned; by default the cache's capacity. Pass it to `generate()`, like all else.
+        past_key_values (`SinkWindowCache`): in `model_kwargs`. If it has seen tokens already, `input_ids` are new ones that
+            follow them (and not, as for `generate()`'s own loops, the whole text again).
+
+    Returns:
+        `torch.Tensor`: the last `keep_tokens` tokens at most, prompt included, `[batch_size, tokens]`; or a
+            `GenerateDecoderOnlyOutput` with these and the cache, if `return_dict_in_generate`. All tokens go to the
+            `streamer`, as they come.
+
+    Raises:
+        TypeError: without a `SinkWindowCache`.
+        ValueError: for beams, and for outputs that would grow with the text.
+
+    Example:
+
+    ```python
+    >>> from sink_cache import SinkWindowCache, endless
+    >>> cache = SinkWindowCache(n_sink=4, window=1020, compileable=True)
+    >>> model.generate(**inputs, past_key_values=cache, custom_generate=endless, streamer=TextStreamer(tokenizer))
+    ```
+    """
+    cache = model_kwargs.pop("past_key_values", None)
+    _check(cache, generation_config, input_ids, model_kwargs, keep_tokens)
+    call = generate_call()
+    streamer = model_kwargs.pop("streamer", None) or call.get("streamer")
+    steps_left = _steps_left(generation_config, input_ids, call.get("has_default_max_length", False))
+    criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria))
+    has_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+    pad_token: Any = generation_config._pad_token_tensor
+
+    recent: Any = _RecentTokens(input_ids, keep_tokens or cache.capacity)
+    unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
+    with closing(_next_logits(model, cache, input_ids, generation_config, model_kwargs, recent)) as steps:
+        for logits in steps:
+            scores = logits_processor(recent.tokens, logits.to(copy=True, dtype=torch.float32, device=input_ids.device))
+            if generation_config.do_sample:
+                tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+            else:
+                tokens = scores.argmax(dim=-1)
+            if has_eos:
+                tokens = tokens * unfinished + pad_token * (1 - unfinished)
+            recent.append(tokens)
+            if streamer is not None:
+                streamer.put(tokens.cpu())
+            if criteria:
+                unfinished = unfinished & ~criteria(recent.tokens, None)
+                if not unfinished.any():
+                    break
+            steps_left -= 1
+            if steps_left == 0:
+                break
+    if streamer is not None:
+        streamer.end()
+    if generation_config.return_dict_in_generate:
+        return GenerateDecoderOnlyOutput(sequences=recent.tokens.clone(), past_key_values=cache)
+    return recent.tokens.clone()
+
+
+def _check(
+    cache: Any, config: GenerationConfig, input_ids: torch.Tensor, model_kwargs: dict[str, Any], keep_tokens: Any
+) -> None:
+    if not isinstance(cache, SinkWindowCache):
+        raise TypeError(
+            f"endless needs past_key_values=SinkWindowCache(...), but got {'none' if cache is None else type(cache).__name__}"
+        )
+    if keep_tokens is not None and (not isinstance(keep_tokens, int) or keep_tokens < 1):
+        raise ValueError(f"keep_tokens must be an integer of at least 1, but is {keep_tokens!r}")
+    if config.num_beams not in (None, 1):
+        raise ValueError(f"endless does greedy decoding and sampling, but num_beams is {config.num_beams}")
+    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        if getattr(config, name, None):
+            raise ValueError(f"endless keeps nothing that grows with the text, so {name} is not possible")
+    if model_kwargs.get("inputs_embeds") is not None or not input_ids.shape[1]:
+        raise ValueError("endless needs input_ids with at least one token, and no inputs_embeds")
+
+
+def _steps_left(config: GenerationConfig, input_ids: torch.Tensor, has_default_max_length: bool) -> int:
+    """How many tokens to generate; negative for no end."""
+    if config.max_new_tokens is not None:
+        return int(config.max_new_tokens)
+    if has_default_max_length or config.max_length is None:
+        return -1
+    return int(config.max_length) - input_ids.shape[1]
+
+
+class _RecentTokens:
+    """The last tokens of a text without end, in memory that does not grow."""
+
+    def __init__(self, input_ids: torch.Tensor, length: int) -> None:
+        self.length = length
+        kept = input_ids[:, -length:]
+        self._buffer = kept.new_zeros(len(kept), 2 * length)
+        self._buffer[:, : kept.shape[1]] = kept
+        self._end = kept.shape[1]
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """`[batch_size, <= length]`."""
+        return self._buffer[:, max(0, self._end - self.length) : self._end]
+
+    def append(self, tokens: torch.Tensor) -> None:
+        if self._end == self._buffer.shape[1]:
+            self._buffer[:, : self.length] = self.tokens.clone()
+            self._end = self.length
+        self._buffer[:, self._end] = tokens
+        self._end += 1
+
+
+def _next_logits(
+    model: PreTrainedModel,
+    cache: SinkWindowCache,
+    input_ids: torch.Tensor,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    recent: _RecentTokens,
+) -> Generator[torch.Tensor, None, None]:
+    """Logits `[batch_size, vocab_size]` of the next token, after the prompt and then after each token that was appended."""
+    mask = model_kwargs.get("attention_mask")  # generate() has dropped it if nothing is padded
+    kwargs: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "return_dict": True}
+    if "logits_to_keep" in model_kwargs:
+        kwargs["logits_to_keep"] = model_kwargs["logits_to_keep"]
+    seen = cache.get_seq_length()
+    if seen and mask is not None:
+        raise NotImplementedError("endless cannot go on with padded rows: their new tokens would have to be unpadded")
+    start = 0
+    for chunk in input_ids.split(config.prefill_chunk_size or input_ids.shape[1], dim=1):
+        stop = start + chunk.shape[1]
+        positions = cache.next_position_ids(chunk.shape[1]) if seen else model_kwargs["position_ids"][..., start:stop]
+        chunk_mask = None if mask is None else mask[:, :stop]
+        outputs = model(chunk, attention_mask=chunk_mask, position_ids=positions, **kwargs)
+        start = stop
+    yield outputs.logits[:, -1]
+    del outputs
+
+    full = cache.tokens_until_full()
+    positions = cache.next_position_ids().expand(len(input_ids), -1).to(input_ids.device).clone()
+    for _ in range(full):
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        yield model(recent.tokens[:, -1:], attention_mask=mask, position_ids=positions, **kwargs).logits[:, -1]
+        positions += 1
+
+    criteria = {"past_key_values": cache}
+    forward: Any = model.__call__
+    if model._valid_auto_compile_criteria(criteria, config):
+        forward = model.get_compiled_call(config.compile_config)
+    every = max(_REBASE_EVERY, cache.rebase_step)
+    with _maskless(model, cache):
+        while True:
+            positions -= cache.rebase()
+            for _ in range(every):
+                yield forward(input_ids=recent.tokens[:, -1:], position_ids=positions, **kwargs).logits[:, -1]
+                positions += 1
+
+
+@contextmanager
+def _maskless(model: PreTrainedModel, cache: SinkWindowCache) -> Iterator[None]:
+    """Within, attention is the same without masks: transformers makes none for attention functions that have no mask function."""
+    text = text_model(model)
+    before = text.config._attn_implementation
+    if not cache.compileable or before != "sdpa":
+        yield
+        return
+    AttentionInterface.register(_MASKLESS, sdpa_attention_forward)
+    text.set_attn_implementation(_MASKLESS)
+    try:
+        yield
+    finally:
+        text.set_attn_implementation(before)

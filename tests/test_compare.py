@@ -1,0 +1,196 @@
+"""`benchmarks.compare`: the sum of a curve written out by hand, the right results put side by side, sentences that follow."""
+
+import json
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import compare, harness
+from benchmarks.compare import Comparison, Curve
+
+MODEL = {"type": "llama", "parameters": 1000, "name": "tiny", "weight_bytes": 4000, "trained_context": 512}
+
+
+def result(kind: str, **more: Any) -> dict[str, Any]:
+    return harness.header(kind, f"a {kind} result", torch.device("cpu"), torch.float32, argv=[], model=MODEL) | more
+
+
+def step_row(arm: str, context: int, ms: float, capacity: int | None = None, **more: Any) -> dict[str, Any]:
+    row = {"arm": arm, "compiled": False, "context": context, "capacity": capacity, "median_ms": ms, "reason": ""}
+    return row | {"step_ms": [[ms] * 3] * 4, "unsynchronized_ms": None, "first_time": None, "busy": None} | more
+
+
+def latency_result(factor: float = 1.0, **more: Any) -> dict[str, Any]:
+    """Dense: 1 ms up to 100 tokens, then 1 ms more per 100; sink: 1 ms. A step after 400 tokens gains 4×."""
+    rows = [step_row("dense", n, factor * max(1, n / 100)) for n in (50, 100, 200, 400)]
+    rows += [step_row("sink", n, 1.0, 100) for n in (50, 100, 200, 400)]
+    rows += [step_row("dense-at-capacity", n, 1.0, 100) for n in (200, 400)]
+    keys = {"capacity": 100, "compiled": False, "note": ""}
+    ratios = [
+        {"name": "achieved", "context": n, "value": v * factor, "low": v * 0.9, "high": v * 1.1, **keys}
+        for n, v in ((50, 1.0), (100, 1.0), (200, 2.0), (400, 4.0))
+    ]
+    return result("latency", rows=rows, ratios=ratios) | more
+
+
+def ppl_result(dense_s: float, sink_s: float, tokens: Sequence[int] = (300,), mode: str = "step") -> dict[str, Any]:
+    rows = []
+    for method, capacity, seconds in (("dense", None, dense_s), ("sink", 100, sink_s)):
+        batches = [
+            {"samples": [i], "seconds": seconds / len(tokens), "tokens_processed": n} for i, n in enumerate(tokens)
+        ]
+        row = {"method": method, "capacity": capacity, "seconds": seconds, "batches": batches}
+        rows.append(row | {"tokens_per_second": sum(tokens) / seconds})
+    chunk = {"step": 1, "chunk": 128}[mode]
+    return result("ppl", rows=rows, protocol={"mode": mode, "chunk_size": chunk, "batch_size": 1})
+
+
+# By hand: contexts 0 to 100 take 1 ms, and 101 to 299 take n / 100 ms.
+DENSE_MS = 101 + sum(n / 100 for n in range(101, 300))
+SINK_MS = 300
+
+
+def comparison(run: dict[str, Any], latency: dict[str, Any] | None = None) -> Comparison:
+    (one,) = compare.comparisons([latency or latency_result(), run])
+    return one
+
+
+def test_a_run_is_the_sum_of_the_curve_over_its_contexts() -> None:
+    # Off by one token, or the mean of the measured points for the mean over the run, would be other numbers.
+    curve = Curve(latency_result(), "dense")
+    assert curve.sum_ms(1) == 1.0
+    assert curve.sum_ms(300) == pytest.approx(DENSE_MS)
+    one = comparison(ppl_result(DENSE_MS / 1e3, SINK_MS / 1e3))
+    assert one.predicted == pytest.approx(DENSE_MS / SINK_MS)
+    assert one.measured == pytest.approx(DENSE_MS / SINK_MS)
+    # Samples begin anew with an empty cache.
+    parts = comparison(ppl_result(1.0, 1.0, tokens=(100, 100, 100)))
+    assert parts.predicted == pytest.approx(1.0)
+
+
+def test_steps_that_are_not_waited_for_make_the_prediction() -> None:
+    latency = latency_result()
+    for row in latency["rows"]:
+        row["unsynchronized_ms"] = [row["median_ms"] / (4 if row["arm"] == "dense" else 2)] * 3
+    one = comparison(ppl_result(1.0, 1.0), latency)
+    assert one.predicted == pytest.approx(DENSE_MS / 4 / (SINK_MS / 2))
+    assert any("makes a dense step 4.00 and a sink step 2.00 times as long" in text for text in compare.reasons(one))
+
+
+@pytest.mark.parametrize("times, in_the_first_sample", [(10.0, 10.0), (1.05, 1.0)])
+def test_only_the_first_sample_pays_for_new_lengths(times: float, in_the_first_sample: float) -> None:
+    latency = latency_result()
+    for row in latency["rows"]:
+        if row["arm"] == "dense":
+            row["first_time"] = {"median_ms": times * row["median_ms"], "again_median_ms": row["median_ms"]}
+    one = comparison(ppl_result(1.0, 1.0, tokens=(300, 300)), latency)
+    assert one.predicted == pytest.approx((in_the_first_sample + 1) * DENSE_MS / (2 * SINK_MS))
+
+
+def test_what_cannot_be_predicted_says_why() -> None:
+    chunks = comparison(ppl_result(1.0, 1.0, mode="chunk"))
+    assert chunks.predicted is None
+    assert "128 tokens of 1 samples per forward" in chunks.not_predicted()
+    far = comparison(ppl_result(1.0, 1.0, tokens=(401,)))
+    assert far.predicted is None
+    assert "reaches 401 tokens, and the curve ends at 400" in far.not_predicted()
+    assert any("No prediction" in text for text in compare.reasons(far))
+    assert comparison(ppl_result(1.0, 1.0, tokens=(400,))).predicted is not None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "bfloat16"},
+        {"threads": 97},
+        {"model": MODEL | {"parameters": 1001}},
+        {"device": {"type": "cpu", "name": "another"}},
+    ],
+)
+def test_only_results_of_one_setting_are_put_side_by_side(change: dict[str, Any]) -> None:
+    run = ppl_result(1.0, 1.0)
+    assert compare.comparisons([latency_result(), run])
+    assert not compare.comparisons([latency_result(**change), run])
+    # The same shape with other weights takes the same time.
+    assert compare.comparisons([latency_result(model=MODEL | {"name": "tiny (random weights)"}), run])
+
+
+def test_the_newest_latency_result_is_taken() -> None:
+    old, new = latency_result(date="2026-01-01T00:00:00+00:00"), latency_result(2.0, date="2026-02-01T00:00:00+00:00")
+    for results in ([old, new], [new, old]):
+        (one,) = compare.comparisons([*results, ppl_result(1.0, 1.0)])
+        assert one.latency is new
+
+
+def test_sentences_follow_from_the_numbers() -> None:
+    text = " ".join(compare.reasons(comparison(ppl_result(DENSE_MS / 1e3, SINK_MS / 1e3))))
+    assert "A step after 400 tokens gains 4.00×, the whole run 1.66×" in text
+    assert "takes 4.00 ms, and 1.00 ms (25%) with 100 tokens" in text
+    assert "0 to 299 tokens before them, 150 on average; 33% of them" in text
+    assert "no part of the difference here" in text  # no new lengths
+    assert "both regimes measure one thing" in text
+    assert "works" not in text  # no share of a GPU on a CPU
+    text = " ".join(compare.reasons(comparison(ppl_result(1.5 * DENSE_MS / 1e3, SINK_MS / 1e3))))
+    assert "something else differs" in text
+    latency = latency_result()
+    for row in latency["rows"]:
+        row["busy"] = 0.25
+    text = " ".join(compare.reasons(comparison(ppl_result(1.0, 1.0), latency)))
+    assert "the GPU works 25% of the time: the step is bound by launching kernels" in text
+
+
+class Reader(HTMLParser):
+    """Collects what a page would have to fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+def test_the_page_holds_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slower = latency_result(1.1, date="2000-01-01T00:00:00+00:00")
+    results = {"ppl": ppl_result(0.6, 0.3), "latency": latency_result(), "again": slower}
+    results["ppl"]["title"] = "a <b> & c"
+    for name, content in results.items():
+        harness.write_json(tmp_path / f"{name}.json", content)
+    (tmp_path / "other.json").write_text(json.dumps({"rows": []}))
+    files = sorted(str(path) for path in tmp_path.glob("*.json"))
+    assert harness.run(compare.main, files) == 0
+    markdown, page = ((tmp_path / name).read_text() for name in ("report.md", "report.html"))
+    assert "left out: " in (complaint := capsys.readouterr().err)
+    assert "other.json" in complaint
+    assert str(tmp_path) not in markdown + page
+    assert (tmp_path / "report-1.png").exists()
+    assert "(report-1.png)" in markdown
+    reader = Reader()
+    reader.feed(page)
+    assert reader.tags.count("table") == 3
+    assert reader.sources
+    assert all(source.startswith("data:image/png;base64,") for source in reader.sources)
+    assert "a &lt;b&gt; &amp; c" in page
+    assert "4.00 [3.60, 4.40]" in markdown
+    # Every ratio of the older file is 10% larger.
+    assert "0 of 4 median ratios agree within 3%" in markdown
+    assert "by 9.1%" in markdown
+
+
+@pytest.mark.parametrize("present", [["ppl"], ["latency"], []])
+def test_nothing_to_compare_is_an_error(
+    present: Sequence[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "none.json").write_text("{}")
+    for name in present:
+        content = {"ppl": ppl_result(1.0, 1.0), "latency": latency_result()}[name]
+        harness.write_json(tmp_path / f"{name}.json", content)
+    assert harness.run(compare.main, [str(path) for path in tmp_path.glob("*.json")]) == 2
+    assert "nothing to compare" in capsys.readouterr().err
+    assert not list(tmp_path.glob("report*"))
