@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from .discovery import calling_model, calling_tensor, class_for_config, padding_mask_of_caller, text_model
 from .masks import ChunkOffset, let_masks_show_each_query_its_sinks
@@ -20,6 +20,7 @@ from .ring import POSITION_LIMIT, SharedStorage, SinkWindowLayer
 from .rotary import ForwardRotation
 from .static import DevicePositions, StaticSinkWindowLayer
 from .twin import CannotStream, PositionScheme, position_scheme
+from .variants import ring_for
 
 _LARGEST_TABLE = 2**20  # numbers in a buffer
 
@@ -82,6 +83,7 @@ class SinkWindowCache(Cache):
         self._exact = self._recording = False
         self._chunk: ChunkOffset | None = None
         self._positions_moved = False  # and have not been looked at since
+        self._begun = False  # a text, in layers that are there
         super().__init__(layers=[])
         if config is not None:
             if not isinstance(config, PreTrainedConfig):
@@ -138,13 +140,24 @@ class SinkWindowCache(Cache):
                 f"n_sink + window is {self.capacity}, but every layer of this model ({config.model_type}) attends to at "
                 f"most sliding_window = {scheme.sliding_window} tokens. Choose n_sink + window <= {scheme.sliding_window}."
             )
+        if scheme.max_keys is not None and self.capacity > scheme.max_keys:
+            raise ValueError(
+                f"n_sink + window is {self.capacity}, but this model ({config.model_type}) has attention biases for "
+                f"{scheme.max_keys} tokens. Choose n_sink + window <= {scheme.max_keys}."
+            )
         layers = DynamicCache(config=config).layers
         limits = min(POSITION_LIMIT, scheme.max_position or POSITION_LIMIT), scheme.sliding_window
         ours: dict[int, SinkWindowLayer]
         if self.compileable:
             ours = self._static_layers(layers, scheme, limits, config)
         else:
-            ours = {i: SinkWindowLayer(self.n_sink, self.window, r, *limits) for i, r in scheme.rotations.items()}
+            ours = {
+                index: ring_for(
+                    *(layers[index], index in scheme.swapped, scheme.chronological, {}),
+                    *(self.n_sink, self.window, rotation, *limits),
+                )
+                for index, rotation in scheme.rotations.items()
+            }
         for index, layer in ours.items():
             layers[index] = layer
             layer.exact_chunks, layer.recording = self._exact or self._recording, self._recording
@@ -160,6 +173,11 @@ class SinkWindowCache(Cache):
         self, layers: list[Any], scheme: PositionScheme, limits: tuple[int, int | None], config: PreTrainedConfig
     ) -> dict[int, SinkWindowLayer]:
         """Ours for full attention; for sliding layers too, as rings without sinks: transformers' own move all their keys."""
+        if scheme.chronological:
+            raise NotImplementedError(
+                f"compileable=True is not possible for model type {config.model_type!r}: it counts the keys between a query and "
+                "a key (ALiBi), so they have to be put in order anew at every step. Leave compileable out."
+            )
         rotations = dict(sorted({**scheme.rotations, **scheme.sliding}.items()))
         for index, layer in enumerate(layers):
             if index not in rotations and not layer.is_compileable:
@@ -173,9 +191,8 @@ class SinkWindowCache(Cache):
             bounded = index in scheme.rotations
             sizes = (self.n_sink, self.window) if bounded else (0, layers[index].sliding_window)
             is_last = index == max(rotations)
-            static[index] = StaticSinkWindowLayer(
-                *sizes, rotation, *limits, positions=positions, is_last=is_last, is_sliding=not bounded
-            )
+            own = {"positions": positions, "is_last": is_last, "is_sliding": not bounded}
+            static[index] = ring_for(layers[index], index in scheme.swapped, False, own, *sizes, rotation, *limits)
         return static
 
     def update(
@@ -184,7 +201,7 @@ class SinkWindowCache(Cache):
         """Stores the new keys and values of one layer and returns those to attend to; see `SinkWindowLayer.update`."""
         layers = self._layers
         attended: tuple[torch.Tensor, torch.Tensor]
-        if self.compileable and key_states.shape[2] == 1 and layers and layers[layer_idx].is_initialized:
+        if self.compileable and key_states.shape[2] == 1 and self._begun and layers[layer_idx].is_initialized:
             attended = layers[layer_idx].update(key_states, value_states)
             return attended
         if torch.compiler.is_compiling():
@@ -210,9 +227,10 @@ class SinkWindowCache(Cache):
         layer = self._layers[self._first]
         seen = layer.get_seq_length()
         self._refuse_interrupted(new_tokens)
-        if seen and new_tokens == 1 and not self._positions_moved:
+        if seen > max((0, *layer.pads)) and new_tokens == 1 and not self._positions_moved:
             return
-        self._note_padding(calling_tensor("attention_mask", {2}))
+        mask = calling_tensor("attention_mask", {2})
+        self._note_padding(mask)
         if seen == 0:
             # A cache may have been prepared for another model: by config=, or in its life before a reset.
             prepared, pads = self._layers, layer.pads
@@ -231,8 +249,10 @@ class SinkWindowCache(Cache):
                     "in pieces that attend to no more than the cache holds.",
                     stacklevel=3,
                 )
+        if self._scheme is not None and self._scheme.chronological:
+            self._refuse_another_length(mask, seen + new_tokens)
         self._refuse_gaps(calling_tensor("position_ids", {2, 3}), seen, new_tokens)
-        self._positions_moved = False
+        self._positions_moved, self._begun = False, True
         if layer.evicts_within(new_tokens):
             chunk, self._chunk = self._chunk, None
             if chunk is None or not chunk.used:
@@ -277,6 +297,14 @@ class SinkWindowCache(Cache):
                 "rebase(), use next_position_ids(); images and packed texts are not supported."
             )
 
+    def _refuse_another_length(self, mask: torch.Tensor | None, tokens: int) -> None:
+        """Where no positions are given, at least a mask says how many tokens there should be."""
+        if mask is not None and mask.shape[-1] != tokens:
+            raise ValueError(
+                f"attention_mask is for {mask.shape[-1]} tokens, but with the new ones this cache has seen {tokens}. Call "
+                "generate(..., use_cache=True), which is not every model's default; or reset(), for another text."
+            )
+
     def _share_storage(self) -> None:
         alike = defaultdict(list)
         for layer in self.layers:
@@ -295,6 +323,8 @@ class SinkWindowCache(Cache):
             sizes: tuple[int, int] = self._outside_of_graphs(self.get_mask_sizes, query_length, layer_idx)
             return sizes
         if self.layers and not torch.compiler.is_compiling():
+            if static and not self._begun:
+                self._look_for_the_model()  # the sizes are those of the layers that it will use
             mask = padding_mask_of_caller()
             self._note_padding(mask)
             if not static:
@@ -366,7 +396,7 @@ class SinkWindowCache(Cache):
 
     def _set_pads(self, pads: tuple[int, ...]) -> None:
         for layer in self._ours():
-            layer.pads = pads
+            layer.pads = pads if any(pads) else ()
 
     @contextmanager
     def exact_chunks(self) -> Iterator[None]:
@@ -453,13 +483,15 @@ class SinkWindowCache(Cache):
         Raises:
             ValueError: for a positive number; or if tokens were evicted for those to be taken back, and the cache was not
                 recording (`activate_past_recording`) when they came.
-            NotImplementedError: for padded rows, and with `compileable=True`.
+            NotImplementedError: for padded rows, for recurrent states, and with `compileable=True`.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to take back, but got {tokens_to_remove}")
         ours = self._ours()
         if not ours or not ours[0].position:
             return
+        if any(isinstance(one, LinearAttentionCacheLayerMixin) and not one.is_croppable for one in self._layers):
+            raise self._not_supported("crop of recurrent states")
         if not ours[0].is_croppable:
             raise self._not_supported("crop with compileable=True" if self.compileable else "crop of padded batches")
         position = ours[0].position + tokens_to_remove
@@ -487,14 +519,16 @@ class SinkWindowCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps these rows of the batch (indices, or a mask), in this order; a row may come several times."""
-        for layer in self._layers:
-            if not isinstance(layer, SinkWindowLayer):
-                layer.batch_select_indices(indices)
         ours = [layer for layer in self._ours() if layer.is_initialized]
-        if not ours:
+        if not ours or not ours[0].position:
             return
         batch_size = ours[0].values.shape[0]
         rows = torch.arange(batch_size, device=indices.device)[indices]
+        for layer in self._layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                layer.reorder_cache(rows)  # recurrent states know no other way
+            elif not isinstance(layer, SinkWindowLayer):
+                layer.batch_select_indices(rows)
         if pads := ours[0].pads:
             self._set_pads(tuple(pads[row] for row in rows.tolist()))
         if len(self._first_positions) > 1:
@@ -584,6 +618,7 @@ class SinkWindowCache(Cache):
         """Forgets all tokens."""
         super().reset()  # type: ignore[no-untyped-call]
         self._positions_moved, self._chunk, self._first_positions = False, None, (0,)
+        self._begun = False
         self._recording = False
         self._set_exact(False)
         for layer in self._ours():

@@ -8,6 +8,7 @@ compiled step needs no mask, because every slot is visible to the one query.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 from transformers import (
     AttentionInterface,
+    CompileConfig,
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
     PreTrainedModel,
     StoppingCriteriaList,
 )
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .cache import SinkWindowCache
@@ -107,7 +109,8 @@ def endless(
         streamer.end()
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=recent.tokens.clone(), past_key_values=cache)
-    return recent.tokens.clone()
+    kept: torch.Tensor = recent.tokens.clone()
+    return kept
 
 
 def _check(
@@ -169,7 +172,9 @@ def _next_logits(
     recent: _RecentTokens,
 ) -> Generator[torch.Tensor, None, None]:
     """Logits `[batch_size, vocab_size]` of the next token, after the prompt and then after each token that was appended."""
-    mask = model_kwargs.get("attention_mask")  # generate() has dropped it if nothing is padded
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None and mask.all():
+        mask = None
     kwargs: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "return_dict": True}
     if "logits_to_keep" in model_kwargs:
         kwargs["logits_to_keep"] = model_kwargs["logits_to_keep"]
@@ -194,17 +199,68 @@ def _next_logits(
         yield model(recent.tokens[:, -1:], attention_mask=mask, position_ids=positions, **kwargs).logits[:, -1]
         positions += 1
 
-    criteria = {"past_key_values": cache}
-    forward: Any = model.__call__
-    if model._valid_auto_compile_criteria(criteria, config):
-        forward = model.get_compiled_call(config.compile_config)
     every = max(_REBASE_EVERY, cache.rebase_step)
     with _maskless(model, cache):
+        step = _Step(model, cache, positions, config, kwargs)
         while True:
             positions -= cache.rebase()
             for _ in range(every):
-                yield forward(input_ids=recent.tokens[:, -1:], position_ids=positions, **kwargs).logits[:, -1]
-                positions += 1
+                yield step(recent.tokens[:, -1:])
+
+
+class _Step:
+    """The step of a full cache, whose shapes never change: compiled where `generate()` would, and captured in a CUDA graph.
+
+    A graph of our own, rather than those of `mode="reduce-overhead"`: it is replayed without looking at the model again, which
+    takes the compiler longer on the host than the step of a small model takes on the GPU. A `compile_config` is obeyed.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: SinkWindowCache,
+        positions: torch.Tensor,
+        config: GenerationConfig,
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.positions, self.kwargs = positions, kwargs
+        self.tokens = torch.empty_like(positions)
+        self.forward: Any = model.__call__
+        self.warm_up = -1  # steps until the graph is captured; negative for never
+        if model._valid_auto_compile_criteria({"past_key_values": cache}, config):  # type: ignore[operator]
+            own = config.compile_config is None and {p.device.type for p in model.parameters()} == {"cuda"}
+            self.forward = model.get_compiled_call(CompileConfig(mode="default") if own else config.compile_config)
+            if own and len({p.device for p in model.parameters()}) == 1:
+                self.warm_up = 3
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits `[batch_size, vocab_size]`, valid until the next call."""
+        self.tokens.copy_(tokens)
+        if self.graph is None and self.warm_up == 0:
+            self._capture()
+        self.warm_up -= 1
+        if self.graph is None:
+            return self._run()
+        self.graph.replay()
+        return self.logits
+
+    def _run(self) -> torch.Tensor:
+        outputs = self.forward(input_ids=self.tokens, position_ids=self.positions, **self.kwargs)
+        self.positions += 1
+        logits: torch.Tensor = outputs.logits[:, -1]
+        return logits
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.logits = self._run()
+            self.graph = graph
+        except RuntimeError as reason:
+            warnings.warn(
+                f"this model's step cannot be captured in a CUDA graph ({reason}); it runs without", stacklevel=2
+            )
 
 
 @contextmanager

@@ -286,7 +286,7 @@ class SinkWindowLayer(CacheLayerMixin):
                 f"model's own masks end after sliding_window = {self.sliding_window} tokens. Feed these tokens with "
                 "sink_cache.stream, or one at a time."
             )
-        return visible + query_length, self.get_seq_length() - visible
+        return visible + query_length, self.position + self.rebased - visible
 
     def get_seq_length(self) -> int:
         """Tokens seen, ever: `generate()` slices the prompt with it, and models number positions from it."""

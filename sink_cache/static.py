@@ -7,6 +7,7 @@ returned from the first token on, with a mask for those that are still empty.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +16,31 @@ from .ring import SinkWindowLayer
 from .rotary import ForwardRotation, Rotation
 
 
+@dataclass
+class Turn:
+    """How far the sinks of all layers with one rotation on one device are to be moved.
+
+    Attributes:
+        frequency (`torch.Tensor`): `[head_dim]`, float64.
+        partner (`torch.Tensor`): `[head_dim]`, int64.
+        cos_sin (`torch.Tensor`): `[2, head_dim]`, float32, of the angles at the current step.
+        owner: the layer that computes `cos_sin` for all, the first of them in a step.
+    """
+
+    frequency: torch.Tensor
+    partner: torch.Tensor
+    cos_sin: torch.Tensor
+    owner: Any
+
+
 class DevicePositions:
     """The position of the next token, once on each device that layers of a cache are on; and what rotations need there."""
 
     def __init__(self) -> None:
         self.counters: dict[torch.device, torch.Tensor] = {}
-        self._tables: dict[tuple[Rotation, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._turns: dict[tuple[Rotation, torch.device], Turn] = {}
+        # Known on the host only while a call with several tokens goes through the layers.
+        self.host: int | None = None
 
     def counter(self, device: torch.device) -> torch.Tensor:
         """`[1]`, int64."""
@@ -28,13 +48,24 @@ class DevicePositions:
             self.counters[device] = _static(torch.zeros(1, dtype=torch.int64, device=device))
         return self.counters[device]
 
-    def tables(self, rotation: Rotation, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Frequency, float64, and partner of each of `head_dim` dimensions."""
+    def turn(self, rotation: Rotation, device: torch.device, layer: Any) -> Turn:
+        """Shared by all layers that ask for the same."""
         key = rotation, device
-        if key not in self._tables:
+        if key not in self._turns:
             frequency = torch.tensor(rotation.frequency, dtype=torch.float64, device=device)
-            self._tables[key] = _static(frequency), _static(torch.tensor(rotation.partner, device=device))
-        return self._tables[key]
+            partner = torch.tensor(rotation.partner, device=device)
+            cos_sin = torch.empty(2, len(partner), device=device)
+            self._turns[key] = Turn(_static(frequency), _static(partner), _static(cos_sin), owner=layer)
+        return self._turns[key]
+
+
+# An operator of its own, because the compiler would fuse these float64 cosines into the kernels of every layer, and they would
+# take 9 us for each layer of an H100's step instead of 2.
+@torch.library.custom_op("sink_cache::angles", mutates_args=("cos_sin",))
+def _angles(position: torch.Tensor, frequency: torch.Tensor, capacity: int, cos_sin: torch.Tensor) -> None:
+    """Writes the cos and sin of the angles by which sinks move at `position`."""
+    angle = (position + (1 - capacity)).clamp(min=0) * frequency  # float64: positions are up to 2**24
+    cos_sin.copy_(torch.stack([angle.cos(), angle.sin()]))
 
 
 class StaticSinkWindowLayer(SinkWindowLayer):
@@ -46,8 +77,7 @@ class StaticSinkWindowLayer(SinkWindowLayer):
         is_sliding (`bool`): the layer stands for one that is natively sliding, and has no sinks.
 
     Attributes:
-        buffer (`torch.Tensor`): `[batch_size, num_heads, n_sink + capacity, head_dim]`, the pristine sinks and then the `keys`,
-            so that a token that is a sink is written like any other.
+        sinks_complete (`bool`): all sinks have been seen in calls with several tokens, so that steps need not watch for them.
     """
 
     is_compileable = True
@@ -64,37 +94,30 @@ class StaticSinkWindowLayer(SinkWindowLayer):
     @property
     def position(self) -> int:
         """Of the next token; waits for the device."""
+        if self.positions.host is not None:
+            return self.positions.host
         return int(self.counter) if self.is_initialized else 0
 
     @position.setter
     def position(self, position: int) -> None:
         if self.is_initialized:
             self.counter.fill_(position)
-        self._at_most = position
-
-    @property
-    def keys(self) -> torch.Tensor:  # type: ignore[override]
-        """`[batch_size, num_heads, capacity, head_dim]`."""
-        return self.buffer[:, :, self.n_sink :]
-
-    @property
-    def sink_keys(self) -> torch.Tensor:  # type: ignore[override]
-        """`[batch_size, num_heads, n_sink, head_dim]`."""
-        return self.buffer[:, :, : self.n_sink]
+        self._at_most, self.positions.host = position, None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates the slots; shapes, dtype and device are those of the first `key_states` and `value_states`."""
-        (batch_size, num_heads, _, head_dim), width = key_states.shape, value_states.shape[-1]
-        with torch.inference_mode(False):
-            keys = key_states.new_zeros(batch_size, num_heads, self.n_sink + self.capacity, head_dim)
-            self._hold(keys, value_states.new_zeros(batch_size, num_heads, self.capacity, width))
+        super().lazy_initialization(key_states, value_states)
+        self._settle()
 
-    def _hold(self, buffer: torch.Tensor, values: torch.Tensor) -> None:
-        self.buffer, self.values = _static(buffer), _static(values)
-        self.dtype, self.device = buffer.dtype, buffer.device
+    @torch.inference_mode(False)
+    def _settle(self) -> None:
+        for tensor in self.tensors().values():
+            _static(tensor)
         self.counter = self.positions.counter(self.device)
-        self.frequency, self.partner = self.positions.tables(self.rotation, self.device)
-        self.is_initialized = True
+        turn = self.positions.turn(self.rotation, self.device, self)
+        self.frequency, self.partner, self.cos_sin = turn.frequency, turn.partner, turn.cos_sin
+        self.computes_angles = turn.owner is self
+        self.every_sink = _static(torch.arange(self.n_sink, device=self.device)[:, None])
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -105,16 +128,24 @@ class StaticSinkWindowLayer(SinkWindowLayer):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             self._at_most += key_states.shape[2]
-            return self._update_several(key_states, value_states)
+            self.sinks_complete = self.position + key_states.shape[2] >= self.n_sink
+            attended = self._update_several(key_states, value_states)
+            if self.is_last:
+                self.positions.host = None
+            return attended
+        if (key_states.shape[:2], key_states.dtype) != (self.keys.shape[:2], self.keys.dtype):
+            self._check(key_states, value_states)  # all of that is free to change after a reset
+            self.lazy_initialization(key_states, value_states)
         slot = self.slots_of(self.counter)
+        self.keys.index_copy_(2, slot, key_states)
         self.values.index_copy_(2, slot, value_states)
-        self.buffer.index_copy_(2, torch.where(slot < self.n_sink, slot, self.n_sink + slot), key_states)
         if self.n_sink:
-            shift = (self.counter + (1 - self.capacity)).clamp(min=0)
-            angle = shift * self.frequency  # float64: positions are up to 2**24
-            pristine = self.buffer[:, :, : self.n_sink].float()
-            moved = pristine * angle.cos().float() + pristine[..., self.partner] * angle.sin().float()
-            self.buffer[:, :, self.n_sink : 2 * self.n_sink] = moved.to(self.buffer.dtype)
+            if not self.sinks_complete:
+                self.sink_keys.copy_(torch.where(self.every_sink == self.counter, key_states, self.sink_keys))
+            if self.computes_angles:
+                _angles(self.counter, self.frequency, self.capacity, self.cos_sin)
+            moved = self.sink_keys * self.cos_sin[0] + self.sink_keys[..., self.partner] * self.cos_sin[1]
+            self.keys[:, :, : self.n_sink] = moved.to(self.keys.dtype)
         if self.is_last:
             self._advance(1)
         return self.keys, self.values
@@ -135,14 +166,18 @@ class StaticSinkWindowLayer(SinkWindowLayer):
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if self.is_initialized and self.position == 0:
             self.is_initialized = (self.dtype, self.device) == (key_states.dtype, key_states.device)
-            self.is_initialized &= self.buffer.shape[:2] == key_states.shape[:2]
+            self.is_initialized &= self.keys.shape[:2] == key_states.shape[:2]
         super()._check(key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
         """As in the base class; for one token `(capacity, 0)`, so that the causal mask hides the empty slots."""
         if query_length > 1 or not self.is_initialized:
-            return super().get_mask_sizes(query_length)
+            self.positions.host = None  # what an interrupted call may have left
+            self.positions.host = self.position
+            length, offset = super().get_mask_sizes(query_length)
+            return length, offset - self.rebased  # as in get_query_offset
         if not torch.compiler.is_compiling():
+            self.positions.host = None
             self._at_most += 1
             if self._at_most > self.max_position:
                 self._at_most = self.position + 1
@@ -151,25 +186,24 @@ class StaticSinkWindowLayer(SinkWindowLayer):
             return self.capacity, (self.counter[0] + (1 - self.capacity)).clamp(min=0)
         return self.capacity, 0
 
+    def get_seq_length(self) -> int:
+        """Tokens seen, ever; waits for the device."""
+        self.positions.host = None
+        return super().get_seq_length()
+
     def get_query_offset(self) -> int | torch.Tensor:
         """The position of the next token, as a tensor that masks can be built from without waiting."""
         return self.counter[0] if self.is_initialized else 0
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """All that the layer holds, by name, `[batch_size, num_heads, slots, head_dim]` each."""
-        return {"buffer": self.buffer, "values": self.values} if self.is_initialized else {}
-
     def replace(self, tensors: dict[str, torch.Tensor]) -> None:
         """Holds these instead, in the same memory if their shape allows."""
-        if (
-            self.is_initialized
-            and self.buffer.shape == tensors["buffer"].shape
-            and self.dtype == tensors["buffer"].dtype
-        ):
-            self.buffer.copy_(tensors["buffer"])
-            self.values.copy_(tensors["values"])
+        held = self.tensors()
+        if held and all((t.shape, t.dtype) == (held[name].shape, held[name].dtype) for name, t in tensors.items()):
+            for name, tensor in tensors.items():
+                held[name].copy_(tensor)
         else:
-            self._hold(tensors["buffer"], tensors["values"])
+            super().replace(tensors)
+            self._settle()
 
     def rebase(self, by: int) -> None:
         """Moves the window back by `by` positions, a multiple of `window`."""
@@ -183,9 +217,10 @@ class StaticSinkWindowLayer(SinkWindowLayer):
 
     def reset(self) -> None:
         """Forgets all tokens; the memory stays where it is, as a captured graph knows its address."""
-        self.storage, self.index = None, 0
+        if not self.is_initialized:
+            super().reset()
         self.position = self.rebased = 0
-        self.pads = ()
+        self.sinks_complete = False
 
 
 def _static(tensor: torch.Tensor) -> torch.Tensor:

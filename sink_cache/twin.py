@@ -3,8 +3,10 @@
 Rotation conventions differ from family to family, and nothing in a config says which one a model uses: so we do not
 read the model's code, we ask it. The twin has the model's class and config, random weights, and few heads; its head
 size and everything that concerns positions stay. A token that is alone in the context attends only to itself, so
-between two runs of one token at two positions nothing may differ but its keys, and they must differ by a rotation.
-What does not behave so, or does not stream exactly with the rotation found, is refused.
+between two runs of one token at two positions nothing may differ but its keys, and they must differ by a rotation. (Which
+of the two tensors in a layer's cache rotates is not taken for granted.) If nothing differs, the model may still count the
+keys between a query and a key; then the cache keeps them in order. What does not behave so, or does not stream exactly with
+what was found, is refused.
 """
 
 from __future__ import annotations
@@ -16,17 +18,18 @@ import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer
 
 from .rotary import NotARotation, Rotation, first_unexplained, fit_rotation
 
 _SMALL = 150_000_000  # parameters that a twin may have
 _TOKENS = 16
+_EXACT = 1e-3  # a larger relative error of a float32 twin is no rounding
 
 
 class CannotStream(Exception):
@@ -44,18 +47,32 @@ class PositionScheme:
         max_position (`int`, *optional*): set if the model has a table of positions: its length.
         sliding (`dict[int, Rotation]`): natively sliding layers beside them, of which a window is kept as well, and how
             their keys rotate.
+        swapped (`frozenset[int]`): layers that put what rotates in the place of the values, and a latent from which they
+            make keys and values in the place of the keys (multi-head latent attention).
+        chronological (`bool`): positions are not in the keys but in their order (ALiBi).
+        max_keys (`int`, *optional*): set if they are: how many keys in order the model can tell apart.
     """
 
     rotations: dict[int, Rotation]
     sliding_window: int | None
     max_position: int | None
     sliding: dict[int, Rotation]
+    swapped: frozenset[int] = frozenset()
+    chronological: bool = False
+    max_keys: int | None = None
+
+    @property
+    def nothing_rotates(self) -> bool:
+        """Whether no key changes with its position."""
+        return all(rotation.is_identity for rotation in self.rotations.values())
 
     def agrees_with(self, other: PositionScheme | None) -> bool:
         """Whether both say the same, up to the rounding with which frequencies were learned."""
         return (
             other is not None
-            and (self.sliding_window, self.max_position) == (other.sliding_window, other.max_position)
+            and (self.sliding_window, self.max_position, self.max_keys)
+            == (other.sliding_window, other.max_position, other.max_keys)
+            and (self.swapped, self.chronological) == (other.swapped, other.chronological)
             and all(
                 mine.keys() == theirs.keys() and all(mine[layer].is_close_to(theirs[layer]) for layer in mine)
                 for mine, theirs in ((self.rotations, other.rotations), (self.sliding, other.sliding))
@@ -66,16 +83,22 @@ class PositionScheme:
 def bounded_layers(config: PreTrainedConfig) -> tuple[list[int], int | None]:
     """The layers that a sink window replaces, and their native sliding window if they have one.
 
-    Full-attention layers are replaced, all others keep transformers' own layer class; in a model that has only sliding
-    layers, these are replaced.
+    Layers of full attention are replaced, beside a recurrent state too; all others keep transformers' own layer class. In a
+    model that has only sliding layers, these are replaced.
     """
     layers = DynamicCache(config=config).layers
-    full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
+    if any(hasattr(layer, "update_indexer") for layer in layers):
+        raise CannotStream(f"its sparse attention looks keys up in an index of every token (its cache layers: {kinds})")
+    if any(type(layer).__module__ != DynamicLayer.__module__ for layer in layers):
+        raise CannotStream(
+            f"it has cache layers of its own, whose states cannot be bounded (its cache layers: {kinds})"
+        )
+    full = [i for i, layer in enumerate(layers) if type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer)]
     if full:
         return full, None
     sliding = {i: layer for i, layer in enumerate(layers) if type(layer) is DynamicSlidingWindowLayer}
     if not sliding or getattr(config, "attention_chunk_size", None) is not None:
-        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
         raise CannotStream(f"it has no layer of ordinary attention to bound (its cache layers: {kinds})")
     return list(sliding), min(layer.sliding_window for layer in sliding.values())
 
@@ -118,22 +141,31 @@ def _learn(
     from .verify import streaming_error
 
     layers, sliding_window = bounded_layers(config)
-    if "position_ids" not in inspect.signature(model_class.forward).parameters:
-        raise CannotStream("its forward takes no position_ids, so its positions are not rotary (ALiBi or none)")
     with _quiet_and_apart():
         twin = build_twin(model_class, config)
         for name, buffer in twin.named_buffers():
             if name in buffers and buffers[name].shape == buffer.shape:
                 buffer.copy_(buffers[name])
-        scheme = _probe(twin, layers, sliding_window)
+        probe = _probe if takes_positions(twin) else _probe_order
+        scheme = probe(twin, layers, sliding_window)
         try:
             error = streaming_error(twin, scheme, n_sink=2, window=2, tokens=7)
+            if not error <= _EXACT and scheme.nothing_rotates and not scheme.chronological:
+                scheme = replace(scheme, chronological=True, max_keys=_most_keys(config))
+                error = streaming_error(twin, scheme, n_sink=2, window=2, tokens=7)
+        except ValueError as refusal:
+            raise CannotStream(f"it uses a cache in a way that is not understood ({_short(refusal)})") from refusal
         except Exception as failure:
+            if scheme.nothing_rotates:
+                raise CannotStream(
+                    "it makes its attention biases (ALiBi) for the whole text, and not for the keys that it is shown"
+                ) from failure
             raise CannotStream(f"its twin fails when streaming ({_short(failure)})") from failure
-        if not error <= 1e-3:
+        if not error <= _EXACT:
+            how = "keeping its keys in order" if scheme.chronological else "moving its keys"
             raise CannotStream(
-                f"moving its keys does not reproduce it (relative error {error:.1g}): its attention uses positions "
-                "in another way than through rotary keys"
+                f"{how} does not reproduce it (relative error {error:.1g}): its attention uses positions "
+                "in another way than through rotary keys or their order"
             )
     return scheme
 
@@ -142,15 +174,15 @@ def _probe(twin: PreTrainedModel, layers: list[int], sliding_window: int | None)
     """Runs one token at positions 0, 1, 8, 64, … past the trained context, and fits the rotation of each layer."""
     trained = getattr(twin.config, "max_position_embeddings", None) or 2048
     powers = [8**k for k in range(max(6, int(trained).bit_length() // 3 + 2))]
-    keys: dict[int, dict[int, torch.Tensor]] = {layer: {} for layer in layers}
     # In a layer of chunked attention it matters which slot a key is in, and not only that it is there.
     chunked = getattr(twin.config, "attention_chunk_size", None) is not None
-    sliding: dict[int, dict[int, torch.Tensor]] = {
-        index: {}
+    sliding = [
+        index
         for index, layer in enumerate(DynamicCache(config=twin.config).layers)
-        if type(layer) is DynamicSlidingWindowLayer and index not in keys and not chunked
-    }
-    values: dict[int, torch.Tensor] = {}
+        if type(layer) is DynamicSlidingWindowLayer and index not in layers and not chunked
+    ]
+    keys: dict[int, dict[int, torch.Tensor]] = {layer: {} for layer in (*layers, *sliding)}
+    values: dict[int, dict[int, torch.Tensor]] = {layer: {} for layer in keys}
     max_position = None
     for position in [0, *powers, 3, 11, 777]:
         try:
@@ -162,25 +194,64 @@ def _probe(twin: PreTrainedModel, layers: list[int], sliding_window: int | None)
             continue
         except Exception as failure:
             raise CannotStream(f"its twin does not run ({_short(failure)})") from failure
-        for layer in layers:
-            key_states, value_states = cached[layer].keys, cached[layer].values
-            if key_states is None or key_states.shape[2] != 1:
-                raise CannotStream(f"layer {layer} does not put the keys of one token into its cache")
-            if not torch.allclose(value_states, values.setdefault(layer, value_states), rtol=1e-3, atol=1e-4):
-                raise CannotStream(
-                    "its values change with the position: positions are learned or added to the embeddings, or a "
-                    "rotary key is kept in the place of the values"
-                )
-            keys[layer][position] = key_states.flatten(0, 2)
-        for layer, samples in sliding.items():
-            samples[position] = cached[layer].keys.flatten(0, 2)
+        for layer in keys:
+            _check_cached(cached, layer)
+            keys[layer][position] = cached[layer].keys.flatten(0, 2)
+            values[layer][position] = cached[layer].values.flatten(0, 2)
+    swapped = frozenset(layer for layer in keys if _changes(values[layer]) and not _changes(keys[layer]))
+    if any(_changes(values[layer]) for layer in layers if layer not in swapped):
+        raise CannotStream(
+            "its keys and its values change with the position: positions are learned or added to the embeddings"
+        )
+    turning = {layer: values[layer] if layer in swapped else keys[layer] for layer in keys}
     try:
-        rotations = _fit_layers(keys)
-        return PositionScheme(rotations, sliding_window, max_position, _fit_sliding_layers(sliding))
+        return PositionScheme(
+            _fit_layers({layer: turning[layer] for layer in layers}),
+            sliding_window,
+            max_position,
+            _fit_sliding_layers({layer: turning[layer] for layer in sliding}),
+            swapped,
+        )
     except NotARotation as reason:
         kind = (getattr(twin.config, "rope_parameters", None) or {}).get("rope_type")
         named = f" (rope_type {kind!r})" if isinstance(kind, str) and kind != "default" else ""
         raise CannotStream(f"{reason}{named}") from reason
+
+
+def _probe_order(twin: PreTrainedModel, layers: list[int], sliding_window: int | None) -> PositionScheme:
+    """For a model that is told no positions: it can only count keys, if the keys themselves do not tell them."""
+    try:
+        alone, last = _one_token_alone(twin, 0), _one_token_alone(twin, 0, after=5)
+    except Exception as failure:
+        raise CannotStream(f"its twin does not run ({_short(failure)})") from failure
+    for layer in layers:
+        _check_cached(alone, layer)
+    # Further up, keys depend on what came before.
+    first = layers[0]
+    for here, there in ((alone[first].keys, last[first].keys), (alone[first].values, last[first].values)):
+        if _changes({0: here, 5: there[:, :, -1:]}):
+            raise CannotStream(
+                "its forward takes no position_ids, and its keys and values change with the position: positions are learned "
+                "or added to the embeddings"
+            )
+    sizes = {layer: alone[layer].keys.shape[-1] for layer in layers}
+    still = {layer: Rotation(tuple(range(size)), (0.0,) * size) for layer, size in sizes.items()}
+    return PositionScheme(still, sliding_window, None, {}, chronological=True, max_keys=_most_keys(twin.config))
+
+
+def _most_keys(config: PreTrainedConfig) -> int | None:
+    """How many keys a model makes biases for."""
+    most: int | None = getattr(config, "max_seq_len", None) or getattr(config, "max_position_embeddings", None)
+    return most
+
+
+def _check_cached(cached: list[Any], layer: int) -> None:
+    if cached[layer].keys is None or cached[layer].keys.shape[2] != 1:
+        raise CannotStream(f"layer {layer} does not put the keys of one token into its cache")
+
+
+def _changes(states: dict[int, torch.Tensor]) -> bool:
+    return not all(torch.allclose(state, states[0], rtol=1e-3, atol=1e-4) for state in states.values())
 
 
 def _fit_layers(keys: dict[int, dict[int, torch.Tensor]]) -> dict[int, Rotation]:
@@ -199,13 +270,22 @@ def _fit_sliding_layers(keys: dict[int, dict[int, torch.Tensor]]) -> dict[int, R
         return {}
 
 
-def _one_token_alone(twin: PreTrainedModel, position: int) -> list[Any]:
-    """The layers of a fresh `DynamicCache` after one token, `[_TOKENS, 1]` of them as a batch, at this position."""
+def _one_token_alone(twin: PreTrainedModel, position: int, after: int = 0) -> list[Any]:
+    """The layers of a fresh `DynamicCache` after one token, `[_TOKENS, 1]` of them as a batch, at this position.
+
+    With `after`, not alone: after so many others.
+    """
     cache = DynamicCache(config=twin.config)
     input_ids = torch.arange(1, _TOKENS + 1)[:, None] % twin.config.vocab_size
-    position_ids = torch.full_like(input_ids, position)
-    twin(input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True)
+    input_ids = torch.cat([input_ids.roll(shift, dims=0) for shift in range(after, -1, -1)], dim=1)
+    positions = {"position_ids": torch.full_like(input_ids, position)} if takes_positions(twin) else {}
+    twin(input_ids=input_ids, past_key_values=cache, use_cache=True, **positions)
     return cache.layers
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether the model can be told positions."""
+    return "position_ids" in inspect.signature(type(model).forward).parameters
 
 
 def build_twin(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

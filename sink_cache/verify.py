@@ -3,20 +3,22 @@
 The reference needs no knowledge of rotary embeddings and no code of the cache. Sinks attend only to each other, and
 attention sees only differences of positions; so a fresh forward over the sink tokens at *shifted* `position_ids` gives
 the keys and values that every layer should present, computed by the model itself. Window tokens keep the keys and values
-they had when they were first computed. Both in a `DynamicCache`, and the next token at its absolute position.
+they had when they were first computed. Both in a `DynamicCache`, and the next token at its absolute position. A model that
+cannot be told positions counts the keys in the `DynamicCache`, where they are in the order of the text.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .cache import SinkWindowCache
 from .discovery import text_model
-from .twin import CannotStream, PositionScheme, bounded_layers
+from .twin import CannotStream, PositionScheme, bounded_layers, takes_positions
 
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -78,9 +80,12 @@ def streaming_error(
     generator = torch.Generator("cpu").manual_seed(0)
     input_ids = torch.randint(config.vocab_size, (1, tokens), generator=generator, device="cpu").to(model.device)
     reference = _reference(model, input_ids, n_sink, window)
+    accepted = inspect.signature(type(model).forward).parameters
     worst = 0.0
     for t, expected in enumerate(reference):
-        output = _step(model, input_ids[:, t : t + 1], t, cache).float()
+        # As generate() does, with a mask of all tokens seen; the reference cannot, as its cache is told to be shorter.
+        seen = {"attention_mask": torch.ones_like(input_ids[:, : t + 1])} if "attention_mask" in accepted else {}
+        output = _step(model, input_ids[:, t : t + 1], t, cache, **seen).float()
         # A comparison that is not a number must not pass, hence not `max(worst, error)`.
         error = ((output - expected.float()).abs().amax() / expected.float().abs().amax()).item()
         worst = worst if error <= worst else error
@@ -118,13 +123,16 @@ def _reference(model: PreTrainedModel, input_ids: torch.Tensor, n_sink: int, win
 def _dynamic_cache(model: PreTrainedModel, layers: list[int]) -> DynamicCache:
     cache = DynamicCache(config=text_model(model).config)
     for layer in layers:
-        cache.layers[layer] = DynamicLayer()
+        if type(cache.layers[layer]) is DynamicSlidingWindowLayer:  # never slides here, as the reference keeps it short
+            cache.layers[layer] = DynamicLayer()
     return cache
 
 
-def _step(model: PreTrainedModel, input_ids: torch.Tensor, position: int, cache: Cache) -> torch.Tensor:
+def _step(
+    model: PreTrainedModel, input_ids: torch.Tensor, position: int, cache: Cache, **kwargs: torch.Tensor
+) -> torch.Tensor:
     position_ids = torch.arange(position, position + input_ids.shape[1], device=input_ids.device)[None]
-    output: torch.Tensor = model(input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True)[
-        0
-    ]
+    if takes_positions(model):
+        kwargs["position_ids"] = position_ids
+    output: torch.Tensor = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **kwargs)[0]
     return output[:, -1]

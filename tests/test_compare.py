@@ -46,7 +46,8 @@ def ppl_result(dense_s: float, sink_s: float, tokens: Sequence[int] = (300,), mo
         row = {"method": method, "capacity": capacity, "seconds": seconds, "batches": batches}
         rows.append(row | {"tokens_per_second": sum(tokens) / seconds})
     chunk = {"step": 1, "chunk": 128}[mode]
-    return result("ppl", rows=rows, protocol={"mode": mode, "chunk_size": chunk, "batch_size": 1})
+    protocol = {"mode": mode, "chunk_size": chunk, "batch_size": 1}
+    return result("ppl", rows=rows, protocol=protocol, data={"max_tokens": max(tokens)})
 
 
 # By hand: contexts 0 to 100 take 1 ms, and 101 to 299 take n / 100 ms.
