@@ -28,6 +28,7 @@ import html
 import itertools
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,13 +261,18 @@ def draw(group: Sequence[Comparison], path: Path) -> None:
         axes.axhline(one.measured, color=colour, linestyle="--", label=f"the whole run, measured: {one.measured:.2f}×")
         if one.predicted is not None:
             axes.axhline(one.predicted, color=colour, linestyle=":", label=f"predicted: {one.predicted:.2f}×")
-    axes.axvspan(axes.get_xlim()[0], max(group[0].samples), color="grey", alpha=0.15, label="contexts of the run")
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set(xlabel="context: tokens of text before", ylabel="speed-up over dense", xscale="log")
     contexts = group[0].dense.contexts
     axes.set_xticks(contexts, [f"{context:,}" for context in contexts], rotation=30)
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_title(group[0].run["title"])
+    # Lines across do not widen the axes by themselves, and the span of the run would.
+    lowest = min([line for one in group for line in (one.measured, one.predicted) if line] + [axes.get_ylim()[0]])
+    axes.set_ylim(bottom=lowest * 0.95)
+    limits = axes.get_xlim()
+    axes.axvspan(limits[0], group[0].run["data"]["max_tokens"], color="grey", alpha=0.15, label="contexts of the run")
+    axes.set_xlim(limits)
+    axes.set_title("\n".join(textwrap.wrap(group[0].run["title"], 80)))
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -402,7 +408,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     title = "Per token and whole run: two ways to measure what a bounded cache gains"
     page.heading(title, 1)
     page.sentences(
-        ["Made by `python -m benchmarks.compare` from result files; every number and sentence is computed from them."]
+        ["Made by python -m benchmarks.compare from result files; every number and sentence is computed from them."]
     )
     for index, (_, group) in enumerate(itertools.groupby(found, lambda one: id(one.run)), 1):
         add_comparison(page, list(group), page.folder / f"report-{index}.png")

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +30,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 import psutil  # type: ignore[import-untyped]
 import torch
 from huggingface_hub.errors import (
@@ -49,8 +51,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "numpy", "sink-cache")
 MIB = 2**20
 SDPA_CHOICES = ("auto", "flash", "efficient", "math", "cudnn", "no-cudnn")
+SPIN_CYCLES_PER_MS = 2_000_000  # of the fastest GPUs
 # Beyond these spreads nothing is concluded; an earlier study's ± 43% is one of them.
-WIDEST_STD, WIDEST_PERCENTILES, WIDEST_INTERVAL = 0.2, 0.5, 0.1
+WIDEST_STD, WIDEST_PERCENTILES, WIDEST_INTERVAL = 0.2, 0.5, 0.2
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -189,6 +192,69 @@ class Clock:
         """Synchronise the device and return the time in seconds, from an arbitrary origin."""
         synchronize(self.device)
         return time.perf_counter()
+
+
+def timed_steps(step: Callable[[], Any], steps: int, clock: Clock) -> list[float]:
+    """Return the time of each step in ms, the device being synchronised before and after every one."""
+    times = []
+    for _ in range(steps):
+        start = clock.now()
+        step()
+        times.append(1e3 * (clock.now() - start))
+    return times
+
+
+def unsynchronized_step_ms(step: Callable[[], Any], steps: int, clock: Clock) -> float:
+    """Return the time of a step in ms when the device is synchronised only before the first and after the last."""
+    start = clock.now()
+    for _ in range(steps):
+        step()
+    return 1e3 * (clock.now() - start) / steps
+
+
+def event_times(step: Callable[[], Any], steps: int, clock: Clock, queue_ms: float = 0.0) -> list[float]:
+    """Return the time of each step in ms by CUDA events. Around a launch-bound step they, too, see the launches.
+
+    Args:
+        queue_ms (`float`): let the GPU spin for at least so long first. When the CPU needs less than that to launch the step,
+            all of it is waiting in the queue, and what the events see is the GPU's own work.
+    """
+    times = []
+    for _ in range(steps):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        clock.now()
+        if queue_ms:
+            torch.cuda._sleep(int(queue_ms * SPIN_CYCLES_PER_MS))
+        start.record()
+        step()
+        end.record()
+        clock.now()
+        times.append(start.elapsed_time(end))
+    return times
+
+
+def waits_for_the_gpu(step: Callable[[], Any]) -> bool:
+    """Return whether a step by itself waits for the GPU, so that it cannot be queued."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return any("synchroniz" in str(one.message) for one in caught)
+
+
+def kernels(step: Callable[[], Any], steps: int, clock: Clock) -> tuple[float | None, str]:
+    """Return the time of all kernels per step in ms, by torch.profiler, and which attention kernel is among them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(steps):
+            step()
+        clock.now()
+    on_gpu = torch.autograd.DeviceType.CUDA
+    found = [one for one in profiler.events() if one.device_type == on_gpu and not one.is_user_annotation]
+    total = sum(kernel.time_range.elapsed_us() for kernel in found)
+    return total / 1e3 / steps or None, attention_kernel({kernel.name for kernel in found})
 
 
 @contextlib.contextmanager
@@ -401,8 +467,8 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratio_interval(
-    numerators: Sequence[float],
-    denominators: Sequence[float],
+    numerators: npt.ArrayLike,
+    denominators: npt.ArrayLike,
     statistic: Callable[..., Any] = np.median,
     *,
     paired: bool = False,
@@ -413,7 +479,8 @@ def ratio_interval(
     """Return the percentile bootstrap interval of `statistic(numerators) / statistic(denominators)`.
 
     Args:
-        paired (`bool`): value i of both sides was measured at one time, so they are resampled together, and what slows
+        numerators, denominators: numbers, or groups of equally many numbers; groups are resampled as a whole.
+        paired (`bool`): entry i of both sides was measured at one time, so they are resampled together, and what slows
             down both cancels. By default the sides are resampled independently.
     """
     generator = np.random.default_rng(seed)
@@ -422,7 +489,7 @@ def ratio_interval(
         array = np.asarray(values, dtype=np.float64)
         if not (paired and sides):
             chosen = generator.integers(len(array), size=(resamples, len(array)))
-        sides.append(statistic(array[chosen], axis=1))
+        sides.append(statistic(array[chosen].reshape(resamples, -1), axis=1))
     tail = (1 - confidence) / 2
     low, high = np.quantile(sides[0] / sides[1], (tail, 1 - tail))
     return float(low), float(high)
@@ -451,7 +518,7 @@ def ratio_of_rounds(above: Sequence[Sequence[float]], below: Sequence[Sequence[f
     """
     flat = [[number for turn in side for number in turn] for side in (above, below)]
     value = float(np.median(flat[0]) / np.median(flat[1]))
-    low, high = ratio_interval(*([float(np.median(turn)) for turn in side] for side in (above, below)), paired=True)
+    low, high = ratio_interval(above, below, paired=True, resamples=1000)
     note = ""
     if any(spread_warning(side) for side in flat) or (high - low) / value > WIDEST_INTERVAL:
         note = "no conclusion: the spread is too wide"

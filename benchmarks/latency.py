@@ -23,7 +23,7 @@ How it is measured: each arm is warmed up by count and by time; then, at each N,
 `--rounds` rounds, so that drift of the machine hits all alike. The garbage collector is off. Before each turn an arm goes back to
 N tokens, untimed, and takes one untimed step. So lengths repeat; what dense needs at lengths that this process has
 never seen is measured by itself, because some attention backends build a plan for every new length. Turns without
-synchronisation between the steps follow (not on the CPU): a device that is never waited for may be faster.
+synchronisation between the steps follow in every second round (not on the CPU): a device that is never waited for may be faster.
 
 What explains it: `ceiling` = dense(N) / dense(capacity) is the most that a bounded cache can win, `achieved` = dense(N) /
 sink(N), `overhead` = sink(N) / dense(capacity), each with a 95% bootstrap interval over paired rounds. `busy` is the share of
@@ -32,12 +32,12 @@ for a step, the bytes of weights and cache read, at the measured copy bandwidth;
 rate of a large matrix product.
 
 Results: tables here, and for each model in the `--output` folder a JSON file (for its header see `benchmarks.harness`) and two
-plots. Besides `machine` (the measured rates) and `ratios` it has `rows` with
+plots, or three with recompute at several capacities. Besides `machine` (the measured rates) and `ratios` it has `rows` with
 
     arm, compiled, context, capacity, n_sink, beyond_trained_context
     median_ms, mean_ms, std_ms, p5_ms, p95_ms, n     of the steps
     step_ms                 all of them, round by round
-    unsynchronized_ms       per token, one number per round, or null
+    unsynchronized_ms       per token, one number for each such turn, or null
     first_time              median_ms at lengths never seen before, and again_median_ms, of the same steps taken again; dense
     event_ms                the same by CUDA events, in other steps
     gpu_ms, busy            by CUDA events around steps that were launched while the GPU was still spinning: its own work,
@@ -60,7 +60,6 @@ import math
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -80,7 +79,6 @@ from .harness import MIB, BenchmarkError
 BLOCK_LIMIT = 63  # steps of a turn; with the untimed one before, a static cache keeps 64 slots free for them
 WARM_UP_STEPS = {False: 3, True: 8}  # eager, and compiled: to compile, to record the graph, and some more
 MAX_TURN_S = 2.0  # a slower arm takes fewer steps in its turn
-SPIN_CYCLES_PER_MS = 2_000_000  # of the fastest GPUs
 NEW_LENGTHS = 8  # steps at lengths that the process has never seen
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"longest": 4096, "capacities": [256], "compile": False, "dtype": "float32", "rounds": 12},
@@ -326,7 +324,7 @@ class StaticCompiled(Static):
     def fill(self, context: int) -> None:
         """Take the tokens of the shared prefill."""
         if context not in self.bench.static_compiled_contexts:
-            raise CannotMeasure("it would have to be compiled for this length alone: see --compile-static-everywhere")
+            raise CannotMeasure("it would have to be compiled for this length alone: see --compile-static-at")
         super().fill(context)
 
     def step(self) -> None:
@@ -402,62 +400,13 @@ def reason_for(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def timed_steps(arm: Arm, steps: int, clock: harness.Clock) -> list[float]:
-    """Return the time of each step in ms, the device being synchronised before and after every one."""
-    times = []
-    for _ in range(steps):
-        start = clock.now()
-        arm.step()
-        times.append(1e3 * (clock.now() - start))
-    return times
-
-
-def unsynchronized_step(arm: Arm, steps: int, clock: harness.Clock) -> float:
-    """Return the time of a step in ms when the device is synchronised only before the first and after the last."""
-    start = clock.now()
-    for _ in range(steps):
-        arm.step()
-    return 1e3 * (clock.now() - start) / steps
-
-
-def event_times(arm: Arm, steps: int, clock: harness.Clock, queue_ms: float = 0.0) -> list[float]:
-    """Return the time of each step in ms by CUDA events. Around a launch-bound step they, too, see the launches.
-
-    Args:
-        queue_ms (`float`): let the GPU spin for at least so long first. When the CPU needs less than that to launch the step,
-            all of it is waiting in the queue, and what the events see is the GPU's own work.
-    """
-    times = []
-    for _ in range(steps):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        clock.now()
-        if queue_ms:
-            torch.cuda._sleep(int(queue_ms * SPIN_CYCLES_PER_MS))
-        start.record()
-        arm.step()
-        end.record()
-        clock.now()
-        times.append(start.elapsed_time(end))
-    return times
-
-
-def waits_for_the_gpu(arm: Arm) -> bool:
-    """Return whether a step by itself waits for the GPU, so that it cannot be queued."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        arm.step()
-        torch.cuda.set_sync_debug_mode("default")
-    return any("synchroniz" in str(one.message) for one in caught)
-
-
 def warm_up(arm: Arm, settings: Settings, clock: harness.Clock) -> float:
     """Step until nothing is new, by count and by time, and return the time of a step in ms."""
     times: list[float] = []
     while len(times) < WARM_UP_STEPS[arm.compiled] or sum(times[3:]) < 1e3 * settings.warm_up_s:
         if len(times) % BLOCK_LIMIT == 0:
             arm.rewind()
-        times += timed_steps(arm, 1, clock)
+        times += harness.timed_steps(arm.step, 1, clock)
     return min(times[-3:])
 
 
@@ -465,18 +414,6 @@ def steps_per_turn(step_ms: float, settings: Settings) -> int:
     """Return how many steps make a turn: `steps`, more if they are short, fewer if they are very long."""
     wanted = max(settings.steps, math.ceil(1e3 * settings.min_seconds / settings.rounds / step_ms))
     return max(1, min(wanted, BLOCK_LIMIT, int(1e3 * MAX_TURN_S / step_ms)))
-
-
-def profile(arm: Arm, clock: harness.Clock, steps: int = 5) -> tuple[float | None, str]:
-    """Return the time of all kernels per step in ms, by torch.profiler, and which attention kernel is among them."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        for _ in range(steps):
-            arm.step()
-        clock.now()
-    on_gpu = torch.autograd.DeviceType.CUDA
-    kernels = [one for one in profiler.events() if one.device_type == on_gpu and not one.is_user_annotation]
-    total = sum(kernel.time_range.elapsed_us() for kernel in kernels)
-    return total / 1e3 / steps or None, harness.attention_kernel({kernel.name for kernel in kernels})
 
 
 def new_length_times(arm: Dense, known: set[int], context: int, clock: harness.Clock) -> list[tuple[float, float]]:
@@ -493,7 +430,7 @@ def new_length_times(arm: Dense, known: set[int], context: int, clock: harness.C
         for _ in range(NEW_LENGTHS // 2):
             arm.step()
         if turn is not None:
-            turn += timed_steps(arm, NEW_LENGTHS, clock)
+            turn += harness.timed_steps(arm.step, NEW_LENGTHS, clock)
     return list(zip(*turns, strict=True))
 
 
@@ -515,14 +452,15 @@ def start_arm(arm: Arm, context: int, settings: Settings, clock: harness.Clock, 
 
 def take_turn(arm: Arm, measured: Measurement, clock: harness.Clock) -> None:
     """Add one turn of an arm to what was measured of it."""
-    for synchronized in (True, False) if clock.device.type != "cpu" else (True,):
+    # An unsynchronised turn in every second round; on the CPU there is no difference.
+    for synchronized in (True, False) if clock.device.type != "cpu" and len(measured.rounds) % 2 == 0 else (True,):
         arm.rewind()
         if not isinstance(arm, Recompute):
             arm.step()
         if synchronized:
-            measured.rounds.append(timed_steps(arm, measured.turn_steps, clock))
+            measured.rounds.append(harness.timed_steps(arm.step, measured.turn_steps, clock))
         else:
-            measured.unsynchronized.append(unsynchronized_step(arm, measured.turn_steps, clock))
+            measured.unsynchronized.append(harness.unsynchronized_step_ms(arm.step, measured.turn_steps, clock))
 
 
 def look_closer(arm: Arm, measured: Measurement, clock: harness.Clock) -> None:
@@ -542,16 +480,18 @@ def look_closer(arm: Arm, measured: Measurement, clock: harness.Clock) -> None:
             arm.step()
         measured.sdpa = harness.attention_kernel(operators.names)
     if clock.device.type == "cuda":
-        measured.event_ms = statistics.median(event_times(arm, 10, clock))
-        if not waits_for_the_gpu(arm):
-            measured.gpu_ms = statistics.median(event_times(arm, 5, clock, queue_ms=2 * measured.event_ms + 1))
+        measured.event_ms = statistics.median(harness.event_times(arm.step, 5, clock))
+        if not harness.waits_for_the_gpu(arm.step):
+            measured.gpu_ms = statistics.median(
+                harness.event_times(arm.step, 5, clock, queue_ms=2 * measured.event_ms + 1)
+            )
 
 
 def profile_last(arm: Arm, measured: Measurement, clock: harness.Clock) -> None:
     """Profile an arm when all times are taken: what the profiler attaches to CUDA stays, and slows down launches."""
     arm.rewind()
     arm.step()
-    measured.profiler_ms, measured.sdpa = profile(arm, clock)
+    measured.profiler_ms, measured.sdpa = harness.kernels(arm.step, 5, clock)
 
 
 def measure_context(
@@ -672,7 +612,7 @@ def rounded(times: Sequence[float]) -> list[float]:
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return what the arms say about each other, at each context, for each sink arm; see the module docstring."""
+    """Return what arms say about each other that took turns, for each sink arm; see the module docstring."""
     cells = {(row["arm"], row["compiled"], row["context"], row["capacity"]): row for row in rows}
 
     def cell(arm: str, capacity: int | None, compiled: bool = False) -> dict[str, Any] | None:
@@ -748,6 +688,13 @@ def tables(result: dict[str, Any]) -> str:
         body = [[*key, *(of.get(name) for name in names)] for key, of in cells.items()]
         text.append(tabulate(body, ["context", "arm", "capacity", *names], disable_numparse=True, missingval="–"))
         text.append("In brackets the 95% interval; ? where the spread is too wide for a conclusion.")
+    for ratio in result["ratios"]:
+        if ratio["name"] == "recompute_over_sink":
+            arm = "sink compiled" if ratio["compiled"] else "sink"
+            text.append(
+                f"Capacity {ratio['capacity']:,}: recomputing the window takes {ratio['value']:.3g} times as long as {arm}; "
+                f"the floors of both allow {ratio['hardware_limit']:.3g}, of which this is {ratio['share_of_limit']:.0%}."
+            )
     for note in dict.fromkeys(note for note, _ in notes):
         text.append(f"{note} ({', '.join(where for one, where in notes if one == note)})")
     return "\n".join(line for line in text if line)
@@ -770,7 +717,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--arms", nargs="+", choices=ARM_NAMES, default=list(ARM_NAMES), metavar="ARM", help="(all)")
     what.add_argument("--compile", action=argparse.BooleanOptionalAction, help="also compiled steps (on CUDA)")
     what.add_argument(
-        "--compile-static-everywhere", action="store_true", help="not only at the capacities and the largest context"
+        "--compile-static-at",
+        nargs="*",
+        type=int,
+        metavar="N",
+        help="each takes long (the capacities, largest context)",
     )
     what.add_argument(
         "--profile", action="store_true", help="in the end, kernel times by torch.profiler; CUDA, one model"
@@ -829,7 +780,7 @@ def measure_model(
         piece_tokens=2048 if device.type == "cuda" else 512,
         kept_contexts=frozenset(args.capacities),
         static_compiled_contexts=frozenset(
-            contexts if args.compile_static_everywhere else [*args.capacities, contexts[-1]]
+            [*args.capacities, contexts[-1]] if args.compile_static_at is None else args.compile_static_at
         ),
         longest=contexts[-1],
     )
@@ -844,9 +795,10 @@ def measure_model(
         with torch.no_grad():  # the process's first steps, at a length that is not asked for
             bench.model(bench.token, past_key_values=DynamicCache(config=bench.model.config), use_cache=True)
         for context in contexts:
-            for arm, measured in measure_context(arms, context, settings, clock, lengths, bar):
-                result["rows"].append(make_row(arm, context, measured, result["machine"]))
-            result["ratios"] = ratios(result["rows"])
+            found = measure_context(arms, context, settings, clock, lengths, bar)
+            rows = [make_row(arm, context, measured, result["machine"]) for arm, measured in found]
+            result["rows"] += rows
+            result["ratios"] += ratios(rows)
             keep()
 
 

@@ -55,6 +55,18 @@ def _smollm2_135m() -> LlamaConfig:
     )
 
 
+def _llama_tiny() -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=2048,
+        max_position_embeddings=2048,
+    )
+
+
 SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
     "pythia-70m": partial(_pythia, 512, 6, 8),
     "pythia-160m": partial(_pythia, 768, 12, 12),
@@ -65,6 +77,7 @@ SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
     "pythia-6.9b": partial(_pythia, 4096, 32, 32, 50432),
     "llama-2-7b": _llama_2_7b,
     "smollm2-135m": _smollm2_135m,
+    "llama-tiny": _llama_tiny,
 }
 
 

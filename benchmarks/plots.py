@@ -95,6 +95,8 @@ def latency_per_token(result: dict[str, Any], axes: Axes) -> None:
     """Draw the time of a step against the context, for all arms, with what the hardware allows as thin dotted lines."""
     for (arm, compiled, capacity), rows, colour in _latency_curves(result):
         contexts, label = [row["context"] for row in rows], _latency_label(arm, compiled, capacity)
+        if arm == "recompute" and len(result["protocol"]["capacities"]) > 1:
+            continue  # there is a plot by capacity
         if arm == "recompute":
             axes.axhline(rows[0]["median_ms"], color=colour, label=f"{label}, at any context")
             continue
@@ -130,6 +132,30 @@ def latency_cache(result: dict[str, Any], axes: Axes) -> None:
     plain_ticks(axes)
 
 
+def latency_by_capacity(result: dict[str, Any], axes: Axes) -> None:
+    """Draw recomputation and sink steps against the capacity, as the paper's figure does; empty where it has one point."""
+    rows = [row for row in result["rows"] if row["context"] == row["capacity"] and not row["reason"]]
+    if sum(row["arm"] == "recompute" for row in rows) < 2:
+        return
+    for arm, compiled in (("recompute", False), ("sink", False), ("sink", True)):
+        points = sorted(
+            (r["capacity"], r["median_ms"], r["floor_ms"]) for r in rows if (r["arm"], r["compiled"]) == (arm, compiled)
+        )
+        if points:
+            capacities, ms, floors = zip(*points, strict=True)
+            style: dict[str, Any] = {"color": mpl.colormaps[COLORMAPS[arm]](0.75), "marker": MARKERS[arm]}
+            axes.plot(
+                capacities, ms, linestyle="--" if compiled else "-", label=_latency_label(arm, compiled, None), **style
+            )
+            if not compiled:
+                floor = "arithmetic / matrix rate" if arm == "recompute" else "bytes read / bandwidth"
+                axes.plot(capacities, floors, linestyle=":", color=style["color"], label=f"floor of {arm}: {floor}")
+            axes.set_xticks(capacities, [f"{capacity:,}" for capacity in capacities])
+    axes.set(xlabel="capacity: sinks + window, tokens", ylabel="ms per token, median", yscale="log")
+    plain_ticks(axes)
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
+
+
 def _latency_curves(result: dict[str, Any]) -> list[tuple[tuple[str, bool, int | None], list[dict[str, Any]], Any]]:
     """Return for each arm what it is (name, compiled, capacity), its rows by context, and its colour."""
     curves: dict[tuple[str, bool, int | None], list[dict[str, Any]]] = {}
@@ -137,6 +163,12 @@ def _latency_curves(result: dict[str, Any]) -> list[tuple[tuple[str, bool, int |
         if not row["reason"]:
             curves.setdefault((row["arm"], row["compiled"], row["capacity"]), []).append(row)
     capacities = sorted({capacity for _, _, capacity in curves if capacity is not None})
+    order = ("dense", "dense-at-capacity", "static", "recompute", "sink")
+    curves = dict(
+        sorted(
+            curves.items(), key=lambda curve: (*((curve[0][0] != arm) for arm in order), curve[0][1], curve[0][2] or 0)
+        )
+    )
     colours: list[Any] = []
     for arm, _, capacity in curves:
         shade = 0.4 + 0.55 * (capacities.index(capacity) + 1) / len(capacities) if capacity else 0.8
@@ -163,9 +195,40 @@ def _context_axis(result: dict[str, Any], axes: Axes) -> None:
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
+def endless_steps(result: dict[str, Any], axes: Axes) -> None:
+    """Draw the spread of step times of each arm and context as boxes."""
+    labels = [f"{row['arm']}\n{row['context']:,}" for row in result["rows"]]
+    steps = [[one for turn in row["step_ms"] for one in turn] for row in result["rows"]]
+    axes.boxplot(steps, tick_labels=labels, whis=(5, 95), showfliers=False)
+    axes.set(ylabel="ms per token", xlabel="arm, tokens of context", yscale="log")
+    plain_ticks(axes)
+    axes.grid(axis="y", alpha=0.3)
+
+
+def endless_over_time(result: dict[str, Any], axes: Axes) -> None:
+    """Draw time per token and memory against the number of tokens generated in one call."""
+    rows = result["rows"]
+    tokens = [row["tokens"] for row in rows]
+    axes.plot(tokens, [row["ms_per_token"] for row in rows], color="black", label="ms per token")
+    axes.set(xlabel="tokens generated", ylabel="ms per token")
+    axes.set_ylim(0, 2 * max(row["ms_per_token"] for row in rows))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    memory = axes.twinx()
+    memory.set(ylabel="MiB", yscale="log")
+    for name, colour in {"device_bytes": "tab:blue", "host_bytes": "tab:orange"}.items():
+        if rows[0][name] is not None:
+            memory.plot(
+                tokens, [row[name] / MIB for row in rows], color=colour, label=name.replace("_bytes", " memory")
+            )
+    memory.set_ylim(10, 100_000)
+    axes.figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+
+
 PLOTS: dict[str, dict[str, Callable[[dict[str, Any], Axes], None]]] = {
     "ppl": {"by-position": ppl_by_position, "by-capacity": ppl_by_capacity},
-    "latency": {"per-token": latency_per_token, "cache": latency_cache},
+    "endless-calls": {"steps": endless_steps},
+    "endless-long-run": {"over-time": endless_over_time},
+    "latency": {"per-token": latency_per_token, "cache": latency_cache, "by-capacity": latency_by_capacity},
 }
 
 
@@ -183,8 +246,9 @@ def plot(path: Path, folder: Path) -> list[Path]:
         figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
         draw(result, axes)
         axes.set_title(result["title"])
-        written.append(folder / f"{path.stem}-{name}.png")
-        figure.savefig(written[-1], dpi=120)
+        if axes.has_data():
+            written.append(folder / f"{path.stem}-{name}.png")
+            figure.savefig(written[-1], dpi=120)
         plt.close(figure)
     return written
 

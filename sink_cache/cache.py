@@ -14,7 +14,15 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
-from .discovery import calling_model, calling_tensor, class_for_config, padding_mask_of_caller, text_model
+from .discovery import (
+    calling_model,
+    calling_tensor,
+    class_for_config,
+    generate_call,
+    padding_mask_of_caller,
+    shows_blocks_of_tokens,
+    text_model,
+)
 from .masks import ChunkOffset, let_masks_show_each_query_its_sinks
 from .ring import POSITION_LIMIT, SharedStorage, SinkWindowLayer
 from .rotary import ForwardRotation
@@ -80,7 +88,7 @@ class SinkWindowCache(Cache):
         self._first, self._ends = 0, (0, 0)  # the first of our layers; the first and the last layer of attention
         self._looks = True
         self._first_positions = (0,)  # of the first token, one for each row or one for all
-        self._exact = self._recording = False
+        self._exact = False
         self._chunk: ChunkOffset | None = None
         self._positions_moved = False  # and have not been looked at since
         self._begun = False  # a text, in layers that are there
@@ -158,9 +166,10 @@ class SinkWindowCache(Cache):
                 )
                 for index, rotation in scheme.rotations.items()
             }
+        recording = any(layer.record_past for layer in self._ours())
         for index, layer in ours.items():
             layers[index] = layer
-            layer.exact_chunks, layer.recording = self._exact or self._recording, self._recording
+            layer.exact_chunks, layer.record_past = self._exact, recording
         self._layers, self._first = layers, min(ours)
         attention = [
             i for i, layer in enumerate(layers) if isinstance(layer, (SinkWindowLayer, DynamicSlidingWindowLayer))
@@ -229,9 +238,14 @@ class SinkWindowCache(Cache):
         self._refuse_interrupted(new_tokens)
         if seen > max((0, *layer.pads)) and new_tokens == 1 and not self._positions_moved:
             return
-        mask = calling_tensor("attention_mask", {2})
-        self._note_padding(mask)
+        self._note_padding(calling_tensor("attention_mask", {2}))
         if seen == 0:
+            config = generate_call().get("generation_config")
+            if config is not None and not config.use_cache:
+                raise ValueError(
+                    "generate(use_cache=False), which is the default of some models, feeds the whole text at every step. A "
+                    "cache would take it for new text: pass use_cache=True."
+                )
             # A cache may have been prepared for another model: by config=, or in its life before a reset.
             prepared, pads = self._layers, layer.pads
             self._look_for_the_model()
@@ -249,8 +263,6 @@ class SinkWindowCache(Cache):
                     "in pieces that attend to no more than the cache holds.",
                     stacklevel=3,
                 )
-        if self._scheme is not None and self._scheme.chronological:
-            self._refuse_another_length(mask, seen + new_tokens)
         self._refuse_gaps(calling_tensor("position_ids", {2, 3}), seen, new_tokens)
         self._positions_moved, self._begun = False, True
         if layer.evicts_within(new_tokens):
@@ -260,7 +272,7 @@ class SinkWindowCache(Cache):
                     "stream() and assisted decoding need attn_implementation='sdpa' or 'eager' and no 4-D attention_mask: "
                     "each query sees its own copy of the sinks, and only these masks can say so."
                 )
-        if layer.recording:
+        if layer.record_past:
             self._record(new_tokens)
 
     def _refuse_interrupted(self, new_tokens: int) -> None:
@@ -297,14 +309,6 @@ class SinkWindowCache(Cache):
                 "rebase(), use next_position_ids(); images and packed texts are not supported."
             )
 
-    def _refuse_another_length(self, mask: torch.Tensor | None, tokens: int) -> None:
-        """Where no positions are given, at least a mask says how many tokens there should be."""
-        if mask is not None and mask.shape[-1] != tokens:
-            raise ValueError(
-                f"attention_mask is for {mask.shape[-1]} tokens, but with the new ones this cache has seen {tokens}. Call "
-                "generate(..., use_cache=True), which is not every model's default; or reset(), for another text."
-            )
-
     def _share_storage(self) -> None:
         alike = defaultdict(list)
         for layer in self.layers:
@@ -327,6 +331,11 @@ class SinkWindowCache(Cache):
                 self._look_for_the_model()  # the sizes are those of the layers that it will use
             mask = padding_mask_of_caller()
             self._note_padding(mask)
+            if self.compileable and shows_blocks_of_tokens():
+                raise NotImplementedError(
+                    "compileable=True is not possible for models that mask images by blocks: transformers looks the tokens of a "
+                    "block up by their index in the whole text. Leave compileable out."
+                )
             if not static:
                 self._refuse_interrupted(0)
                 self._refuse_to_forget_padding(mask)
@@ -335,7 +344,7 @@ class SinkWindowCache(Cache):
     def get_query_offset(self, layer_idx: int = 0) -> int | torch.Tensor:  # type: ignore[override]
         """The index of the next token in masks."""
         layer = self.layers[layer_idx] if self.layers else None
-        if isinstance(layer, SinkWindowLayer) and layer.exact_chunks:
+        if isinstance(layer, SinkWindowLayer) and (layer.exact_chunks or layer.record_past):
             self._chunk = ChunkOffset.of(layer)
             return self._chunk
         if isinstance(layer, StaticSinkWindowLayer):
@@ -359,6 +368,11 @@ class SinkWindowCache(Cache):
 
     def _note_padding(self, mask: torch.Tensor | None) -> None:
         """Learns from a mask `[batch_size, length]` how many pads each row began with; refuses what is not left padding."""
+        if mask is not None and self._scheme is not None and not self._scheme.takes_masks:
+            raise NotImplementedError(
+                "this model makes its attention biases (ALiBi) for all that its attention_mask covers, and not for what this "
+                "cache shows. Leave attention_mask out; padded batches are not possible."
+            )
         if mask is None or (not (pads := self._layers[self._first].pads) and mask.all()):
             return
         real = mask.bool().cpu()
@@ -369,14 +383,14 @@ class SinkWindowCache(Cache):
                 "Set tokenizer.padding_side = 'left'."
             )
         seen = self._layers[self._first].get_seq_length()
-        if not any(zeros) or zeros == pads:
+        if zeros == pads or (not any(zeros) and min(self._layers[self._first].evicted_before_query()) >= 0):
             return
         if self.compileable:
             raise NotImplementedError(
                 "SinkWindowCache(compileable=True) does not support padded batches, and attention_mask has zeros. "
                 "Leave compileable out."
             )
-        if self._layers[self._first].exact_chunks:
+        if self._layers[self._first].exact_chunks or self._layers[self._first].record_past:
             raise NotImplementedError("stream() and assisted decoding do not support padded batches.")
         for row, (before, now) in enumerate(zip(pads or (0,) * len(zeros), zeros, strict=False)):
             if seen and now != before and (not pads or before < seen):
@@ -411,7 +425,7 @@ class SinkWindowCache(Cache):
     def _set_exact(self, exact: bool) -> None:
         self._exact = exact
         for layer in self._ours():
-            layer.exact_chunks = exact or self._recording
+            layer.exact_chunks = exact
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SinkWindowCache:
         # Copies made in inference mode could not be written to outside of it.
@@ -452,9 +466,8 @@ class SinkWindowCache(Cache):
         if not self.layers:
             raise ValueError("activate_past_recording needs a model: pass SinkWindowCache(..., config=model.config).")
         let_masks_show_each_query_its_sinks()
-        self._recording = True
         for layer in self._ours():
-            layer.exact_chunks = layer.recording = True
+            layer.record_past = True
         for other in self._layers:
             if not isinstance(other, SinkWindowLayer) and hasattr(other, "activate_past_recording"):
                 other.activate_past_recording()
@@ -468,8 +481,6 @@ class SinkWindowCache(Cache):
                     f"{self.capacity}. Use a larger window."
                 )
             return  # nothing is overwritten; single tokens are recorded by their storage
-        if new_tokens > self.window:
-            raise ValueError(f"{new_tokens} candidate tokens at once are more than window = {self.window}. Use fewer.")
         self._share_storage()
         for storage in self._storages():
             storage.record(layer.position, new_tokens)
@@ -494,18 +505,17 @@ class SinkWindowCache(Cache):
             raise self._not_supported("crop of recurrent states")
         if not ours[0].is_croppable:
             raise self._not_supported("crop with compileable=True" if self.compileable else "crop of padded batches")
-        position = ours[0].position + tokens_to_remove
-        if position < 0:
-            raise ValueError(
-                f"crop({tokens_to_remove}) takes back more than the {ours[0].position} tokens that there are"
-            )
+        seen, position = ours[0].get_seq_length(), ours[0].position + tokens_to_remove
+        if seen + tokens_to_remove < 0:
+            raise ValueError(f"crop({tokens_to_remove}) takes back more than the {seen} tokens that there are")
         recorded = min(
             (start for storage in self._storages() for start, *_ in storage.overwritten), default=position + 1
         )
-        if tokens_to_remove and ours[0].position > self.capacity and recorded > position:
+        if tokens_to_remove and seen > self.capacity and recorded > position:
             raise ValueError(
                 f"crop({tokens_to_remove}) cannot bring back tokens that were evicted meanwhile. Call "
-                "activate_past_recording() before feeding tokens that may have to be taken back."
+                "activate_past_recording() before feeding tokens that may have to be taken back, and feed no more than "
+                f"window = {self.window} of them."
             )
         for other in self._layers:
             if not isinstance(other, SinkWindowLayer):
@@ -526,7 +536,8 @@ class SinkWindowCache(Cache):
         rows = torch.arange(batch_size, device=indices.device)[indices]
         for layer in self._layers:
             if isinstance(layer, LinearAttentionCacheLayerMixin):
-                layer.reorder_cache(rows)  # recurrent states know no other way
+                # Recurrent states know no other way.
+                layer.reorder_cache(rows)  # type: ignore[arg-type]
             elif not isinstance(layer, SinkWindowLayer):
                 layer.batch_select_indices(rows)
         if pads := ours[0].pads:
@@ -619,10 +630,9 @@ class SinkWindowCache(Cache):
         super().reset()  # type: ignore[no-untyped-call]
         self._positions_moved, self._chunk, self._first_positions = False, None, (0,)
         self._begun = False
-        self._recording = False
         self._set_exact(False)
         for layer in self._ours():
-            layer.recording = False
+            layer.record_past = False
 
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Not supported: the cache is small and stays on its device."""

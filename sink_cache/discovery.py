@@ -40,9 +40,15 @@ def padding_mask_of_caller() -> torch.Tensor | None:
     return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
 
+def shows_blocks_of_tokens() -> bool:
+    """Whether that mask is one in which blocks of tokens (images) also see what comes after them."""
+    caller = sys._getframe(3)
+    return caller.f_locals.get("block_sequence_ids") is not None
+
+
 def generate_call() -> dict[str, Any]:
-    """The local variables of the `generate()` that called a decoding loop of ours, which hands on neither its streamer nor
-    whether a maximum length was asked for; empty without one.
+    """The local variables of the `generate()` in which we are, for what it hands on neither to a model nor to a decoding loop;
+    empty without one.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

@@ -41,7 +41,8 @@ class SinkWindowLayer(CacheLayerMixin):
         rebased (`int`): what `rebase` has taken off.
         pads (`tuple[int, ...]`): how many pads each row began with; empty if none did.
         exact_chunks (`bool`): give each query of a call with several tokens its own copy of the sinks.
-        recording (`bool`): keep what is overwritten, so that `crop` can bring it back.
+        record_past (`bool`): keep what is overwritten, so that `crop` can bring it back, and give each query its own sinks.
+            (transformers' name: it turns recording off itself when it has done with it.)
     """
 
     is_compileable = False
@@ -65,7 +66,7 @@ class SinkWindowLayer(CacheLayerMixin):
         self.n_sink, self.window, self.capacity = n_sink, window, n_sink + window
         self.rotation, self.max_position, self.sliding_window = rotation, max_position, sliding_window
         self.is_sliding = False
-        self.exact_chunks = self.recording = False
+        self.exact_chunks = self.record_past = False
         self.reset()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -151,7 +152,8 @@ class SinkWindowLayer(CacheLayerMixin):
 
     def evicts_within(self, new_tokens: int) -> bool:
         """Whether the queries of a call see different tokens evicted, and each has to have its own copy of the sinks."""
-        return self.exact_chunks and new_tokens > 1 and self.position + new_tokens > self.capacity
+        exact = self.exact_chunks or self.record_past
+        return exact and new_tokens > 1 and self.position + new_tokens > self.capacity
 
     def chunk_tokens(self, queries: int) -> tuple[range, range, range]:
         """What a call that `evicts_within` attends to: a sink copy for each of these shifts, cached and new positions."""
@@ -237,7 +239,7 @@ class SinkWindowLayer(CacheLayerMixin):
                 "SinkWindowCache is for inference only: it writes in place, and an endless stream would be an endless "
                 "graph. Call the model under torch.no_grad() or torch.inference_mode()."
             )
-        if key_states.shape[-1] != len(self.rotation.partner):
+        if not self.is_initialized and key_states.shape[-1] != len(self.rotation.partner):
             raise NotImplementedError(
                 f"SinkWindowCache expected keys of head_dim {len(self.rotation.partner)} from this model's config, but got "
                 f"{key_states.shape[-1]}. Use DynamicCache with this model."
@@ -298,7 +300,7 @@ class SinkWindowLayer(CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
-        """Whether `crop` can undo a call, once `recording`; padded rows cannot."""
+        """Whether `crop` can undo a call, if `record_past`; padded rows cannot."""
         return not self.pads
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -399,7 +401,7 @@ class SharedStorage:
             else:
                 slot = position if position < self.capacity else self.n_sink + (position - self.n_sink) % self.window
                 self.slot = self.every_slot.narrow(0, slot, 1)
-            if layer.recording:
+            if layer.record_past:
                 self.record(position, 1)
             self.step = position
         return fits
@@ -428,7 +430,15 @@ class SharedStorage:
         self.overwritten.clear()
 
     def record(self, position: int, new_tokens: int) -> None:
-        """Keeps what `new_tokens` tokens from `position` on (at most `window`) are about to overwrite."""
+        """Keeps what `new_tokens` tokens from `position` on are about to overwrite, and so for the last `window` tokens.
+
+        Nothing, if these are more: some would overwrite each other. (Then they are no candidates but another turn.)
+        """
+        if new_tokens > self.window:
+            self.overwritten.clear()
+            return
+        while len(self.overwritten) > 1 and position - self.overwritten[1][0] >= self.window:
+            del self.overwritten[0]
         positions = torch.arange(position, position + new_tokens, device=self.keys.device)
         slots = self.layers[0].slots_of(positions)
         self.overwritten.append((position, slots, self.keys[..., slots, :], self.values[..., slots, :]))

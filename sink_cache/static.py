@@ -117,7 +117,7 @@ class StaticSinkWindowLayer(SinkWindowLayer):
         turn = self.positions.turn(self.rotation, self.device, self)
         self.frequency, self.partner, self.cos_sin = turn.frequency, turn.partner, turn.cos_sin
         self.computes_angles = turn.owner is self
-        self.every_sink = _static(torch.arange(self.n_sink, device=self.device)[:, None])
+        self.every_sink = _static(torch.arange(self.n_sink, device=self.device))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -137,15 +137,18 @@ class StaticSinkWindowLayer(SinkWindowLayer):
             self._check(key_states, value_states)  # all of that is free to change after a reset
             self.lazy_initialization(key_states, value_states)
         slot = self.slots_of(self.counter)
-        self.keys.index_copy_(2, slot, key_states)
         self.values.index_copy_(2, slot, value_states)
         if self.n_sink:
             if not self.sinks_complete:
-                self.sink_keys.copy_(torch.where(self.every_sink == self.counter, key_states, self.sink_keys))
+                is_now = self.every_sink[:, None] == self.counter
+                self.sink_keys.copy_(torch.where(is_now, key_states, self.sink_keys))
             if self.computes_angles:
                 _angles(self.counter, self.frequency, self.capacity, self.cos_sin)
             moved = self.sink_keys * self.cos_sin[0] + self.sink_keys[..., self.partner] * self.cos_sin[1]
-            self.keys[:, :, : self.n_sink] = moved.to(self.keys.dtype)
+            # In one write with the sinks, as each write is a kernel. While the token is a sink itself, both write the same.
+            slot = torch.cat([self.every_sink, slot])
+            key_states = torch.cat([moved.to(key_states.dtype), key_states], dim=2)
+        self.keys.index_copy_(2, slot, key_states)
         if self.is_last:
             self._advance(1)
         return self.keys, self.values

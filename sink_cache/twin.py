@@ -50,7 +50,8 @@ class PositionScheme:
         swapped (`frozenset[int]`): layers that put what rotates in the place of the values, and a latent from which they
             make keys and values in the place of the keys (multi-head latent attention).
         chronological (`bool`): positions are not in the keys but in their order (ALiBi).
-        max_keys (`int`, *optional*): set if they are: how many keys in order the model can tell apart.
+        takes_masks (`bool`): it may be given an `attention_mask` of all tokens seen. (Bloom would make biases for all of them.)
+        max_keys (`int`, *optional*): set if the model has biases for so many keys only.
     """
 
     rotations: dict[int, Rotation]
@@ -59,12 +60,8 @@ class PositionScheme:
     sliding: dict[int, Rotation]
     swapped: frozenset[int] = frozenset()
     chronological: bool = False
+    takes_masks: bool = True
     max_keys: int | None = None
-
-    @property
-    def nothing_rotates(self) -> bool:
-        """Whether no key changes with its position."""
-        return all(rotation.is_identity for rotation in self.rotations.values())
 
     def agrees_with(self, other: PositionScheme | None) -> bool:
         """Whether both say the same, up to the rounding with which frequencies were learned."""
@@ -72,7 +69,8 @@ class PositionScheme:
             other is not None
             and (self.sliding_window, self.max_position, self.max_keys)
             == (other.sliding_window, other.max_position, other.max_keys)
-            and (self.swapped, self.chronological) == (other.swapped, other.chronological)
+            and (self.swapped, self.chronological, self.takes_masks)
+            == (other.swapped, other.chronological, other.takes_masks)
             and all(
                 mine.keys() == theirs.keys() and all(mine[layer].is_close_to(theirs[layer]) for layer in mine)
                 for mine, theirs in ((self.rotations, other.rotations), (self.sliding, other.sliding))
@@ -146,28 +144,37 @@ def _learn(
         for name, buffer in twin.named_buffers():
             if name in buffers and buffers[name].shape == buffer.shape:
                 buffer.copy_(buffers[name])
-        probe = _probe if takes_positions(twin) else _probe_order
-        scheme = probe(twin, layers, sliding_window)
-        try:
-            error = streaming_error(twin, scheme, n_sink=2, window=2, tokens=7)
-            if not error <= _EXACT and scheme.nothing_rotates and not scheme.chronological:
-                scheme = replace(scheme, chronological=True, max_keys=_most_keys(config))
-                error = streaming_error(twin, scheme, n_sink=2, window=2, tokens=7)
-        except ValueError as refusal:
-            raise CannotStream(f"it uses a cache in a way that is not understood ({_short(refusal)})") from refusal
-        except Exception as failure:
-            if scheme.nothing_rotates:
-                raise CannotStream(
-                    "it makes its attention biases (ALiBi) for the whole text, and not for the keys that it is shown"
-                ) from failure
-            raise CannotStream(f"its twin fails when streaming ({_short(failure)})") from failure
-        if not error <= _EXACT:
-            how = "keeping its keys in order" if scheme.chronological else "moving its keys"
-            raise CannotStream(
-                f"{how} does not reproduce it (relative error {error:.1g}): its attention uses positions "
-                "in another way than through rotary keys or their order"
-            )
-    return scheme
+        told = takes_positions(twin)
+        scheme = _probe(twin, layers, sliding_window) if told else _probe_order(twin, layers, sliding_window)
+        reason = ""
+        for candidate in _candidates(scheme, told, getattr(config, "max_seq_len", None)):
+            how = "keeping its keys in order" if candidate.chronological else "moving its keys"
+            try:
+                error = streaming_error(twin, candidate, n_sink=2, window=2, tokens=7, masked=candidate.takes_masks)
+            except ValueError as refusal:
+                reason = f"it uses a cache in a way that is not understood ({_short(refusal)})"
+            except Exception as failure:
+                reason = f"its twin fails when streaming ({_short(failure)})"
+                if candidate.chronological:
+                    reason = "it makes its attention biases (ALiBi) for the whole text, and not for the keys that it is shown"
+            else:
+                if error <= _EXACT:
+                    return candidate
+                reason = (
+                    f"{how} does not reproduce it (relative error {error:.1g}): its attention uses positions in another way "
+                    "than through rotary keys or their order"
+                )
+    raise CannotStream(reason)
+
+
+def _candidates(scheme: PositionScheme, told_positions: bool, max_keys: int | None) -> Iterator[PositionScheme]:
+    """What may be true of a model on which `scheme` was found, the least costly first."""
+    if told_positions:
+        yield scheme
+    if all(rotation.is_identity for rotation in scheme.rotations.values()):
+        scheme = replace(scheme, chronological=True, max_keys=max_keys)
+        yield scheme
+        yield replace(scheme, takes_masks=False)
 
 
 def _probe(twin: PreTrainedModel, layers: list[int], sliding_window: int | None) -> PositionScheme:
@@ -198,11 +205,11 @@ def _probe(twin: PreTrainedModel, layers: list[int], sliding_window: int | None)
             _check_cached(cached, layer)
             keys[layer][position] = cached[layer].keys.flatten(0, 2)
             values[layer][position] = cached[layer].values.flatten(0, 2)
+        if any(_changes(keys[layer]) and _changes(values[layer]) for layer in layers):
+            raise CannotStream(
+                "its keys and its values change with the position: positions are learned or added to the embeddings"
+            )
     swapped = frozenset(layer for layer in keys if _changes(values[layer]) and not _changes(keys[layer]))
-    if any(_changes(values[layer]) for layer in layers if layer not in swapped):
-        raise CannotStream(
-            "its keys and its values change with the position: positions are learned or added to the embeddings"
-        )
     turning = {layer: values[layer] if layer in swapped else keys[layer] for layer in keys}
     try:
         return PositionScheme(
@@ -236,13 +243,7 @@ def _probe_order(twin: PreTrainedModel, layers: list[int], sliding_window: int |
             )
     sizes = {layer: alone[layer].keys.shape[-1] for layer in layers}
     still = {layer: Rotation(tuple(range(size)), (0.0,) * size) for layer, size in sizes.items()}
-    return PositionScheme(still, sliding_window, None, {}, chronological=True, max_keys=_most_keys(twin.config))
-
-
-def _most_keys(config: PreTrainedConfig) -> int | None:
-    """How many keys a model makes biases for."""
-    most: int | None = getattr(config, "max_seq_len", None) or getattr(config, "max_position_embeddings", None)
-    return most
+    return PositionScheme(still, sliding_window, None, {})
 
 
 def _check_cached(cached: list[Any], layer: int) -> None:

@@ -79,7 +79,7 @@ class _Hybrid(SinkWindowLayer, LinearAttentionAndFullAttentionLayer):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Puts the rows of the state in this order; the cache does it for rings, of several layers at once."""
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
 
     def reset(self) -> None:
         """Forgets all tokens."""

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .cache import SinkWindowCache
 from .discovery import text_model
-from .twin import CannotStream, PositionScheme, bounded_layers, takes_positions
+from .twin import CannotStream, PositionScheme, bounded_layers
 
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -70,9 +70,17 @@ def verify(
 
 
 def streaming_error(
-    model: PreTrainedModel, scheme: PositionScheme | None, n_sink: int, window: int, tokens: int
+    model: PreTrainedModel,
+    scheme: PositionScheme | None,
+    n_sink: int,
+    window: int,
+    tokens: int,
+    masked: bool = False,
 ) -> float:
-    """The largest relative error of `SinkWindowCache` (with `scheme`, or finding its own) on random tokens."""
+    """The largest relative error of `SinkWindowCache` (with `scheme`, or finding its own) on random tokens.
+
+    With `masked` the model is also given an `attention_mask` of all tokens seen, if it takes one.
+    """
     config = text_model(model).config
     cache = SinkWindowCache(n_sink, window)
     if scheme is not None:
@@ -80,11 +88,10 @@ def streaming_error(
     generator = torch.Generator("cpu").manual_seed(0)
     input_ids = torch.randint(config.vocab_size, (1, tokens), generator=generator, device="cpu").to(model.device)
     reference = _reference(model, input_ids, n_sink, window)
-    accepted = inspect.signature(type(model).forward).parameters
+    masked &= "attention_mask" in inspect.signature(type(model).forward).parameters
     worst = 0.0
     for t, expected in enumerate(reference):
-        # As generate() does, with a mask of all tokens seen; the reference cannot, as its cache is told to be shorter.
-        seen = {"attention_mask": torch.ones_like(input_ids[:, : t + 1])} if "attention_mask" in accepted else {}
+        seen = {"attention_mask": torch.ones_like(input_ids[:, : t + 1])} if masked else {}
         output = _step(model, input_ids[:, t : t + 1], t, cache, **seen).float()
         # A comparison that is not a number must not pass, hence not `max(worst, error)`.
         error = ((output - expected.float()).abs().amax() / expected.float().abs().amax()).item()
@@ -132,7 +139,9 @@ def _step(
     model: PreTrainedModel, input_ids: torch.Tensor, position: int, cache: Cache, **kwargs: torch.Tensor
 ) -> torch.Tensor:
     position_ids = torch.arange(position, position + input_ids.shape[1], device=input_ids.device)[None]
-    if takes_positions(model):
+    # A model may hand positions on that it does not name, or ignore them (ALiBi).
+    accepted = inspect.signature(type(model).forward).parameters
+    if "position_ids" in accepted or any(one.kind is one.VAR_KEYWORD for one in accepted.values()):
         kwargs["position_ids"] = position_ids
     output: torch.Tensor = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **kwargs)[0]
     return output[:, -1]

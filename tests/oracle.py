@@ -5,11 +5,9 @@ layer, whose keys and values depend on nothing but the token itself.
 
 `streamed_logits` is exact for any depth. Sinks see only each other and attention sees only differences of positions, so
 the model itself repositions its sinks when it reads them anew at shifted positions; tokens of the window keep the keys
-and values that they had when they were read first. Both go into a `DynamicCache`. A model that takes no positions can only
+and values that they had when they were read first. Both go into a `DynamicCache`. A model that ignores positions can only
 count the keys in it, and there they are contiguous.
 """
-
-import inspect
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -29,12 +27,10 @@ def fresh_logits(model: PreTrainedModel, input_ids: torch.Tensor, n_sink: int, w
 @torch.no_grad()
 def streamed_logits(model: PreTrainedModel, input_ids: torch.Tensor, n_sink: int, window: int) -> torch.Tensor:
     """Logits `[batch, tokens, vocab]` of a model of any depth, one token at a time."""
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def read(tokens: torch.Tensor, first_position: int, cache: DynamicCache) -> torch.Tensor:
         positions = torch.arange(first_position, first_position + tokens.shape[1]).expand(tokens.shape[0], -1)
-        kwargs = {"position_ids": positions} if takes_positions else {}
-        return model(tokens, past_key_values=cache, use_cache=True, **kwargs).logits[:, -1]
+        return model(tokens, position_ids=positions, past_key_values=cache, use_cache=True).logits[:, -1]
 
     def new_cache() -> tuple[DynamicCache, list[int]]:
         cache = DynamicCache(config=model.config)

@@ -42,12 +42,11 @@ def examine(model_type: str) -> dict[str, str | float]:
     input_ids = torch.randint(FIRST_WORD, VOCAB, (1, TOKENS), generator=generator)
     cache = SinkWindowCache(N_SINK, WINDOW)
     positions = torch.arange(TOKENS)[None]
-    # As in generate(): models get all that they take. (Without position_ids, Bamba starts anew at every call.)
-    accepted = inspect.signature(model.forward).parameters
+    # As in generate(): position_ids are given to models that take them. (Without them, Bamba starts anew at every call.)
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def step(t: int) -> torch.Tensor:
-        given = {"position_ids": positions[:, t : t + 1], "attention_mask": torch.ones(1, t + 1, dtype=torch.long)}
-        kwargs = {name: value for name, value in given.items() if name in accepted}
+        kwargs = {"position_ids": positions[:, t : t + 1]} if takes_positions else {}
         return model(input_ids[:, t : t + 1], past_key_values=cache, **kwargs).logits[:, -1]
 
     try:

@@ -52,14 +52,14 @@ def _with_grad(model: PreTrainedModel, cache: SinkWindowCache) -> None:
 
 def _after(seen: int) -> Callable[[PreTrainedModel, SinkWindowCache], None]:
     def use(model: PreTrainedModel, cache: SinkWindowCache) -> None:
-        before = [layer.seen for layer in cache.layers]
+        before = [layer.position for layer in cache.layers]
         for layer in cache.layers:
-            layer.seen = seen
+            layer.position = seen
         try:
             model(tokens(1), past_key_values=cache)
         finally:
             for layer, count in zip(cache.layers, before, strict=True):
-                layer.seen = count
+                layer.position = count
 
     return use
 
@@ -98,13 +98,13 @@ def _padded(batch: list[list[int]]) -> Callable[[PreTrainedModel, SinkWindowCach
         ),
         (_with_grad, NotImplementedError, "torch.no_grad()"),
         (_after(2**24), ValueError, "16,777,216 positions"),
-        (_padded([[0] + [1] * 20]), NotImplementedError, "padded batches"),
-        (_padded([[1] * 20 + [0]]), NotImplementedError, "padded batches"),
-        (lambda m, c: c.crop(-1), NotImplementedError, "crop"),
-        (lambda m, c: c.activate_past_recording(), NotImplementedError, "assisted decoding"),
-        (lambda m, c: c.reorder_cache(torch.tensor([0])), NotImplementedError, "beam search"),
-        (lambda m, c: c.batch_repeat_interleave(2), NotImplementedError, "batch_repeat_interleave"),
-        (lambda m, c: c.batch_select_indices(torch.tensor([0])), NotImplementedError, "batch_select_indices"),
+        (_padded([[0] + [1] * 20]), ValueError, "begins with 1 zeros in row 0, but began with 0"),
+        (_padded([[1] * 20 + [0]]), NotImplementedError, "left padding only"),
+        (_padded([[1] * 5 + [0] + [1] * 15]), NotImplementedError, "Set tokenizer.padding_side = 'left'"),
+        (lambda m, c: c.crop(-1), ValueError, "crop(-1) cannot bring back tokens that were evicted meanwhile"),
+        (lambda m, c: c.crop(-21), ValueError, "crop(-21) takes back more than the 20 tokens that there are"),
+        (lambda m, c: c.crop(1), ValueError, "minus the number of tokens to take back, but got 1"),
+        (lambda m, c: c.batch_select_indices(torch.tensor([1])), IndexError, "index 1"),
         (lambda m, c: c.offload(0), NotImplementedError, "offloading"),
         (lambda m, c: c.prefetch(0), NotImplementedError, "offloading"),
         (
@@ -123,21 +123,88 @@ def test_misuse_leaves_the_cache_usable(llama: PreTrainedModel, misuse: Any, err
     assert torch.equal(one_by_one(llama, tokens(20), cache), expected)
 
 
-def test_left_padding_is_refused_by_generate(llama: PreTrainedModel) -> None:
+# Padding and rolling back that cannot be right: (n_sink, window), what leads there, the misuse, what it says.
+def _pads_in(model: PreTrainedModel, cache: SinkWindowCache) -> None:
     mask = torch.ones(2, 6, dtype=torch.long)
     mask[1, :3] = 0
+    model(tokens(6, batch_size=2), attention_mask=mask, past_key_values=cache)
+
+
+def _next(mask: list[list[int]] | None) -> Callable[[PreTrainedModel, SinkWindowCache], None]:
+    def use(model: PreTrainedModel, cache: SinkWindowCache) -> None:
+        given = None if mask is None else torch.tensor(mask)
+        model(tokens(1, batch_size=2), attention_mask=given, past_key_values=cache)
+
+    return use
+
+
+@pytest.mark.parametrize(
+    "misuse, error, says",
+    [
+        (_next(None), ValueError, "every call needs the attention_mask of the whole text"),
+        (_next([[1] * 7] * 2), ValueError, "begins with 0 zeros in row 1, but began with 3"),
+        (_next([[1], [1]]), ValueError, "begins with 0 zeros in row 1, but began with 3"),
+        (_next([[1] * 7, [0] * 4 + [1] * 3]), ValueError, "begins with 4 zeros in row 1, but began with 3"),
+        (lambda m, c: c.crop(-1), NotImplementedError, "crop of padded batches"),
+        (lambda m, c: next(stream(m, tokens(9, batch_size=2), c)), ValueError, "attention_mask of the whole text"),
+    ],
+)
+def test_misuse_of_a_padded_cache(llama: PreTrainedModel, misuse: Any, error: type[Exception], says: str) -> None:
     cache = SinkWindowCache(4, 8)
-    with pytest.raises(NotImplementedError, match="padded batches"):
-        llama.generate(tokens(6, batch_size=2), attention_mask=mask, past_key_values=cache, max_new_tokens=3)
-    assert cache.get_seq_length() == 0
+    with torch.no_grad():
+        _pads_in(llama, cache)
+        with pytest.raises(error, match=re.escape(says)):
+            misuse(llama, cache)
+    assert cache.get_seq_length() == 6
+    assert not cache.is_croppable
 
 
-def test_beams_and_assistants_are_refused(llama: PreTrainedModel) -> None:
-    for arguments in ({"num_beams": 2}, {"prompt_lookup_num_tokens": 3}):
-        with pytest.raises((NotImplementedError, ValueError)):
-            llama.generate(
-                tokens(30), past_key_values=SinkWindowCache(4, 8), max_new_tokens=5, eos_token_id=None, **arguments
-            )
+def test_padding_where_it_is_not_supported(llama: PreTrainedModel) -> None:
+    for cache, exact, says in (
+        (SinkWindowCache(4, 8, compileable=True), False, "SinkWindowCache(compileable=True) does not support padded"),
+        (SinkWindowCache(4, 8), True, "stream() and assisted decoding do not support padded batches"),
+    ):
+        with torch.no_grad(), pytest.raises(NotImplementedError, match=re.escape(says)):
+            if exact:
+                with cache.exact_chunks():
+                    _pads_in(llama, cache)
+            else:
+                _pads_in(llama, cache)
+        assert cache.get_seq_length() == 0
+    cache = SinkWindowCache(4, 8, compileable=True)
+    mask = torch.tensor([[0, 1, 1]])
+    for length in (3, 1):  # a prompt, and one token at a time
+        with torch.no_grad(), pytest.raises(NotImplementedError, match="compileable=True"):
+            llama(tokens(length), attention_mask=mask[:, :length], past_key_values=cache)
+        assert cache.get_seq_length() == 0
+
+
+def test_recording_where_it_is_not_possible(llama: PreTrainedModel) -> None:
+    cache = SinkWindowCache(4, 8)
+    with pytest.raises(ValueError, match=r"needs a model: pass SinkWindowCache\(\.\.\., config=model\.config\)"):
+        cache.activate_past_recording()
+    cache = SinkWindowCache(4, 8, compileable=True)
+    one_by_one(llama, tokens(3), cache)
+    assert not cache.is_croppable
+    for use in (cache.activate_past_recording, lambda: cache.crop(-1)):
+        with pytest.raises(NotImplementedError, match="compileable=True"):
+            use()
+    with pytest.raises(NotImplementedError, match="assisted decoding with compileable=True"):
+        llama.generate(
+            tokens(3), past_key_values=SinkWindowCache(4, 8, compileable=True), prompt_lookup_num_tokens=2,
+            max_new_tokens=5,
+        )  # fmt: skip
+    assert cache.get_seq_length() == 3
+
+
+def test_rebase_where_it_is_not_possible(llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="needs a cache that a model has used"):
+        SinkWindowCache(4, 8).rebase()
+    cache = _used(llama)
+    assert cache.rebase() == 8
+    with torch.no_grad(), pytest.raises(NotImplementedError, match=re.escape("after rebase(), use next_position_ids()")):
+        llama(tokens(1), past_key_values=cache)
+    assert cache.get_seq_length() == 20
 
 
 def test_a_first_call_longer_than_the_trained_context_warns() -> None:
@@ -287,7 +354,7 @@ def test_positions_that_do_not_count_tokens_are_refused(llama: PreTrainedModel) 
             llama(tokens(4), position_ids=torch.tensor([positions]), past_key_values=cache)
     with torch.no_grad():
         llama(tokens(4), position_ids=torch.tensor([[7, 8, 9, 10]]), past_key_values=cache)
-        with pytest.raises(NotImplementedError, match="rise by one with every token, from 11 on"):
+        with pytest.raises(NotImplementedError, match="rise by one with every token of a row, from 11 on"):
             llama(tokens(2), position_ids=torch.tensor([[4, 5]]), past_key_values=cache)
 
 

@@ -98,15 +98,11 @@ class CacheMachine(RuleBasedStateMachine):
         self.rows = [Row((pads or [0] * batch_size)[i], start + i * (start > 0)) for i in range(batch_size)]
         self.seen = self.rebased = 0  # tokens and pads of a row; what rebase() took off their positions
         self.recording = False
-        self.recorded_from: int | None = None
+        self.recorded: list[int] = []  # where calls began that can be undone
 
     @property
     def padded(self) -> bool:
         return any(row.pads for row in self.rows)
-
-    @property
-    def exactly(self) -> bool:
-        return self.recording
 
     # --- what must be seen ---
 
@@ -155,9 +151,13 @@ class CacheMachine(RuleBasedStateMachine):
                     assert torch.equal(values[i, 0], values[i, 1])
                     expected = keys_at(layer, torch.tensor(ids), torch.tensor(at))
                     assert (keys[i][:, shown[order]].transpose(0, 1) - expected).abs().max() < ROUNDING
+        if self.recording and length > self.window:
+            self.recorded = []
+        elif self.recording and self.seen:
+            while len(self.recorded) > 1 and self.seen - self.recorded[1] >= self.window:
+                del self.recorded[0]
+            self.recorded.append(self.seen)
         self.seen += length
-        if self.recording and self.recorded_from is None and self.seen > length:
-            self.recorded_from = self.seen - length
 
     def refused(self, error: type[Exception]) -> "pytest.RaisesContext[Exception]":
         STEPS["refused"] += 1
@@ -179,9 +179,9 @@ class CacheMachine(RuleBasedStateMachine):
                 self.feed_or_be_refused(length, exact=True, with_mask=False)
 
     def feed_or_be_refused(self, length: int, exact: bool, with_mask: bool) -> None:
-        if self.recording and length > 1 and length > (self.window if self.seen else self.capacity):
+        if self.recording and not self.seen and length > self.capacity:
             rows = copy.deepcopy(self.rows)
-            with self.refused(ValueError if self.seen else NotImplementedError):
+            with self.refused(NotImplementedError):
                 self.feed(length, exact, with_mask)
             self.rows = rows
             return
@@ -210,23 +210,19 @@ class CacheMachine(RuleBasedStateMachine):
             with self.refused(NotImplementedError):
                 self.cache.crop(-remove)
             return
-        if (
-            remove
-            and self.seen > self.capacity
-            and (self.recorded_from is None or self.seen - remove < self.recorded_from)
-        ):
+        if remove and self.seen > self.capacity and self.seen - remove < min(self.recorded, default=self.seen):
             with self.refused(ValueError):
                 self.cache.crop(-remove)
             return
         self.cache.crop(-remove)
         self.seen -= remove
-        self.recorded_from = None
+        self.recorded = []
         for row in self.rows:
             del row.tokens[self.seen :]
 
     def take(self, indices: list[int]) -> None:
         self.rows = [copy.deepcopy(self.rows[i]) for i in indices]
-        self.recorded_from = None
+        self.recorded = []
 
     @rule(data=st.data())
     def select(self, data: st.DataObject) -> None:
@@ -261,10 +257,10 @@ class CacheMachine(RuleBasedStateMachine):
         one, other = self.cache, copy.deepcopy(self.cache)
         if go_on_with_the_copy:
             one, other = other, one
-        state = self.rows, self.seen, self.recorded_from
+        state = self.rows, self.seen, list(self.recorded)
         self.rows, self.cache = copy.deepcopy(self.rows), other
         self.feed_or_be_refused(length, exact=False, with_mask=True)
-        (self.rows, self.seen, self.recorded_from), self.cache = state, one
+        (self.rows, self.seen, self.recorded), self.cache = state, one
 
     @precondition(lambda self: self.seen > 0)
     @rule()
@@ -273,7 +269,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert by % self.window == 0
         self.rebased += by
         if by:
-            self.recorded_from = None
+            self.recorded = []
         most = max(row.pads for row in self.rows)
         assert self.seen - self.rebased - most < self.capacity + self.window or self.seen - most < self.capacity
         starts = torch.tensor([row.start - row.pads for row in self.rows])

@@ -6,6 +6,7 @@ gives there; and where nothing is evicted, by what `DynamicCache` gives.
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,23 +134,349 @@ def test_padded_prefill_in_chunks_and_a_second_turn(llama: PreTrainedModel) -> N
 
 
 @torch.no_grad()
-def test_padded_rows_numbered_by_index_or_by_themselves(llama: PreTrainedModel) -> None:
-    # forward() numbers padded rows from the first pad, generate() from the first token: distances count, not numbers.
-    rows = texts(6, 2)
+@pytest.mark.parametrize("pieces", [[6], [3, 3], [1] * 6])
+@pytest.mark.parametrize("numbered", ["by index", "by token"])
+def test_padded_rows_fed_by_hand(llama: PreTrainedModel, numbered: str, pieces: list[int]) -> None:
+    # forward() numbers a padded row from its first pad, generate() from its first token: distances count, not numbers. In
+    # pieces, the cache learns the padding of a row only bit by bit, and a row's first position only with its first token.
+    rows, more, n_sink, window = texts(6, 2), tokens(12, batch_size=2, seed=9), 2, 5
     inputs = left_padded(rows)
-    given = inputs["attention_mask"].cumsum(-1) - 1
-    for position_ids in (None, given.clamp(min=0)):
-        for pieces in ([6], [3, 3], [1] * 6):  # fed at once; pads only for one row in the first call; one by one
-            cache, logits = SinkWindowCache(2, 3), torch.empty(0)
-            done = 0
-            for piece in pieces:
-                done += piece
-                part = {} if position_ids is None else {"position_ids": position_ids[:, done - piece : done]}
-                logits = llama(
-                    inputs["input_ids"][:, done - piece : done], attention_mask=inputs["attention_mask"][:, :done],
-                    past_key_values=cache, **part,
-                ).logits  # fmt: skip
-            if pieces != [6]:
-                continue  # longer than what is cached: dense within the call, so only that it is let through
-            expected = llama(rows[1], use_cache=False).logits
-            assert relative_error(logits[1:, -1:], expected[:, -1:]) <= TOLERANCE
+    input_ids = torch.cat([inputs["input_ids"], more], dim=1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(more)], dim=1)
+    by_token = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    cache, seen, logits = SinkWindowCache(n_sink, window), 0, []
+    for piece in [*pieces, *[1] * 12]:
+        part = slice(seen, seen + piece)
+        position_ids = {"position_ids": by_token[:, part]} if numbered == "by token" else {}
+        seen += piece
+        logits.append(
+            llama(input_ids[:, part], attention_mask=mask[:, :seen], past_key_values=cache, **position_ids).logits
+        )
+    for i, row in enumerate(rows):
+        expected = streamed_logits(llama, torch.cat([row, more[i : i + 1]], dim=1), n_sink, window)[:, -13:]
+        assert relative_error(torch.cat(logits, dim=1)[i : i + 1, -13:], expected) <= TOLERANCE
+
+
+# --- 2. beams and several sequences ---
+
+
+def scores_by_oracle(
+    model: PreTrainedModel, rows: list[torch.Tensor], sequences: torch.Tensor, length: int, n_sink: int, window: int
+) -> torch.Tensor:
+    """Log-probabilities `[sequences]` of what follows the prompts, which are padded to `length`; an equal share for each."""
+    each = len(sequences) // len(rows)
+    scores = []
+    for i, sequence in enumerate(sequences):
+        text = torch.cat([rows[i // each], sequence[None, length:]], dim=1)
+        logits = streamed_logits(model, text, n_sink, window)[0, rows[i // each].shape[1] - 1 : -1]
+        scores.append(logits.log_softmax(-1).gather(1, sequence[length:, None]).sum())
+    return torch.stack(scores)
+
+
+@pytest.mark.parametrize(
+    "lengths, n_sink, window, compileable",
+    [
+        ((7, 7), 3, 5, False),  # nearly full before the first beams
+        ((2, 2), 4, 8, False),  # beams begin amid the sinks
+        ((7, 1), 2, 6, False),  # padded
+        ((7, 7), 3, 5, True),
+    ],
+)
+def test_beams_have_the_scores_of_their_texts(
+    llama: PreTrainedModel, lengths: tuple[int, ...], n_sink: int, window: int, compileable: bool
+) -> None:
+    # A beam that goes on with another beam's window, sinks or pristine sinks; it works by shape, and the text is fluent.
+    rows = texts(*lengths)
+    out = llama.generate(
+        **left_padded(rows), past_key_values=SinkWindowCache(n_sink, window, compileable=compileable),
+        max_new_tokens=20, num_beams=3, num_return_sequences=2, length_penalty=0.0,
+        **PLAIN | {"return_dict_in_generate": True, "output_scores": True},
+    )  # fmt: skip
+    expected = scores_by_oracle(llama, rows, out.sequences, max(lengths), n_sink, window)
+    assert (out.beam_indices[:, :-1] != out.beam_indices[:, 1:]).any()  # or nothing was reordered
+    assert torch.allclose(out.sequences_scores, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("broken", ["reorder", "sinks"])
+def test_scores_tell_a_broken_reorder(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    # If beams that keep each other's keys passed too, the test above would mean nothing.
+    if broken == "reorder":
+        monkeypatch.setattr(SinkWindowCache, "reorder_cache", lambda self, beam_idx: None)
+    else:
+        select = SinkWindowCache.batch_select_indices
+
+        def keeps_its_sinks(self: SinkWindowCache, indices: torch.Tensor) -> None:
+            kept = [layer.sink_keys.clone() for layer in self.layers]
+            select(self, indices)
+            for layer, sink_keys in zip(self.layers, kept, strict=True):
+                layer.sink_keys.copy_(sink_keys)
+
+        monkeypatch.setattr(SinkWindowCache, "batch_select_indices", keeps_its_sinks)
+    rows = texts(1)  # so that beams differ in their sinks
+    out = llama.generate(
+        rows[0], past_key_values=SinkWindowCache(4, 4), max_new_tokens=24, num_beams=4, num_return_sequences=4,
+        length_penalty=0.0, **PLAIN | {"return_dict_in_generate": True, "output_scores": True},
+    )  # fmt: skip
+    expected = scores_by_oracle(llama, rows, out.sequences, 1, 4, 4)
+    assert not torch.allclose(out.sequences_scores, expected, atol=1e-2)
+
+
+def test_several_sampled_sequences(llama: PreTrainedModel) -> None:
+    torch.manual_seed(0)
+    out = llama.generate(
+        tokens(7), past_key_values=SinkWindowCache(3, 5), max_new_tokens=20, num_return_sequences=3,
+        **PLAIN | {"do_sample": True} | WITH_LOGITS,
+    )  # fmt: skip
+    assert not torch.equal(out.sequences[0], out.sequences[1])
+    expected = streamed_logits(llama, out.sequences, 3, 5)[:, 6:-1]
+    assert relative_error(torch.stack(out.logits, dim=1), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("model_type, compileable", [("llama", False), ("gemma3_text", False), ("llama", True)])
+@pytest.mark.parametrize("seen", [1, 2, 6, 25])  # before and after the layers share storage; before and after eviction
+def test_rows_selected_and_repeated(model_type: str, compileable: bool, seen: int) -> None:
+    # Rows that are left out, swapped, doubled; pristine sinks that stay where they were; sliding layers forgotten.
+    model, n_sink, window = tiny_model(model_type), 3, 5
+    before, after = tokens(seen, batch_size=3), tokens(15, batch_size=4, seed=1)
+    cache = SinkWindowCache(n_sink, window, compileable=compileable)
+    one_by_one(model, before, cache)
+    cache.batch_select_indices(torch.tensor([False, True, True]))
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([3, 0, 2, 2]))
+    text = torch.cat([before[[2, 1, 2, 2]], after], dim=1)
+    logits = one_by_one(model, after, cache)
+    assert relative_error(logits, streamed_logits(model, text, n_sink, window)[:, seen:]) <= TOLERANCE
+
+
+# --- 3. rolling back ---
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mistral"])
+@pytest.mark.parametrize("seen, fed, kept", [(2, 2, 0), (1, 5, 0), (3, 4, 2), (6, 4, 1), (30, 5, 0), (30, 4, 3)])
+def test_cropped_tokens_were_never_fed(model_type: str, seen: int, fed: int, kept: int, at_once: bool) -> None:
+    # Amid the sinks, before, across and after eviction at 8; all candidates rejected, or some. Tokens that were overwritten
+    # and not brought back; sinks that stay rotated too far; candidates that see each other's evictions.
+    model, n_sink, window = tiny_model(model_type), 3, 5
+    text, candidates, after = tokens(seen), tokens(fed, seed=1), tokens(14, seed=2)
+    cache = SinkWindowCache(n_sink, window)
+    one_by_one(model, text, cache)
+    cache.activate_past_recording()
+    if at_once:
+        logits = model(candidates, past_key_values=cache).logits
+    else:
+        logits = one_by_one(model, candidates, cache)
+    expected = streamed_logits(model, torch.cat([text, candidates], dim=1), n_sink, window)[:, seen:]
+    assert relative_error(logits, expected) <= TOLERANCE
+    cache.crop(kept - fed)
+    assert cache.get_seq_length() == seen + kept
+    logits = one_by_one(model, after, cache)
+    expected = streamed_logits(model, torch.cat([text, candidates[:, :kept], after], dim=1), n_sink, window)
+    assert relative_error(logits, expected[:, seen + kept :]) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_crop_without_recording(llama: PreTrainedModel) -> None:
+    # Possible while nothing has been evicted; after that refused, and nothing has changed, also where rebase() makes a
+    # full cache look as if nothing had.
+    text, after = tokens(8), tokens(14, seed=2)
+    cache = SinkWindowCache(3, 5)
+    one_by_one(llama, text, cache)
+    cache.crop(-6)
+    expected = streamed_logits(llama, torch.cat([text[:, :2], after], dim=1), 3, 5)[:, 2:]
+    assert relative_error(one_by_one(llama, after, cache), expected) <= TOLERANCE
+
+    for seen in (9, 13, 18):  # 18: rebase() goes back to 8, at which a new cache would be just full
+        cache = SinkWindowCache(3, 5)
+        one_by_one(llama, tokens(seen), cache)
+        positions_go_on = cache.rebase() == 0
+        assert positions_go_on == (seen == 9)
+        with pytest.raises(ValueError, match=r"crop\(-2\) cannot bring back.*activate_past_recording"):
+            cache.crop(-2)
+        assert cache.get_seq_length() == seen
+        for t in range(14):
+            positions = cache.next_position_ids()
+            logits = llama(after[:, t : t + 1], position_ids=positions, past_key_values=cache).logits
+        expected = streamed_logits(llama, torch.cat([tokens(seen), after], dim=1), 3, 5)[:, -1:]
+        assert relative_error(logits, expected) <= TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def draft(llama: PreTrainedModel) -> PreTrainedModel:
+    """A draft model that is sometimes right."""
+    model = copy.deepcopy(llama)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            parameter.add_(0.05 * parameter.std() * torch.randn_like(parameter) if parameter.ndim > 1 else 0)
+    model.generation_config.num_assistant_tokens = 4
+    model.generation_config.num_assistant_tokens_schedule = "constant"
+    model.generation_config.assistant_confidence_threshold = 0.0
+    return model
+
+
+def count_crops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    crops: list[int] = []
+    crop = SinkWindowCache.crop
+    monkeypatch.setattr(SinkWindowCache, "crop", lambda self, remove: (crops.append(-remove), crop(self, remove))[1])
+    return crops
+
+
+@pytest.mark.parametrize("n_sink, window", [(2, 60), (3, 9), (0, 12), (6, 5)])
+@pytest.mark.parametrize("seed", [3, 6])
+@pytest.mark.parametrize("by", ["draft", "lookup"])
+def test_assisted_greedy_is_plain_greedy(
+    llama: PreTrainedModel, draft: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, by: str, seed: int,
+    n_sink: int, window: int,
+) -> None:  # fmt: skip
+    # Never full; full soon after the prompt; candidates of nearly the whole window. Rejected candidates that stay, or take
+    # with them what they evicted; candidates that are judged with the sinks of the first of them.
+    prompt = tokens(6, seed=seed)
+    helped = {"assistant_model": draft} if by == "draft" else {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
+    crops = count_crops(monkeypatch)
+    settings = {"max_new_tokens": 50, **PLAIN, **WITH_LOGITS}
+    plain = llama.generate(prompt, past_key_values=SinkWindowCache(n_sink, window), **settings)
+    cache = SinkWindowCache(n_sink, window)
+    out = llama.generate(prompt, past_key_values=cache, **helped, **settings)
+    assert torch.equal(out.sequences, plain.sequences)
+    assert relative_error(torch.stack(out.logits, dim=1), torch.stack(plain.logits, dim=1)) <= TOLERANCE
+    assert any(crops), "no candidate was ever rejected"
+    assert len(crops) < 50, "no candidate was ever right"
+    # The cache goes on as if its text had been fed: another turn, assisted or not.
+    assert cache.get_seq_length() == out.sequences.shape[1] - 1
+    after = tokens(12, seed=9)
+    expected = streamed_logits(llama, torch.cat([out.sequences[:, :-1], after], dim=1), n_sink, window)[:, -12:]
+    assert relative_error(one_by_one(llama, after, cache), expected) <= TOLERANCE
+
+
+def test_assisted_decoding_begins_with_an_empty_cache_and_a_prompt_that_fits(
+    llama: PreTrainedModel, draft: PreTrainedModel
+) -> None:
+    # Its first call would be dense over prompt and candidates. After a streamed prompt transformers feeds all of it again,
+    # whatever the cache has seen: DynamicCache then gives another text, without a word.
+    prompt, cache = tokens(40), SinkWindowCache(3, 9)
+    with pytest.raises(NotImplementedError, match=r"first call of assisted decoding has 4. tokens.*cache holds 12"):
+        llama.generate(prompt, past_key_values=cache, assistant_model=draft, max_new_tokens=9, **PLAIN)
+    assert cache.get_seq_length() == 0
+    cache = SinkWindowCache(3, 9)
+    for _ in stream(llama, prompt[:, :-1], cache, chunk_size=16):
+        pass
+    with pytest.raises(NotImplementedError, match="positions that rise by one"):
+        llama.generate(prompt, past_key_values=cache, assistant_model=draft, max_new_tokens=9, **PLAIN)
+    assert cache.get_seq_length() == 39
+
+
+def test_what_is_recorded_does_not_grow(llama: PreTrainedModel, draft: PreTrainedModel) -> None:
+    # After assisted decoding nobody crops any more, and recording every token for ever would be a leak.
+    cache = SinkWindowCache(3, 9)
+    out = llama.generate(tokens(6), past_key_values=cache, assistant_model=draft, max_new_tokens=10, **PLAIN)
+    out = llama.generate(out, past_key_values=cache, max_new_tokens=60, **PLAIN)
+    assert sum(keys.shape[-2] for s in cache._storages() for _, _, keys, _ in s.overwritten) <= 2 * 9
+    assert torch.equal(out[:, 6:], streamed_logits(llama, out, 3, 9)[:, 5:-1].argmax(-1))
+    # A turn longer than the window has no candidates; it is exact too, and cannot be taken back.
+    turn = torch.cat([out, tokens(25, seed=1)], dim=1)
+    out = llama.generate(turn, past_key_values=cache, max_new_tokens=1, **PLAIN)
+    assert out[0, -1] == streamed_logits(llama, out, 3, 9)[0, -2].argmax(-1)
+    with pytest.raises(ValueError, match=r"crop\(-2\).*no more than window = 9"):
+        cache.crop(-2)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("stop", [2, 7, 30])  # before, at and after eviction; capacity is 12
+def test_a_stop_that_is_noticed_one_step_late(monkeypatch: pytest.MonkeyPatch, model_type: str, stop: int) -> None:
+    # transformers does so on MPS, and takes the last step back: the turn that follows must not see its token. Here on the CPU,
+    # by leaving the question of the device out of DeferredStopCheck.is_supported.
+    model = tiny_model(model_type)
+    plain = model.generate(tokens(5), past_key_values=SinkWindowCache(4, 8), max_new_tokens=50, **PLAIN)
+    end = int(plain[0, 5 + stop])
+    first = plain[0, 5:].tolist().index(end)
+    until_end = PLAIN | {"eos_token_id": end, "max_new_tokens": 50}
+    crops = count_crops(monkeypatch)
+    monkeypatch.setattr(torch, "Event", lambda **_: SimpleNamespace(record=lambda: None, synchronize=lambda: None))
+    monkeypatch.setattr(
+        DeferredStopCheck,
+        "is_supported",
+        staticmethod(lambda device, cache, cache_is_returned, is_assistant: cache.is_croppable),
+    )
+    cache = SinkWindowCache(4, 8)
+    out = model.generate(tokens(5), past_key_values=cache, **until_end)
+    assert crops[-1] == 1
+    assert torch.equal(out, plain[:, : 6 + first])
+    assert cache.get_seq_length() == out.shape[1] - 1
+    # The next turn is longer than the window, which a cache that still records would refuse.
+    turn = torch.cat([out, tokens(20, seed=1)], dim=1)
+    again = model.generate(turn, past_key_values=cache, max_new_tokens=20, **PLAIN)
+    monkeypatch.undo()
+    cache = SinkWindowCache(4, 8)
+    out = model.generate(tokens(5), past_key_values=cache, **until_end)
+    assert torch.equal(again, model.generate(turn, past_key_values=cache, max_new_tokens=20, **PLAIN))
+
+
+# --- 4. several turns ---
+
+TURNS = [3, 20, 1, 2, 9, 8, 5, 13, 1, 30]  # the window is 8: shorter, as long, longer, at once one that ends amid the sinks
+
+
+def test_ten_streamed_turns_are_one_continuous_run(llama: PreTrainedModel) -> None:
+    # A turn that is fed twice, or from the wrong token on; tokens that only a turn as long as the window loses.
+    cache, said, answered = SinkWindowCache(4, 8), torch.empty(1, 0, dtype=torch.long), []
+    for i, length in enumerate(TURNS):
+        said = torch.cat([said, tokens(length, seed=i)], dim=1)
+        for _ in stream(llama, said[:, cache.get_seq_length() : -1], cache, chunk_size=6) if said.shape[1] > 1 else ():
+            pass
+        answered += range(said.shape[1], said.shape[1] + 7)
+        said = llama.generate(said, past_key_values=cache, max_new_tokens=7, **PLAIN)
+        assert cache.get_seq_length() == said.shape[1] - 1
+    expected = streamed_logits(llama, said, 4, 8).argmax(-1)
+    assert torch.equal(said[0, answered], expected[0, [t - 1 for t in answered]])
+
+
+def test_ten_plain_turns_are_dense_within_each_turn() -> None:
+    # The same through generate() alone. A model of one layer, in which a fresh forward over just the tokens that a query
+    # sees says what it must give: of a call with several tokens, sinks, the last 7 cached and the call.
+    model, cache, said = tiny_model("llama", layers=1), SinkWindowCache(4, 8), torch.empty(1, 0, dtype=torch.long)
+    for i, length in enumerate(TURNS):
+        seen = cache.get_seq_length()
+        prompt = torch.cat([said, tokens(length, seed=i)], dim=1)
+        out = model.generate(prompt, past_key_values=cache, max_new_tokens=7, **PLAIN | WITH_LOGITS)
+        said = out.sequences
+        kept = [t for t in range(prompt.shape[1]) if t < 4 or t > seen - 8]
+        first = model(prompt[:, kept], use_cache=False).logits[:, -1:]
+        later = fresh_logits(model, said[:, :-1], 4, 8)[:, prompt.shape[1] :]
+        expected = torch.cat([first, later], dim=1)
+        assert relative_error(torch.stack(out.logits, dim=1), expected) <= TOLERANCE
+
+
+# --- 10. transformers' own cache as the judge ---
+
+FAMILIES = ["gpt_neox", "gemma3_text", "qwen3", "cohere", "phi", "glm4", "mistral", "gpt_oss", "falcon", "stablelm"]
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "num_return_sequences": 2},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "beams that sample": {"num_beams": 2, "do_sample": True},
+    "assisted": {"assistant_model": None},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1},
+}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_until_full_every_mode_gives_what_dynamic_cache_gives(model_type: str) -> None:
+    # mistral: all its layers are sliding ones, and n_sink + window may not be above their window
+    model = tiny_model(model_type, **({"sliding_window": 40} if model_type == "mistral" else {}))
+    prompts = {1: tokens(9), 2: left_padded(texts(9, 4))}
+    for mode, arguments in MODES.items():
+        batch_size = 1 if mode in ("assisted", "prompt lookup") else 2
+        inputs = prompts[batch_size] if batch_size > 1 else {"input_ids": prompts[1]}
+        if mode == "assisted":
+            arguments = {"assistant_model": tiny_model(model_type, seed=1, layers=1)}
+        caches: list[Callable[[], Any]] = [lambda: SinkWindowCache(4, 36), lambda: DynamicCache(config=model.config)]
+        texts_of_both = []
+        for make in caches:
+            torch.manual_seed(0)
+            texts_of_both.append(
+                model.generate(**inputs, past_key_values=make(), max_new_tokens=16, **PLAIN | arguments)
+            )
+        assert texts_of_both[0].shape[1] == 25
+        assert torch.equal(*texts_of_both), mode

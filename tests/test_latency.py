@@ -428,11 +428,7 @@ def test_a_run_writes_tables_result_and_plots(tmp_path: Path, capsys: pytest.Cap
     assert run(tmp_path) == 0
     printed = capsys.readouterr().out
     result = result_in(tmp_path)
-    assert {path.stem.partition("float32-")[2] for path in tmp_path.glob("*.png")} == {
-        "per-token",
-        "cache",
-        "by-capacity",
-    }
+    assert {path.stem.partition("float32-")[2] for path in tmp_path.glob("*.png")} == {"per-token", "cache"}
     assert "Capacity 32: recomputing the window takes" in printed
     assert "random weights" in result["title"]
     assert result["synchronization"] == "none: the CPU runs in order"
@@ -467,6 +463,14 @@ def test_a_run_writes_tables_result_and_plots(tmp_path: Path, capsys: pytest.Cap
         *("ceiling", "achieved", "overhead", "static_over_sink", "recompute_over_sink")
     }
     assert "NaN" not in json.dumps(result)
+
+
+def test_several_capacities_have_plots_by_capacity(tmp_path: Path) -> None:
+    assert run(tmp_path, "--contexts", "32", "--capacities", "32", "64", "--arms", "sink", "recompute") == 0
+    assert len(list(tmp_path.glob("*-by-capacity.png"))) == 1
+    rows = result_in(tmp_path)["rows"]
+    recomputed = [(row["context"], row["capacity"]) for row in rows if row["arm"] == "recompute"]
+    assert recomputed == [(32, 32), (64, 64)]
 
 
 def test_what_is_not_measured_says_why_and_the_rest_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

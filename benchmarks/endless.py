@@ -1,0 +1,286 @@
+"""Whole calls of `generate()`: compiled static shapes, the endless loop, and a run of a million tokens.
+
+    python -m benchmarks.endless --random-weights pythia-70m pythia-410m       # calls, compared
+    python -m benchmarks.endless --random-weights llama-tiny --tokens 1000000  # one long run: time and memory
+
+Calls. All arms go through `model.generate()`, which compiles by itself on CUDA (and nothing on the CPU), take turns in `--rounds`
+rounds, greedy and without an end-of-text token. Arms:
+
+    dense      DynamicCache after a prompt of the first of `--contexts`
+    static     StaticCache(capacity), compiled: what a cache of fixed length can reach, but only for `capacity` tokens
+    sink       SinkWindowCache(compileable=True), compiled, after prompts of each of `--contexts`
+    endless    the same cache in `custom_generate=sink_cache.endless`, after a prompt of the first context
+
+`step_ms` are times between tokens, taken where a streamer gets them (which waits for the device), after the first 16 tokens;
+`call_ms` is the time of a whole call without a streamer, prompt included, divided by its new tokens. The prompt of `static` is
+as long as its capacity allows.
+
+Long run (`--tokens`). One call of the endless loop; every ten thousandth of it the time per token, the memory that tensors
+take on the device, and the resident memory of this process are noted, and their slopes fitted, the first tenth left out.
+
+Results: tables here, and a JSON file for each model and kind in `--output` (header: `benchmarks.harness`), with `rows`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+import torch
+import transformers
+from tabulate import tabulate
+from transformers import DynamicCache, StaticCache
+from transformers.generation.streamers import BaseStreamer
+
+from sink_cache import SinkWindowCache, endless
+
+from . import harness, models, plots
+
+WARM_UP_TOKENS = 16
+SAMPLES = 100
+
+
+class StepTimes(BaseStreamer):
+    """A streamer that notes when each token comes."""
+
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Note the time; the first call brings the prompt."""
+        self.moments.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+    def step_ms(self) -> list[float]:
+        """Times between tokens, without the first ones."""
+        return [round(1e3 * t, 4) for t in np.diff(self.moments)[WARM_UP_TOKENS:]]
+
+
+class MemoryOverTime(BaseStreamer):
+    """A streamer that notes time and memory a hundred times in a run."""
+
+    def __init__(self, tokens: int, device: torch.device, bar: Any) -> None:
+        self.every, self.device, self.bar = max(1, tokens // SAMPLES), device, bar
+        self.count, self.rows = -1, []  # the first call brings the prompt
+        self.started = time.perf_counter()
+
+    def put(self, value: torch.Tensor) -> None:
+        """Count a token, and every so often note where we are."""
+        self.count += 1
+        if self.count % self.every or not self.count:
+            return
+        now = time.perf_counter()
+        on_cuda = self.device.type == "cuda"
+        self.rows.append(
+            {
+                "tokens": self.count,
+                "ms_per_token": 1e3 * (now - self.started) / self.every,
+                "device_bytes": torch.cuda.memory_allocated(self.device) if on_cuda else None,
+                "host_bytes": psutil.Process().memory_info().rss,
+            }
+        )
+        self.started = now
+        self.bar.update(self.every)
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+def slope(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float] | None:
+    """Fit a line to what was noted, the first tenth left out: its rise over the run, its standard error, and the mean."""
+    if any(row[name] is None for row in rows):
+        return None
+    rest = rows[len(rows) // 10 :]
+    x, y = (np.array([row[key] for row in rest], dtype=np.float64) for key in ("tokens", name))
+    (rise, _), covariance = np.polyfit(x / rows[-1]["tokens"], y, 1, cov=True)
+    return {"rise": float(rise), "standard_error": float(np.sqrt(covariance[0, 0])), "mean": float(y.mean())}
+
+
+def long_run(loaded: models.LoadedModel, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return what was noted in one endless call of `--tokens` tokens."""
+    model, capacity = loaded.model, args.capacity
+    prompt = torch.randint(1, model.config.vocab_size, (1, capacity), device=model.device)
+    cache = SinkWindowCache(args.n_sink, capacity - args.n_sink, compileable=model.device.type == "cuda")
+    with harness.progress_bar(args.tokens, loaded.name) as bar:
+        notes = MemoryOverTime(args.tokens, model.device, bar)
+        model.generate(
+            prompt,
+            past_key_values=cache,
+            custom_generate=endless,
+            max_new_tokens=args.tokens,
+            do_sample=False,
+            streamer=notes,
+        )
+    notes.rows[-1]["highest_position"] = int(cache.next_position_ids().max())
+    return notes.rows
+
+
+def calls(loaded: models.LoadedModel, args: argparse.Namespace, keep: Callable[[Any], None]) -> list[dict[str, Any]]:
+    """Return rows, one for each arm and context, with raw times of all rounds."""
+    model, capacity, new = loaded.model, args.capacity, args.new_tokens
+    compiled = model.device.type == "cuda"
+    text = torch.randint(1, model.config.vocab_size, (1, max(*args.contexts, capacity)), device=model.device)
+
+    def sink() -> SinkWindowCache:
+        return SinkWindowCache(args.n_sink, capacity - args.n_sink, compileable=compiled)
+
+    def static() -> StaticCache:
+        return StaticCache(config=model.config, max_cache_len=capacity)
+
+    first = args.contexts[0]
+    arms: list[tuple[str, int, Callable[[], Any], dict[str, Any]]] = [
+        ("dense", first, lambda: DynamicCache(config=model.config), {}),
+        ("static", capacity - new - 1, static, {}),
+        *(("sink", context, sink, {}) for context in args.contexts),
+        ("endless", first, sink, {"custom_generate": endless}),
+    ]
+    arms = [arm for arm in arms if arm[0] in args.arms]
+    rows: list[dict[str, Any]] = [
+        {"arm": name, "compiled": compiled and name != "dense", "context": context, "capacity": capacity}
+        | {"step_ms": [], "call_ms": [], "n_sink": args.n_sink, "new_tokens": new}
+        for name, context, _, _ in arms
+    ]
+    clock = harness.Clock(model.device)
+    with harness.progress_bar((args.rounds + 1) * len(arms), loaded.name, " calls") as bar:
+        for turn in range(args.rounds + 1):  # the first compiles and warms up
+            for (name, context, make, options), row in zip(arms, rows, strict=True):
+                bar.set_postfix_str(f"{name}, {context:,} tokens")
+                prompt = text[:, :context]
+                if context > 2 * capacity and name != "dense":
+                    options = {"prefill_chunk_size": capacity, **options}
+                # generate() compiles chunks of a prompt, too, which is not what is measured here.
+                options = {"do_sample": False, "max_new_tokens": new, **options}
+                times = StepTimes()
+                cache = make()
+                if "prefill_chunk_size" in options and name == "sink":
+                    del options["prefill_chunk_size"]
+                    with torch.no_grad():
+                        for piece in text[:, : context - 1].split(capacity, dim=1):
+                            model(piece, past_key_values=cache, logits_to_keep=1)
+                model.generate(prompt, past_key_values=cache, streamer=times, **options)
+                if turn:
+                    row["step_ms"].append(times.step_ms())
+                if name in ("dense", "endless") and turn:
+                    cache, start = make(), clock.now()
+                    model.generate(prompt, past_key_values=cache, **options)
+                    row["call_ms"].append(1e3 * (clock.now() - start) / new)
+                bar.update()
+            keep(rows)
+    for row in rows:
+        steps = [one for turn in row["step_ms"] for one in turn]
+        row |= {
+            f"{name}_ms": value for name, value in harness.summary(steps).items() if name in ("median", "p5", "p95")
+        }
+        row["warning"] = harness.spread_warning(steps)
+    return rows
+
+
+def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what arms that took turns say about each other."""
+    by_arm = {(row["arm"], row["context"]): row for row in rows}
+    found = []
+    for (arm, context), row in by_arm.items():
+        for other in ("static", "dense"):
+            base = next((r for (a, _), r in by_arm.items() if a == other), None)
+            if base is None or arm not in ("sink", "endless"):
+                continue
+            above, below = (row, base) if other == "static" else (base, row)
+            compared = harness.ratio_of_rounds(above["step_ms"], below["step_ms"])
+            found.append({"name": f"step: {above['arm']} / {below['arm']}", "context": context, **compared})
+            if other == "dense" and row["call_ms"] and base["call_ms"]:
+                value = float(np.median(base["call_ms"]) / np.median(row["call_ms"]))
+                found.append({"name": "whole call: dense / endless", "context": context, "value": value})
+    return found
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check the command line."""
+    parser = harness.Parser(prog="python -m benchmarks.endless", description=__doc__)
+    parser.add_argument("--random-weights", nargs="+", metavar="SHAPE", default=["pythia-70m"], help="(%(default)s)")
+    parser.add_argument("--tokens", type=int, help="one long run of so many tokens")
+    parser.add_argument("--contexts", nargs="+", type=int, default=[4096], help="lengths of prompts (%(default)s)")
+    parser.add_argument("--capacity", type=int, default=1024, help="of the cache, sinks included (%(default)s)")
+    parser.add_argument("--n-sink", type=int, default=4, help="(%(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=256, help="of each call (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=4, help="(%(default)s)")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="(all)")
+    parser.add_argument("--sdpa-backend", choices=harness.SDPA_CHOICES, default="auto", help="(auto)")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (%(default)s)")
+    parser.add_argument("--dtype", help=f"{', '.join(harness.DTYPES)} (bfloat16 on CUDA, else float32)")
+    parser.add_argument("--output", default="build/benchmarks", help="folder for JSON files and plots (%(default)s)")
+    args = parser.parse_args(argv)
+    if not args.n_sink < args.capacity - args.new_tokens - 1 and args.tokens is None:
+        parser.error(f"capacity {args.capacity} must leave room for {args.new_tokens} new tokens of a StaticCache")
+    for name, least in {"rounds": 1, "new_tokens": WARM_UP_TOKENS + 2, "capacity": 2}.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, but is {getattr(args, name)}")
+    if args.tokens is not None and args.tokens < 10 * SAMPLES:
+        parser.error(f"--tokens must be at least {10 * SAMPLES}, but is {args.tokens}")
+    return args
+
+
+ARMS = ("dense", "static", "sink", "endless")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure each model, print its tables, and write its result file and plots; see the module docstring."""
+    args = parse(argv)
+    folder = harness.output_folder(args.output)
+    device = harness.choose_device(args.device)
+    dtype_name = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    dtype = harness.parse_dtype(dtype_name)
+    sdpa = harness.choose_sdpa(args.sdpa_backend)
+    transformers.utils.logging.set_verbosity_error()
+    for shape in args.random_weights:
+        loaded = models.random_model(shape, dtype, device)
+        loaded.model.generation_config.eos_token_id = None
+        kind = "calls" if args.tokens is None else "long-run"
+        title = f"{kind.replace('-', ' ')} of generate(): {loaded.name}, {dtype_name}, {harness.device_name(device)}"
+        protocol = {
+            name: getattr(args, name) for name in ("contexts", "capacity", "n_sink", "new_tokens", "rounds", "tokens")
+        }
+        result = harness.header(
+            f"endless-{kind}", title, device, dtype, argv=argv, model=loaded.description,
+            protocol={**protocol, "sdpa_backend": args.sdpa_backend, "sdpa_enabled": sdpa},
+        )  # fmt: skip
+        result["command"] = harness.command_line("endless", sys.argv[1:] if argv is None else argv)
+        path = folder / f"{harness.file_stem('endless', kind, loaded.name, device.type, dtype_name)}.json"
+        print(title, flush=True)
+        if args.tokens is None:
+            result["rows"] = calls(loaded, args, lambda rows: harness.write_json(path, {**result, "rows": rows}))
+            result["ratios"] = ratios(result["rows"])
+            columns = ("arm", "compiled", "context", "median_ms", "p5_ms", "p95_ms", "warning")
+            print(tabulate([[row[name] for name in columns] for row in result["rows"]], columns, floatfmt=".3f"))
+            print(tabulate([[r["name"], r["context"], r["value"], r.get("low"), r.get("high"), r.get("note")]
+                            for r in result["ratios"]], ("ratio", "context", "value", "low", "high", ""), floatfmt=".3f"))  # fmt: skip
+        else:
+            with torch.no_grad(), harness.garbage_collector_off():
+                result["rows"] = long_run(loaded, args)
+            result["slopes"] = {
+                name: slope(result["rows"], name) for name in ("ms_per_token", "device_bytes", "host_bytes")
+            }
+            for name, fitted in result["slopes"].items():
+                if fitted is not None:
+                    print(
+                        f"{name}: mean {fitted['mean']:,.4g}, rise over the run {fitted['rise']:,.4g} ± "
+                        f"{fitted['standard_error']:,.3g}"
+                    )
+        harness.write_json(path, result)
+        for written in [path, *plots.plot(Path(path), folder)]:
+            print(f"wrote {written}")
+        del loaded
+        torch.compiler.reset()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    sys.exit(harness.run(main))
