@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -11,9 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
+from . import saving
 from .discovery import (
     calling_model,
     calling_tensor,
@@ -117,14 +119,22 @@ class SinkWindowCache(Cache):
     def _look_for_the_model(self) -> None:
         model = calling_model() if self._looks else None
         if model is not None:
-            text = text_model(model)
-            # Rotations live in buffers such as inv_freq; larger ones are something else.
-            buffers = {
-                name: buffer
-                for name, buffer in text.named_buffers()
-                if buffer.is_floating_point() and not buffer.is_meta and buffer.numel() <= _LARGEST_TABLE
-            }
-            self._prepare_for(type(text), text.config, buffers)
+            self.prepare_for(model)
+
+    def prepare_for(self, model: PreTrainedModel) -> None:
+        """Makes the layers for this model, unless they are there; what happens by itself when the model first uses the cache.
+
+        Raises:
+            NotImplementedError: if the model is refused.
+        """
+        text = text_model(model)
+        # Rotations live in buffers such as inv_freq; larger ones are something else.
+        buffers = {
+            name: buffer
+            for name, buffer in text.named_buffers()
+            if buffer.is_floating_point() and not buffer.is_meta and buffer.numel() <= _LARGEST_TABLE
+        }
+        self._prepare_for(type(text), text.config, buffers)
 
     def _prepare_for(self, model_class: Any, config: PreTrainedConfig, buffers: dict[str, torch.Tensor]) -> None:
         try:
@@ -240,7 +250,7 @@ class SinkWindowCache(Cache):
             return
         self._note_padding(calling_tensor("attention_mask", {2}))
         if seen == 0:
-            config = generate_call().get("generation_config")
+            config = generate_call().get("generation_config") if self._looks else None  # a twin is not what it calls
             if config is not None and not config.use_cache:
                 raise ValueError(
                     "generate(use_cache=False), which is the default of some models, feeds the whole text at every step. A "
@@ -563,6 +573,31 @@ class SinkWindowCache(Cache):
         if ours:
             rows = torch.arange(ours[0].values.shape[0], device=ours[0].device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    # --- in a file ---
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the cache to a safetensors file; `load` reads it back, in this process or another.
+
+        Raises:
+            ValueError: before a model has used the cache.
+            NotImplementedError: for models with layers other than attention.
+        """
+        saving.save(self, path)
+
+    def load(self, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
+        """Takes the state of a file that `save` wrote, in place of its own; the text goes on as if nothing had happened.
+
+        Args:
+            path: the file.
+            model (`PreTrainedModel`): the model that will use the cache; its states are put where its layers are.
+
+        Raises:
+            FileNotFoundError, ValueError: if the file is not there, is damaged or foreign, or is of a cache of other sizes,
+                of another model or dtype. The cache is then as it was.
+            NotImplementedError: if the model is refused.
+        """
+        saving.load(self, path, model)
 
     # --- bounded positions ---
 

@@ -207,7 +207,8 @@ def _probe(twin: PreTrainedModel, layers: list[int], sliding_window: int | None)
             values[layer][position] = cached[layer].values.flatten(0, 2)
         if any(_changes(keys[layer]) and _changes(values[layer]) for layer in layers):
             raise CannotStream(
-                "its keys and its values change with the position: positions are learned or added to the embeddings"
+                "its keys and its values change with the position: positions are learned, added to the embeddings, or used "
+                "outside of attention"
             )
     swapped = frozenset(layer for layer in keys if _changes(values[layer]) and not _changes(keys[layer]))
     turning = {layer: values[layer] if layer in swapped else keys[layer] for layer in keys}
@@ -238,7 +239,7 @@ def _probe_order(twin: PreTrainedModel, layers: list[int], sliding_window: int |
     for here, there in ((alone[first].keys, last[first].keys), (alone[first].values, last[first].values)):
         if _changes({0: here, 5: there[:, :, -1:]}):
             raise CannotStream(
-                "its forward takes no position_ids, and its keys and values change with the position: positions are learned "
+                "its forward takes no position_ids, and its keys and values change with the position: positions are learned, "
                 "or added to the embeddings"
             )
     sizes = {layer: alone[layer].keys.shape[-1] for layer in layers}
@@ -331,9 +332,12 @@ def _narrow(config: PreTrainedConfig, variant: int) -> PreTrainedConfig:
     changes |= {"vocab_size": min(config.vocab_size, 256), "pad_token_id": 0}
     changes |= {"kv_lora_rank": 32, "q_lora_rank": 32, "n_group": 1, "topk_group": 1}
     for name, value in config.to_dict().items():
-        if isinstance(value, int) and "intermediate_size" in name:
+        if isinstance(value, int) and ("intermediate_size" in name or "ffn_hidden_size" in name):
             changes[name] = 64
-        if isinstance(value, int) and "experts" in name and "per_tok" not in name and value > 4:
+        if name in ("chunk_size", "mamba_chunk_size"):  # to which a scan pads even a single token
+            changes[name] = 8
+        counts_experts = "experts" in name or name.endswith("expert_num")
+        if isinstance(value, int) and counts_experts and "per_tok" not in name and value > 4:
             changes[name] = max(4, getattr(config, "num_experts_per_tok", None) or 0)
     narrow = copy.deepcopy(config)
     if hasattr(narrow, "n_inner"):  # GPT-J and CodeGen: None there means four times the hidden size

@@ -1,12 +1,14 @@
 """`python -m tests.sweep`: every causal language model class of the installed transformers, exact or refused.
 
-Writes results/families.json and the family table in README.md; tests/test_families.py holds every family to it.
+Writes results/families.json and the list of families in README.md; tests/test_families.py holds every family to it.
 """
 
+import argparse
 import inspect
 import json
 import platform
 import re
+import textwrap
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -14,8 +16,8 @@ from typing import Any
 
 import torch
 import transformers
-from tabulate import tabulate
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from sink_cache import SinkWindowCache
 
@@ -29,8 +31,11 @@ N_SINK, WINDOW, LAYERS, TOKENS = 3, 4, 3, 24  # 17 evictions: more than twice ar
 TOLERANCE = 1e-5
 
 
-def examine(model_type: str) -> dict[str, str | float]:
-    """What the cache does on a tiny model of this type: `outcome` is exact, refused, wrong, dense wrong or not built."""
+def examine(model_type: str) -> dict[str, Any]:
+    """What the cache does on a tiny model of this type: `outcome` is exact, refused, wrong, dense wrong or not built.
+
+    Where it is exact, `compileable` is the outcome with `compileable=True`, in the same form.
+    """
     torch.set_num_threads(1)
     try:
         model = tiny_model(model_type, layers=LAYERS)
@@ -40,52 +45,94 @@ def examine(model_type: str) -> dict[str, str | float]:
         return {"outcome": "dense wrong", "reason": reason}
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(FIRST_WORD, VOCAB, (1, TOKENS), generator=generator)
-    cache = SinkWindowCache(N_SINK, WINDOW)
-    positions = torch.arange(TOKENS)[None]
-    # As in generate(): position_ids are given to models that take them. (Without them, Bamba starts anew at every call.)
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-
-    def step(t: int) -> torch.Tensor:
-        kwargs = {"position_ids": positions[:, t : t + 1]} if takes_positions else {}
-        return model(input_ids[:, t : t + 1], past_key_values=cache, **kwargs).logits[:, -1]
-
     try:
-        with torch.no_grad():
-            steps = [step(t) for t in range(TOKENS)]
+        logits = one_by_one(model, input_ids, SinkWindowCache(N_SINK, WINDOW))
     except (NotImplementedError, ValueError) as refusal:
         return {"outcome": "refused", "reason": str(refusal)}
-    error = relative_error(torch.stack(steps, dim=1), streamed_logits(model, input_ids, N_SINK, WINDOW))
+    expected = streamed_logits(model, input_ids, N_SINK, WINDOW)
+    family = _judge(logits, expected)
+    try:
+        logits = one_by_one(model, input_ids, SinkWindowCache(N_SINK, WINDOW, compileable=True))
+        family["compileable"] = _judge(logits, expected)
+    except NotImplementedError as refusal:
+        family["compileable"] = {"outcome": "refused", "reason": str(refusal)}
+    return family
+
+
+@torch.no_grad()
+def one_by_one(model: PreTrainedModel, input_ids: torch.Tensor, cache: SinkWindowCache) -> torch.Tensor:
+    """Logits `[batch, tokens, vocab]`."""
+    # As in generate(): position_ids are given to models that take them. (Without them, Bamba starts anew at every call.)
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    logits = []
+    for t in range(input_ids.shape[1]):
+        kwargs = {"position_ids": torch.tensor([[t]]).expand(len(input_ids), 1)} if takes_positions else {}
+        logits.append(model(input_ids[:, t : t + 1], past_key_values=cache, **kwargs).logits[:, -1])
+    return torch.stack(logits, dim=1)
+
+
+def _judge(logits: torch.Tensor, expected: torch.Tensor) -> dict[str, Any]:
+    error = relative_error(logits, expected)
     return {"outcome": "exact" if error <= TOLERANCE else "wrong", "error": error}
 
 
-def table(result: dict[str, Any]) -> str:
-    """The outcome of every family as Markdown, refusals grouped by their reason."""
+def listing(result: dict[str, Any]) -> str:
+    """The families of every outcome as Markdown, refusals grouped by their reason."""
     groups: dict[str, list[str]] = {}
     for model_type, family in result["families"].items():
-        reason = re.sub(
-            r".*?\): |\. Use DynamicCache.*| \(its cache layers.*\)", "", family.get("reason", ""), flags=re.S
+        outcome = {"exact": "**exact**", "dense wrong": "not comparable, as `DynamicCache` fails"}.get(
+            family["outcome"], family["outcome"]
         )
-        said = {
-            "exact": "**exact**",
-            "refused": f"refused: {reason}",
-            "dense wrong": "not comparable: `DynamicCache` fails",
-        }
-        groups.setdefault(said.get(family["outcome"], family["outcome"]), []).append(model_type)
-    rows = sorted(groups.items(), key=lambda row: (row[0] != "**exact**", -len(row[1])))
-    cells = [[outcome, len(types), ", ".join(types)] for outcome, types in rows]
-    return tabulate(cells, ["outcome", "families", "model types"], tablefmt="pipe")
+        if family["outcome"] == "refused":
+            outcome = f"refused: {_reason(family)}"
+        if family["outcome"] == "exact":
+            static = family["compileable"]
+            how = "too" if static["outcome"] == "exact" else static["outcome"]
+            outcome += f", with `compileable=True` {how}" + (f": {_reason(static)}" if "reason" in static else "")
+        groups.setdefault(outcome, []).append(model_type)
+    largest_first = sorted(groups.items(), key=lambda group: (not group[0].startswith("**exact"), -len(group[1])))
+    return "\n".join(
+        textwrap.fill(
+            f"- {len(types)} {outcome} — {', '.join(types)}",
+            width=120,
+            subsequent_indent="  ",
+            break_on_hyphens=False,
+            break_long_words=False,
+        )
+        for outcome, types in largest_first
+    )
 
 
-def write_table(result: dict[str, Any], readme: Path = ROOT / "README.md") -> None:
-    """Puts the table between the markers in the README."""
+def _reason(family: dict[str, Any]) -> str:
+    """What a refusal says about all families alike."""
+    boilerplate = (
+        r"^SinkWindowCache does not .*?\): |^compileable=True is not .*?: |\. Use DynamicCache.*|\. Leave compileable.*"
+    )
+    return re.sub(rf"{boilerplate}| \(its cache layers.*\)", "", str(family["reason"]), flags=re.S)
+
+
+def write_listing(result: dict[str, Any], readme: Path = ROOT / "README.md") -> None:
+    """Puts the list between the markers in the README."""
     before, rest = readme.read_text().split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{rest.split(END)[1]}")
+    readme.write_text(f"{before}{BEGIN}\n{listing(result)}\n{END}{rest.split(END)[1]}")
 
 
 def main() -> None:
-    types = model_types()
-    with ProcessPoolExecutor() as pool:
+    """Examines the families; all of them unless told otherwise."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.sweep",
+        description="Examine SinkWindowCache on a tiny model of every causal language model class that transformers has. "
+        "Of all of them, the result is written to results/families.json and to README.md.",
+    )
+    parser.add_argument("model_types", nargs="*", metavar="MODEL_TYPE", help="only these, printed and not written")
+    parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
+    args = parser.parse_args()
+    types = args.model_types or model_types()
+    with ProcessPoolExecutor(args.workers) as pool:
         families = dict(zip(types, tqdm(pool.map(examine, types), total=len(types)), strict=True))
+    if args.model_types:
+        print(json.dumps(families, indent=1))
+        return
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -95,8 +142,9 @@ def main() -> None:
     result = {"versions": versions, "setting": setting, "families": families}
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    write_table(result)
+    write_listing(result)
     print(dict(Counter(family["outcome"] for family in families.values())))
+    print("compileable:", dict(Counter(f["compileable"]["outcome"] for f in families.values() if "compileable" in f)))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -164,12 +165,12 @@ def test_padding_where_it_is_not_supported(llama: PreTrainedModel) -> None:
         (SinkWindowCache(4, 8, compileable=True), False, "SinkWindowCache(compileable=True) does not support padded"),
         (SinkWindowCache(4, 8), True, "stream() and assisted decoding do not support padded batches"),
     ):
-        with torch.no_grad(), pytest.raises(NotImplementedError, match=re.escape(says)):
-            if exact:
-                with cache.exact_chunks():
-                    _pads_in(llama, cache)
-            else:
-                _pads_in(llama, cache)
+        with (
+            torch.no_grad(),
+            cache.exact_chunks() if exact else nullcontext(),
+            pytest.raises(NotImplementedError, match=re.escape(says)),
+        ):
+            _pads_in(llama, cache)
         assert cache.get_seq_length() == 0
     cache = SinkWindowCache(4, 8, compileable=True)
     mask = torch.tensor([[0, 1, 1]])
@@ -202,7 +203,10 @@ def test_rebase_where_it_is_not_possible(llama: PreTrainedModel) -> None:
         SinkWindowCache(4, 8).rebase()
     cache = _used(llama)
     assert cache.rebase() == 8
-    with torch.no_grad(), pytest.raises(NotImplementedError, match=re.escape("after rebase(), use next_position_ids()")):
+    with (
+        torch.no_grad(),
+        pytest.raises(NotImplementedError, match=re.escape("after rebase(), use next_position_ids()")),
+    ):
         llama(tokens(1), past_key_values=cache)
     assert cache.get_seq_length() == 20
 
@@ -218,7 +222,10 @@ def test_a_first_call_longer_than_the_trained_context_warns() -> None:
 
 @pytest.mark.parametrize(
     "model_type, reason",
-    [("gpt2", "positions are learned"), ("bloom", "no position_ids"), ("deepseek_v3", "in the place of the values")],
+    [
+        ("gpt2", "positions are learned"),
+        ("glm_moe_dsa", "its sparse attention looks keys up in an index of every token"),
+    ],
 )
 def test_models_are_refused_with_name_reason_and_way_out(model_type: str, reason: str) -> None:
     model, cache = tiny_model(model_type), SinkWindowCache(4, 8)
@@ -226,6 +233,16 @@ def test_models_are_refused_with_name_reason_and_way_out(model_type: str, reason
         with torch.no_grad(), pytest.raises(NotImplementedError) as refusal:
             use()
         assert all(part in str(refusal.value) for part in (repr(model_type), reason, "Use DynamicCache"))
+
+
+def test_generate_without_use_cache_is_refused_and_nothing_is_remembered() -> None:
+    # MPT's own default. The model must not be taken for one that cannot stream, now or with use_cache=True.
+    model = tiny_model("mpt")
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    with pytest.raises(ValueError, match="pass use_cache=True"):
+        model.generate(tokens(5), past_key_values=SinkWindowCache(2, 5), **options)
+    out = model.generate(tokens(5), past_key_values=SinkWindowCache(2, 5), use_cache=True, **options)
+    assert torch.equal(out[:, 5:], streamed_logits(model, out, 2, 5)[:, 4:-1].argmax(-1))
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
@@ -246,7 +263,7 @@ def test_alibi_is_refused_although_it_looks_like_no_positions() -> None:
     model = tiny_model("falcon", alibi=True)
     with (
         torch.no_grad(),
-        pytest.raises(NotImplementedError, match=r"in another way than through rotary keys|twin fails"),
+        pytest.raises(NotImplementedError, match=r"attention biases \(ALiBi\) for the whole text"),
     ):
         one_by_one(model, tokens(20), SinkWindowCache(4, 8))
 

@@ -5,6 +5,7 @@ gives there; and where nothing is evicted, by what `DynamicCache` gives.
 """
 
 import copy
+import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from transformers.generation.utils import DeferredStopCheck
 
 from sink_cache import SinkWindowCache, stream
 
-from .families import FIRST_WORD, VOCAB, tiny_model
+from .families import tiny_model
 from .oracle import fresh_logits, relative_error, streamed_logits
 from .test_exact import TOLERANCE, one_by_one, tokens
 
@@ -118,12 +119,10 @@ def test_padded_prefill_in_chunks_and_a_second_turn(llama: PreTrainedModel) -> N
     )
     said = torch.cat([first.sequences, turn], dim=1)
     mask = torch.cat([inputs["attention_mask"], torch.ones(3, 9, dtype=torch.long)], dim=1)
-    second = llama.generate(
-        said, attention_mask=mask, past_key_values=cache, max_new_tokens=12, **PLAIN | WITH_LOGITS
-    )
+    second = llama.generate(said, attention_mask=mask, past_key_values=cache, max_new_tokens=12, **PLAIN | WITH_LOGITS)
     for i, row in enumerate(rows):
         edges = [max(0, edge - (30 - row.shape[1])) for edge in (*range(0, 30, chunk), 30)]
-        calls = [row[:, a:b] for a, b in zip(edges, edges[1:], strict=False) if b > a]
+        calls = [row[:, a:b] for a, b in itertools.pairwise(edges) if b > a]
         answer = first.sequences[i : i + 1, 30:]
         expected = alone(llama, calls, answer, n_sink, window)
         assert relative_error(torch.stack(first.logits, dim=1)[i : i + 1], expected) <= TOLERANCE
@@ -139,13 +138,13 @@ def test_padded_prefill_in_chunks_and_a_second_turn(llama: PreTrainedModel) -> N
 def test_padded_rows_fed_by_hand(llama: PreTrainedModel, numbered: str, pieces: list[int]) -> None:
     # forward() numbers a padded row from its first pad, generate() from its first token: distances count, not numbers. In
     # pieces, the cache learns the padding of a row only bit by bit, and a row's first position only with its first token.
-    rows, more, n_sink, window = texts(6, 2), tokens(12, batch_size=2, seed=9), 2, 5
+    rows, more, n_sink, window = texts(6, 2), tokens(12, batch_size=2, seed=9), 2, 7
     inputs = left_padded(rows)
     input_ids = torch.cat([inputs["input_ids"], more], dim=1)
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(more)], dim=1)
     by_token = (mask.cumsum(dim=1) - 1).clamp(min=0)
     cache, seen, logits = SinkWindowCache(n_sink, window), 0, []
-    for piece in [*pieces, *[1] * 12]:
+    for piece in [*pieces, 2, *[1] * 10]:
         part = slice(seen, seen + piece)
         position_ids = {"position_ids": by_token[:, part]} if numbered == "by token" else {}
         seen += piece
@@ -248,6 +247,50 @@ def test_rows_selected_and_repeated(model_type: str, compileable: bool, seen: in
     assert relative_error(logits, streamed_logits(model, text, n_sink, window)[:, seen:]) <= TOLERANCE
 
 
+@torch.no_grad()
+def test_rows_that_were_padded_can_go(llama: PreTrainedModel) -> None:
+    # What is left has no padding, and can do what unpadded rows can: stream, and be cropped.
+    rows, cache = texts(6, 2), SinkWindowCache(3, 5)
+    llama(**left_padded(rows), past_key_values=cache)
+    assert not cache.is_croppable
+    cache.batch_select_indices(torch.tensor([0, 0]))
+    assert cache.is_croppable
+    cache.crop(-2)
+    more = tokens(14, batch_size=2, seed=9)
+    logits = torch.cat(list(stream(llama, more, cache, chunk_size=5)), dim=1)
+    expected = streamed_logits(llama, torch.cat([rows[0][:, :4].expand(2, -1), more], dim=1), 3, 5)[:, 4:]
+    assert relative_error(logits, expected) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_a_compileable_cache_after_reset_and_rebase(llama: PreTrainedModel) -> None:
+    # Its memory stays where it is after a reset, but batch size, dtype and model may be others, also if the first call has one
+    # token only; a select while it is empty is about nothing; after rebase() a call with several tokens sees the cache.
+    n_sink, window = 3, 5
+    cache = SinkWindowCache(n_sink, window, compileable=True)
+    one_by_one(llama, tokens(12, batch_size=3), cache)
+    cache.reset()
+    cache.batch_select_indices(torch.tensor([False, True]))
+    text = tokens(30, batch_size=2, seed=1)
+    logits = one_by_one(llama, text, cache)
+    assert relative_error(logits, streamed_logits(llama, text, n_sink, window)) <= TOLERANCE
+    with pytest.raises(ValueError, match="batch size of the keys is 1"):
+        llama(tokens(1), past_key_values=cache)
+
+    assert cache.rebase() == 20
+    more = tokens(window, batch_size=2, seed=2)
+    position_ids = cache.next_position_ids(window).expand(2, -1)
+    logits = llama(more, position_ids=position_ids, past_key_values=cache).logits[:, :1]
+    expected = streamed_logits(llama, torch.cat([text, more], dim=1), n_sink, window)[:, 30:31]
+    assert relative_error(logits, expected) <= TOLERANCE
+
+    other = tiny_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 50.0})
+    for model in (other, copy.deepcopy(llama).double()):
+        cache.reset()
+        logits = one_by_one(model, text, cache)
+        assert relative_error(logits, streamed_logits(model, text, n_sink, window)) <= TOLERANCE
+
+
 # --- 3. rolling back ---
 
 
@@ -263,10 +306,7 @@ def test_cropped_tokens_were_never_fed(model_type: str, seen: int, fed: int, kep
     cache = SinkWindowCache(n_sink, window)
     one_by_one(model, text, cache)
     cache.activate_past_recording()
-    if at_once:
-        logits = model(candidates, past_key_values=cache).logits
-    else:
-        logits = one_by_one(model, candidates, cache)
+    logits = model(candidates, past_key_values=cache).logits if at_once else one_by_one(model, candidates, cache)
     expected = streamed_logits(model, torch.cat([text, candidates], dim=1), n_sink, window)[:, seen:]
     assert relative_error(logits, expected) <= TOLERANCE
     cache.crop(kept - fed)
@@ -333,7 +373,8 @@ def test_assisted_greedy_is_plain_greedy(
     # Never full; full soon after the prompt; candidates of nearly the whole window. Rejected candidates that stay, or take
     # with them what they evicted; candidates that are judged with the sinks of the first of them.
     prompt = tokens(6, seed=seed)
-    helped = {"assistant_model": draft} if by == "draft" else {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
+    lookup = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
+    helped = {"assistant_model": draft} if by == "draft" else lookup
     crops = count_crops(monkeypatch)
     settings = {"max_new_tokens": 50, **PLAIN, **WITH_LOGITS}
     plain = llama.generate(prompt, past_key_values=SinkWindowCache(n_sink, window), **settings)
@@ -415,7 +456,8 @@ def test_a_stop_that_is_noticed_one_step_late(monkeypatch: pytest.MonkeyPatch, m
 
 # --- 4. several turns ---
 
-TURNS = [3, 20, 1, 2, 9, 8, 5, 13, 1, 30]  # the window is 8: shorter, as long, longer, at once one that ends amid the sinks
+# The window is 8: turns that are shorter, as long, longer; the first ends amid the sinks.
+TURNS = [3, 20, 1, 2, 9, 8, 5, 13, 1, 30]
 
 
 def test_ten_streamed_turns_are_one_continuous_run(llama: PreTrainedModel) -> None:

@@ -1,0 +1,148 @@
+"""Writing a cache to a safetensors file and reading it back, so that a text goes on in another process.
+
+The file holds what the layers hold, and in its metadata all numbers that say what these tensors are: the cache's sizes, the
+position, and how the model rotates its keys. A cache is read completely and compared with the live model before anything is
+changed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from .discovery import text_model
+from .ring import SinkWindowLayer
+
+if TYPE_CHECKING:
+    from .cache import SinkWindowCache
+
+_FORMAT, _VERSION = "sink_cache", 1
+
+
+def save(cache: SinkWindowCache, path: str | os.PathLike[str]) -> None:
+    """See `SinkWindowCache.save`."""
+    if not cache.is_initialized:
+        raise ValueError("there is nothing to save: no model has used this cache yet")
+    tensors: dict[str, torch.Tensor] = {}
+    layers = []
+    for index, layer in enumerate(cache.layers):
+        state, held = _state_of(layer, index)
+        layers.append(state)
+        tensors |= {f"{index}.{name}": tensor.detach().cpu().clone() for name, tensor in held.items()}
+    header = {
+        "version": _VERSION,
+        "n_sink": cache.n_sink,
+        "window": cache.window,
+        "first_positions": cache._first_positions,
+        "layers": layers,
+    }
+    path = Path(path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as temporary:
+        pass
+    try:
+        save_file(tensors, temporary.name, metadata={_FORMAT: json.dumps(header)})
+        os.replace(temporary.name, path)
+    except BaseException:
+        os.unlink(temporary.name)
+        raise
+
+
+def _state_of(layer: Any, index: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    if isinstance(layer, SinkWindowLayer):
+        turn = layer.rotation
+        state = {"position": layer.position, "rebased": layer.rebased, "pads": layer.pads}
+        kind = {"kind": "sinks and window", "n_sink": layer.n_sink, "window": layer.window}
+        return {**kind, **state, "partner": turn.partner, "frequency": turn.frequency}, layer.tensors()
+    if type(layer) is DynamicSlidingWindowLayer:
+        state = {"kind": "sliding", "seen": layer.cumulative_length, "window": layer.sliding_window}
+        held = {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
+        return state, {name: tensor for name, tensor in held.items() if tensor is not None}
+    raise NotImplementedError(
+        f"a cache with a {type(layer).__name__} (layer {index}) cannot be saved: only the states of attention layers can"
+    )
+
+
+def load(cache: SinkWindowCache, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
+    """See `SinkWindowCache.load`."""
+    header, tensors = _read(Path(path))
+    for name in ("n_sink", "window"):
+        if header[name] != getattr(cache, name):
+            raise ValueError(
+                f"{path} holds a cache of {name}={header[name]}, but this one has {name}={getattr(cache, name)}"
+            )
+    fresh = type(cache)(cache.n_sink, cache.window, compileable=cache.compileable)
+    fresh.prepare_for(model)
+    if len(header["layers"]) != len(fresh.layers):
+        raise ValueError(
+            f"{path} holds a cache of {len(header['layers'])} layers, but this model has {len(fresh.layers)}"
+        )
+    devices = {}
+    for module in text_model(model).modules():
+        index, weight = getattr(module, "layer_idx", None), next(module.parameters(), None)
+        if isinstance(index, int) and weight is not None:
+            devices[index] = weight.device
+    for index, (layer, state) in enumerate(zip(fresh.layers, header["layers"], strict=True)):
+        held = {
+            name.partition(".")[2]: tensor.to(devices.get(index, model.device))
+            for name, tensor in tensors.items()
+            if name.startswith(f"{index}.")
+        }
+        if any(tensor.dtype != model.dtype for tensor in held.values()):
+            raise ValueError(
+                f"{path} holds {next(iter(held.values())).dtype} states, but this model works in {model.dtype}"
+            )
+        try:
+            _fill(layer, state, held)
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{path} does not fit layer {index} of this model: {error}") from error
+    fresh._first_positions, fresh._begun = tuple(header["first_positions"]), True
+    vars(cache).update(vars(fresh))
+
+
+def _fill(layer: Any, state: dict[str, Any], held: dict[str, torch.Tensor]) -> None:
+    if not isinstance(layer, SinkWindowLayer):
+        if state["kind"] != "sliding" or type(layer) is not DynamicSlidingWindowLayer:
+            raise TypeError(f"it holds a layer of kind {state['kind']!r}, the model has a {type(layer).__name__}")
+        if state["window"] != layer.sliding_window:
+            raise TypeError(f"its window is {state['window']}, the model's {layer.sliding_window}")
+        if held:
+            layer.lazy_initialization(held["keys"], held["values"])
+            layer.keys, layer.values, layer.cumulative_length = held["keys"], held["values"], state["seen"]
+        return
+    if state["kind"] != "sinks and window" or (state["n_sink"], state["window"]) != (layer.n_sink, layer.window):
+        raise TypeError(
+            f"it holds a layer of kind {state['kind']!r} and other sizes; compileable may have to be the same"
+        )
+    turn = type(layer.rotation)(tuple(state["partner"]), tuple(state["frequency"]))
+    if not layer.rotation.is_close_to(turn):
+        raise TypeError("its keys rotate in another way: it belongs to another model")
+    if state["pads"] and layer.is_compileable:
+        raise TypeError("it has padded rows, which compileable=True does not support")
+    if held:
+        layer.replace({name: held[name] for name in ("keys", "values", "sink_keys")})
+        layer.position, layer.rebased, layer.pads = state["position"], state["rebased"], tuple(state["pads"])
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {})[_FORMAT])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"{path} was not written by SinkWindowCache.save") from error
+    if header["version"] != _VERSION:
+        raise ValueError(f"{path} is of version {header['version']}, and this is sink_cache for version {_VERSION}")
+    return header, tensors

@@ -1,0 +1,127 @@
+"""A saved cache goes on as if nothing had happened, and a file that does not fit changes nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from sink_cache import SinkWindowCache
+
+from .families import tiny_model
+from .test_exact import one_by_one, tokens
+
+
+@pytest.mark.parametrize("compileable", [False, True])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])  # gemma3: sliding layers beside ours
+@pytest.mark.parametrize("length", [2, 9, 30])  # sinks still missing, not full, evicting
+def test_goes_on_from_a_file(tmp_path: Path, model_type: str, compileable: bool, length: int) -> None:
+    model, input_ids = tiny_model(model_type), tokens(length + 15, 2)
+    cache = SinkWindowCache(3, 9, compileable=compileable)
+    one_by_one(model, input_ids[:, :length], cache)
+    cache.save(tmp_path / "cache.safetensors")
+    resumed = SinkWindowCache(3, 9, compileable=compileable)
+    resumed.load(tmp_path / "cache.safetensors", model)
+    assert resumed.get_seq_length() == length
+    assert torch.equal(
+        one_by_one(model, input_ids[:, length:], resumed), one_by_one(model, input_ids[:, length:], cache)
+    )
+
+
+def test_padding_and_rebases_are_in_the_file(tmp_path: Path, llama: PreTrainedModel) -> None:
+    input_ids, mask = tokens(20, 2), torch.ones(2, 20, dtype=torch.long)
+    mask[1, :7] = 0
+    options = {"do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True}
+    cache = SinkWindowCache(2, 6)
+    first = llama.generate(
+        input_ids, attention_mask=mask, past_key_values=cache, max_new_tokens=12, min_new_tokens=12, **options
+    )
+    cache.save(tmp_path / "cache.safetensors")
+    resumed = SinkWindowCache(2, 6)
+    resumed.load(tmp_path / "cache.safetensors", llama)
+    longer = torch.cat([mask, mask.new_ones(2, 12)], dim=1)
+    logits = [
+        llama.generate(first.sequences, attention_mask=longer, past_key_values=one, max_new_tokens=5, **options).logits
+        for one in (cache, resumed)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True))
+
+    with torch.no_grad():
+        by = cache.rebase()
+        cache.save(tmp_path / "rebased.safetensors")
+        resumed.load(tmp_path / "rebased.safetensors", llama)
+        assert by
+        assert torch.equal(resumed.next_position_ids(), cache.next_position_ids())
+        assert resumed.get_seq_length() == cache.get_seq_length()
+
+
+def test_goes_on_in_another_process(tmp_path: Path, llama: PreTrainedModel) -> None:
+    # What the file does not say may still be known to this process: the rotation, memoised, or who the caller is.
+    input_ids, cache = tokens(25), SinkWindowCache(3, 5)
+    llama.save_pretrained(tmp_path / "model")
+    one_by_one(llama, input_ids[:, :20], cache)
+    cache.save(tmp_path / "cache.safetensors")
+    expected = one_by_one(llama, input_ids[:, 20:], cache)
+    program = (
+        "import sys, torch, transformers, sink_cache\n"
+        "model = transformers.LlamaForCausalLM.from_pretrained(sys.argv[1] + '/model')\n"
+        "cache = sink_cache.SinkWindowCache(3, 5)\n"
+        "cache.load(sys.argv[1] + '/cache.safetensors', model)\n"
+        f"ids = torch.tensor({input_ids[:, 20:].tolist()})\n"
+        "with torch.no_grad():\n"
+        "    logits = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(5)]\n"
+        "torch.save(torch.cat(logits, dim=1), sys.argv[1] + '/logits')\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=Path(__file__).parent.parent)
+    assert torch.allclose(torch.load(tmp_path / "logits"), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("compileable", [False, True])
+def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path, llama: PreTrainedModel, compileable: bool) -> None:
+    good, input_ids = tmp_path / "good.safetensors", tokens(30)
+    other = SinkWindowCache(3, 5, compileable=compileable)
+    one_by_one(llama, input_ids[:, :12], other)
+    other.save(good)
+    files = {
+        name: tmp_path / name
+        for name in ("truncated", "foreign", "text", "other_sizes", "other_model", "deeper", "half")
+    }
+    files["truncated"].write_bytes(good.read_bytes()[:-100])
+    files["text"].write_text("not a cache")
+    save_file({"weight": torch.ones(3)}, files["foreign"])
+    for name, model, sizes in (
+        ("other_sizes", llama, (3, 6)),
+        ("other_model", tiny_model("qwen3", rope_parameters={"rope_type": "default", "rope_theta": 777.0}), (3, 5)),
+        ("deeper", tiny_model("llama", layers=4), (3, 5)),
+        ("half", tiny_model("llama").bfloat16(), (3, 5)),
+    ):
+        cache = SinkWindowCache(*sizes)
+        one_by_one(model, input_ids[:, :12], cache)
+        cache.save(files[name])
+
+    live, twin = SinkWindowCache(3, 5, compileable=compileable), SinkWindowCache(3, 5, compileable=compileable)
+    for cache in (live, twin):
+        one_by_one(llama, input_ids[:, :20], cache)
+    for name, message in {
+        "truncated": "damaged",
+        "text": "damaged, or no safetensors file",
+        "foreign": "not written by SinkWindowCache",
+        "other_sizes": "window=6, but this one has window=5",
+        "other_model": "does not fit layer 0 of this model",
+        "deeper": "4 layers, but this model has 3",
+        "half": "bfloat16 states, but this model works in torch.float32",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            live.load(files[name], llama)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        live.load(tmp_path / "nowhere", llama)
+    assert torch.equal(one_by_one(llama, input_ids[:, 20:], live), one_by_one(llama, input_ids[:, 20:], twin))
+
+
+def test_an_unused_cache_has_nothing_to_save(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to save"):
+        SinkWindowCache(3, 5).save(tmp_path / "cache")
+    assert not list(tmp_path.iterdir())
