@@ -329,6 +329,9 @@ def _narrow(config: PreTrainedConfig, variant: int) -> PreTrainedConfig:
     # Where the head size is a setting of its own the hidden size is free; elsewhere it is their product.
     free = own_head_dim is not None and variant == 1
     changes["hidden_size"] = 64 if free else few_heads * (own_head_dim or config.hidden_size // heads)
+    if getattr(config, "attention_hidden_size", None):  # Zamba's attention sees the embeddings beside the hidden states
+        changes["attention_hidden_size"] = few_heads * config.attention_head_dim
+        changes["hidden_size"] = changes["attention_hidden_size"] // 2
     changes |= {"vocab_size": min(config.vocab_size, 256), "pad_token_id": 0}
     changes |= {"kv_lora_rank": 32, "q_lora_rank": 32, "n_group": 1, "topk_group": 1}
     for name, value in config.to_dict().items():
@@ -336,6 +339,8 @@ def _narrow(config: PreTrainedConfig, variant: int) -> PreTrainedConfig:
             changes[name] = 64
         if name in ("chunk_size", "mamba_chunk_size"):  # to which a scan pads even a single token
             changes[name] = 8
+        if isinstance(value, int) and name.endswith(("d_state", "state_size")):
+            changes[name] = min(value, 16)
         counts_experts = "experts" in name or name.endswith("expert_num")
         if isinstance(value, int) and counts_experts and "per_tok" not in name and value > 4:
             changes[name] = max(4, getattr(config, "num_experts_per_tok", None) or 0)

@@ -82,18 +82,22 @@ class Row:
         self.tokens: list[int] = []
 
 
+PADS = st.lists(st.integers(0, 9), min_size=3, max_size=3)
+
+
 class CacheMachine(RuleBasedStateMachine):
     cache: SinkWindowCache
 
     @initialize(
-        n_sink=st.integers(0, 4), window=st.integers(1, 6), compileable=st.booleans(), batch_size=st.integers(1, 3)
-    )
-    def make(self, n_sink: int, window: int, compileable: bool, batch_size: int) -> None:
+        n_sink=st.integers(0, 4), window=st.integers(1, 6), kind=st.sampled_from(["plain", "padded", "compileable"]),
+        batch_size=st.integers(1, 3), data=st.data(),
+    )  # fmt: skip
+    def make(self, n_sink: int, window: int, kind: str, batch_size: int, data: st.DataObject) -> None:
         self.n_sink, self.window, self.capacity = n_sink, window, n_sink + window
-        self.cache = SinkWindowCache(n_sink, window, compileable=compileable)
+        self.cache = SinkWindowCache(n_sink, window, compileable=kind == "compileable")
         self.cache.prepare(CONFIG, SCHEME)
         self.ids = 0
-        self.empty(batch_size)
+        self.empty(batch_size, data.draw(PADS) if kind == "padded" else None)
 
     def empty(self, batch_size: int, pads: list[int] | None = None, start: int = 0) -> None:
         self.rows = [Row((pads or [0] * batch_size)[i], start + i * (start > 0)) for i in range(batch_size)]
@@ -166,18 +170,20 @@ class CacheMachine(RuleBasedStateMachine):
 
     # --- what can be done ---
 
-    @rule(length=st.one_of(st.just(1), st.integers(1, 14)), times=st.integers(1, 4), with_mask=st.booleans())
-    def feed_plainly(self, length: int, times: int, with_mask: bool) -> None:
-        if length > 1:
-            times = 1
-        for _ in range(times):
-            self.feed_or_be_refused(length, exact=False, with_mask=with_mask)
+    @rule(length=st.integers(1, 14), with_mask=st.booleans())
+    def feed_several(self, length: int, with_mask: bool) -> None:
+        self.feed_or_be_refused(length, exact=False, with_mask=with_mask)
 
+    @rule(times=st.integers(1, 5), with_mask=st.booleans())
+    def feed_one_by_one(self, times: int, with_mask: bool) -> None:
+        for _ in range(times):
+            self.feed_or_be_refused(1, exact=False, with_mask=with_mask)
+
+    @precondition(lambda self: not self.padded)
     @rule(length=st.integers(1, 14))
     def feed_exactly(self, length: int) -> None:
-        if not self.padded:
-            with self.cache.exact_chunks():
-                self.feed_or_be_refused(length, exact=True, with_mask=False)
+        with self.cache.exact_chunks():
+            self.feed_or_be_refused(length, exact=True, with_mask=False)
 
     def feed_or_be_refused(self, length: int, exact: bool, with_mask: bool) -> None:
         if self.recording and not self.seen and length > self.capacity:
@@ -190,29 +196,29 @@ class CacheMachine(RuleBasedStateMachine):
         with_mask = with_mask or (self.padded and lightest + 1 < self.capacity)
         self.feed(length, exact, with_mask)
 
-    @rule(
-        batch_size=st.integers(1, 3), pads=st.lists(st.integers(0, 9), min_size=3, max_size=3), start=st.integers(0, 9)
-    )
-    def reset(self, batch_size: int, pads: list[int], start: int) -> None:
+    @precondition(lambda self: self.seen > self.capacity)
+    @rule(batch_size=st.integers(1, 3), pads=st.none() | PADS, start=st.integers(0, 9))
+    def reset(self, batch_size: int, pads: list[int] | None, start: int) -> None:
         self.cache.reset()
-        self.empty(batch_size, None if self.cache.compileable else pads[:batch_size], start)
+        self.empty(batch_size, None if self.cache.compileable else pads, start)
 
-    @precondition(lambda self: not self.cache.compileable and not self.padded)
+    @precondition(lambda self: not self.recording and not self.cache.compileable and not self.padded)
     @rule()
     def record(self) -> None:
         self.cache.activate_past_recording()
         self.recording = True
 
+    @precondition(lambda self: self.recording)
+    @rule(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=3), remove=st.integers(0, 9))
+    def feed_and_crop(self, lengths: list[int], remove: int) -> None:
+        for length in lengths:
+            self.feed_or_be_refused(min(length, self.window), exact=False, with_mask=False)
+        self.crop(min(remove, sum(lengths)))
+
+    @precondition(lambda self: not self.padded and not self.cache.compileable)
     @rule(remove=st.integers(0, 8))
     def crop(self, remove: int) -> None:
         remove = min(remove, self.seen)
-        if self.seen == 0:
-            self.cache.crop(0)
-            return
-        if self.cache.compileable or self.padded:
-            with self.refused(NotImplementedError):
-                self.cache.crop(-remove)
-            return
         if remove and self.seen > self.capacity and self.seen - remove < min(self.recorded, default=self.seen):
             with self.refused(ValueError):
                 self.cache.crop(-remove)

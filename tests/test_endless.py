@@ -1,0 +1,230 @@
+"""The endless loop: the same text as generate() for as long as that goes, and then on, in bounded positions and memory."""
+
+import gc
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedModel,
+    StoppingCriteria,
+)
+
+from sink_cache import SinkWindowCache, endless
+
+from .families import tiny_model
+from .oracle import relative_error, streamed_logits
+from .test_exact import tokens
+
+
+class Collect:
+    """A streamer that keeps everything."""
+
+    def __init__(self) -> None:
+        self.text: list[int] = []
+        self.ended = False
+
+    def put(self, ids: torch.Tensor) -> None:
+        self.text.extend(ids.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.fixture
+def model() -> Iterator[PreTrainedModel]:
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def go_on(model: PreTrainedModel, input_ids: torch.Tensor, cache: SinkWindowCache, **more: Any) -> Any:
+    options = {"do_sample": False, "pad_token_id": 0, "custom_generate": endless, **more}
+    return model.generate(input_ids, past_key_values=cache, **options)
+
+
+@pytest.mark.parametrize("compileable", [False, True])
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox", "gemma3_text"])
+def test_many_rebases_leave_no_trace(model_type: str, compileable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 24 rebases: a key rotated at every one of them, or by other numbers than the positions, would add up.
+    monkeypatch.setattr("sink_cache.endless_loop._REBASE_EVERY", 12)
+    model, streamer, cache = tiny_model(model_type), Collect(), SinkWindowCache(3, 9, compileable=compileable)
+    model.generation_config.eos_token_id = None
+    positions, logits = [], []
+
+    def note(_: Any, __: Any, kwargs: dict[str, Any], output: Any) -> None:
+        positions.append(int(kwargs["position_ids"].max()))
+        logits.append(output.logits[:, -1])
+
+    hook = model.register_forward_hook(note, with_kwargs=True)
+    go_on(model, tokens(5), cache, max_new_tokens=300, streamer=streamer)
+    hook.remove()
+    assert streamer.ended
+    assert len(streamer.text) == 305
+    expected = streamed_logits(model, torch.tensor([streamer.text]), 3, 9)[:, 4:-1]
+    assert relative_error(torch.stack(logits, dim=1), expected) <= 1e-4
+    assert max(positions) <= 12 + 9 + 2 * max(12, cache.rebase_step)
+    assert cache.get_seq_length() == 304
+
+
+def test_each_key_is_rotated_once_at_most(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sink_cache.endless_loop._REBASE_EVERY", 1)  # even then not before the window has turned over
+    moments, cache = [], SinkWindowCache(3, 9)
+    rebase = SinkWindowCache.rebase
+
+    def noting(self: SinkWindowCache) -> int:
+        by = rebase(self)
+        moments.extend([self.get_seq_length()] if by else [])
+        return by
+
+    monkeypatch.setattr(SinkWindowCache, "rebase", noting)
+    go_on(model, tokens(5), cache, max_new_tokens=200)
+    assert len(moments) > 10
+    assert min(later - earlier for earlier, later in pairwise(moments)) >= 9
+
+
+@pytest.mark.parametrize("options", [{"do_sample": True, "top_k": 5, "repetition_penalty": 1.3}, {"do_sample": False}])
+@pytest.mark.parametrize("compileable", [False, True])
+def test_processors_and_sampling_as_in_generate(model: PreTrainedModel, options: Any, compileable: bool) -> None:
+    more = {"max_new_tokens": 40, "logits_processor": LogitsProcessorList([NoRepeatNGramLogitsProcessor(3)]), **options}
+    texts = []
+    for custom in (endless, None):
+        torch.manual_seed(1)
+        cache = SinkWindowCache(2, 60, compileable=compileable)
+        texts.append(go_on(model, tokens(8, 2), cache, custom_generate=custom, **more))
+    assert torch.equal(*texts)
+
+
+def test_padded_rows(model: PreTrainedModel) -> None:
+    mask = torch.ones(3, 8, dtype=torch.long)
+    mask[0, :5] = mask[2, :2] = 0
+    texts = [
+        go_on(
+            model, tokens(8, 3), SinkWindowCache(2, 9), attention_mask=mask, max_new_tokens=40, custom_generate=custom
+        )
+        for custom in (endless, None)
+    ]
+    assert torch.equal(texts[0], texts[1][:, -11:])
+
+
+class After(StoppingCriteria):
+    """Stops after so many calls."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls, self.widest = calls, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.calls -= 1
+        self.widest = max(self.widest, input_ids.shape[1])
+        return torch.full((len(input_ids),), self.calls <= 0)
+
+
+def test_stops_only_when_told(model: PreTrainedModel) -> None:
+    cache, criterion = SinkWindowCache(2, 9), After(70)
+    text = go_on(model, tokens(5), cache, stopping_criteria=[criterion])  # generate()'s default would stop after 20
+    assert cache.get_seq_length() == 5 + 70 - 1
+    assert criterion.widest == text.shape[1] == 11  # the recent tokens, as many as the cache holds
+    assert go_on(model, tokens(5), SinkWindowCache(2, 60), max_length=30).shape[1] == 30
+    assert go_on(model, tokens(5), SinkWindowCache(2, 9), max_new_tokens=30, keep_tokens=20).shape[1] == 20
+    eos = int(go_on(model, tokens(5), SinkWindowCache(2, 60), max_new_tokens=9)[0, -1])
+    stopped = go_on(model, tokens(5), SinkWindowCache(2, 60), eos_token_id=eos)
+    assert stopped[0, -1] == eos
+    assert stopped.shape[1] <= 14
+
+
+def test_rows_that_have_finished_get_pads(model: PreTrainedModel) -> None:
+    input_ids = tokens(5, 2)
+    eos = int(go_on(model, input_ids, SinkWindowCache(2, 60), max_new_tokens=6)[0, -1])
+    for custom in (endless, None):
+        text = go_on(
+            model, input_ids, SinkWindowCache(2, 60), max_new_tokens=12, eos_token_id=eos, custom_generate=custom
+        )
+        assert (text[0, 5 + 6 :] == 0).all()
+
+
+def test_a_second_turn_takes_the_new_tokens_only(model: PreTrainedModel) -> None:
+    cache, plain = SinkWindowCache(2, 60), SinkWindowCache(2, 60)
+    first = go_on(model, tokens(8), cache, max_new_tokens=10)
+    # The last token of the answer has not been fed.
+    second = go_on(model, torch.cat([first[:, -1:], tokens(5, seed=3)], dim=1), cache, max_new_tokens=10)
+    text = go_on(model, tokens(8), plain, max_new_tokens=10, custom_generate=None)
+    text = torch.cat([text, tokens(5, seed=3)], dim=1)
+    text = go_on(model, text, plain, max_new_tokens=10, custom_generate=None)
+    assert torch.equal(second[:, -10:], text[:, -10:])
+
+
+def test_nothing_grows(model: PreTrainedModel) -> None:
+    # A mask, ids or positions of the whole text, or a list of steps.
+    def numbers_held(_: Any = None) -> int:
+        gc.collect()
+        return sum(one.numel() for one in gc.get_objects() if isinstance(one, torch.Tensor))
+
+    held = []
+
+    class Watch(Collect):
+        def put(self, ids: torch.Tensor) -> None:
+            super().put(ids)
+            if len(self.text) in (150, 600):
+                held.append(numbers_held())
+
+    go_on(model, tokens(5), SinkWindowCache(2, 9), max_new_tokens=620, streamer=Watch())
+    assert held[1] <= held[0]
+
+
+def test_the_model_is_left_as_it_was(model: PreTrainedModel) -> None:
+    class Fails(Collect):
+        def put(self, ids: torch.Tensor) -> None:
+            super().put(ids)
+            if len(self.text) > 40:
+                raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        go_on(model, tokens(5), SinkWindowCache(2, 9, compileable=True), streamer=Fails())
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "cache, more, error, message",
+    [
+        (DynamicCache, {}, TypeError, "but got DynamicCache"),
+        (lambda: None, {}, TypeError, "but got"),
+        (lambda: SinkWindowCache(2, 9), {"num_beams": 2}, ValueError, "num_beams is 2"),
+        (
+            lambda: SinkWindowCache(2, 9),
+            {"output_scores": True, "return_dict_in_generate": True},
+            ValueError,
+            "output_scores is not possible",
+        ),
+        (lambda: SinkWindowCache(2, 9), {"keep_tokens": 0}, ValueError, "keep_tokens must be"),
+    ],
+)
+def test_bad_input(model: PreTrainedModel, cache: Any, more: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        go_on(model, tokens(5), cache(), max_new_tokens=3, **more)
+
+
+def test_rebase_by_hand(model: PreTrainedModel) -> None:
+    cache = SinkWindowCache(3, 5)
+    with pytest.raises(ValueError, match="a cache that a model has used"):
+        cache.rebase()
+    input_ids = tokens(60)
+    with torch.no_grad():
+        model(input_ids[:, :4], past_key_values=cache)
+        assert cache.rebase() == 0  # nothing to take off yet
+        for t in range(4, 40):
+            model(input_ids[:, t : t + 1], past_key_values=cache)
+        assert cache.rebase() == 30
+        assert cache.next_position_ids(2).tolist() == [[10, 11]]
+        # Positions that the model counts by itself are wrong from now on.
+        with pytest.raises(NotImplementedError, match="from 10 on in this call"):
+            model(input_ids[:, 40:41], past_key_values=cache)
+        logits = [
+            model(input_ids[:, t : t + 1], position_ids=cache.next_position_ids(), past_key_values=cache).logits
+            for t in range(40, 60)
+        ]
+    assert relative_error(torch.cat(logits, dim=1), streamed_logits(model, input_ids, 3, 5)[:, 40:]) <= 1e-5

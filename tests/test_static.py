@@ -1,0 +1,182 @@
+"""Shapes that never change: one graph from the first decoded token on, and the same tokens as without it."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from transformers import CompileConfig, PreTrainedModel
+
+from sink_cache import SinkWindowCache, endless, stream
+from sink_cache.static import StaticSinkWindowLayer
+
+from .families import tiny_model
+from .oracle import relative_error, streamed_logits
+from .test_exact import TOLERANCE, one_by_one, tokens
+
+# Plain, partial rotary, and full attention beside sliding layers with a rotation of their own.
+MODELS = ["llama", "gpt_neox", "gemma3_text"]
+
+
+@pytest.fixture
+def _fresh_compiler() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def compiling(backend: str) -> CompileConfig:
+    """What makes generate() compile on the CPU, too, and fail if anything breaks the graph."""
+    config = CompileConfig(fullgraph=True, backend=backend, mode="default")
+    config._compile_all_devices = True
+    return config
+
+
+def greedy(
+    model: PreTrainedModel, input_ids: torch.Tensor, cache: SinkWindowCache, new: int, **more: object
+) -> list[int]:
+    model.generation_config.eos_token_id = None
+    sequences = model.generate(
+        input_ids, past_key_values=cache, max_new_tokens=new, do_sample=False, pad_token_id=0, **more
+    )
+    return sequences[0, input_ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("n_sink, window", [(0, 1), (4, 1), (5, 2), (2, 9), (1, 60)])
+@pytest.mark.parametrize("model_type", MODELS)
+def test_streams_exactly(model_type: str, n_sink: int, window: int) -> None:
+    # One by one from nothing: the sinks come in steps, too, and the cache fills up under a mask.
+    model, input_ids = tiny_model(model_type), tokens(40, 2)
+    expected = streamed_logits(model, input_ids, n_sink, window)
+    logits = one_by_one(model, input_ids, SinkWindowCache(n_sink, window, compileable=True))
+    assert relative_error(logits, expected) <= TOLERANCE
+    chunks = stream(model, input_ids, SinkWindowCache(n_sink, window, compileable=True), chunk_size=7)
+    assert relative_error(torch.cat(list(chunks), dim=1), expected) <= TOLERANCE
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("model_type", MODELS)
+def test_one_graph_from_the_first_decoded_token_on(model_type: str) -> None:
+    # A position, a slot or a length read on the host is a constant of the graph, and compiled anew at every step.
+    model, input_ids = tiny_model(model_type), tokens(120)
+    cache, counter = SinkWindowCache(3, 9, compileable=True), CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        model(input_ids[:, :3], past_key_values=cache)
+        logits = [compiled(input_ids[:, t : t + 1], past_key_values=cache).logits for t in range(3, 120)]
+    assert counter.frame_count == 1
+    expected = streamed_logits(model, input_ids, 3, 9)[:, 3:]
+    assert relative_error(torch.cat(logits, dim=1), expected) <= TOLERANCE
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize(
+    "model_type, backend", [("llama", "inductor"), ("gpt_neox", "aot_eager"), ("gemma3_text", "aot_eager")]
+)
+def test_the_same_2000_tokens_compiled_eager_and_by_hand(model_type: str, backend: str) -> None:
+    model, input_ids = tiny_model(model_type), tokens(6)
+    eager = greedy(model, input_ids, SinkWindowCache(3, 29), 2000)
+    assert greedy(model, input_ids, SinkWindowCache(3, 29, compileable=True), 2000) == eager
+    compiled = greedy(
+        model, input_ids, SinkWindowCache(3, 29, compileable=True), 2000, compile_config=compiling(backend)
+    )
+    assert compiled == eager
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+    cache, by_hand = SinkWindowCache(3, 29), []
+    with torch.no_grad():
+        token = input_ids
+        for _ in range(2000):
+            token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            by_hand.append(int(token))
+    assert by_hand == eager
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_the_endless_loop_compiles_once_and_its_rebases_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sink_cache.endless_loop._REBASE_EVERY", 40)
+    model, input_ids = tiny_model("llama"), tokens(6)
+    text: list[int] = []
+
+    class Collect:
+        def put(self, ids: torch.Tensor) -> None:
+            text.extend(ids.flatten().tolist())
+
+        def end(self) -> None:
+            pass
+
+    cache = SinkWindowCache(3, 29, compileable=True)
+    more = {"custom_generate": endless, "compile_config": compiling("aot_eager"), "streamer": Collect()}
+    greedy(model, input_ids, cache, 400, **more)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert text[6:] == greedy(model, input_ids, SinkWindowCache(3, 29), 400)
+    assert int(cache.next_position_ids()) < 32 + 29 + 2 * 40
+    assert cache.get_seq_length() == 405
+
+
+def test_memory_stays_where_it_is(llama: PreTrainedModel) -> None:
+    # A captured graph knows addresses; a cache that moved would be read where it no longer is.
+    cache = SinkWindowCache(3, 9, compileable=True)
+
+    def addresses() -> list[int]:
+        return [tensor.data_ptr() for layer in cache.layers for tensor in (*layer.tensors().values(), layer.counter)]
+
+    input_ids = tokens(60, 2)
+    one_by_one(llama, input_ids[:, :20], cache)
+    before = addresses()
+    with torch.no_grad():
+        llama(input_ids[:, 20:40], past_key_values=cache)
+    one_by_one(llama, input_ids[:, 40:], cache)
+    assert cache.rebase()
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.reset()
+    assert relative_error(one_by_one(llama, input_ids, cache), streamed_logits(llama, input_ids, 3, 9)) <= TOLERANCE
+    assert addresses() == before
+
+
+def test_other_shapes_after_reset(llama: PreTrainedModel) -> None:
+    cache = SinkWindowCache(3, 5, compileable=True)
+    for batch_size in (1, 3, 2):
+        input_ids = tokens(20, batch_size)
+        with torch.no_grad():
+            first = llama(input_ids[:, :4], past_key_values=cache).logits
+        logits = torch.cat([first, one_by_one(llama, input_ids[:, 4:], cache)], dim=1)
+        assert relative_error(logits, streamed_logits(llama, input_ids, 3, 5)) <= TOLERANCE
+        cache.reset()
+
+
+def test_the_last_position_is_the_last(llama: PreTrainedModel) -> None:
+    # The position is on the device, and nobody looks at it at every step; the limit has to hold all the same.
+    cache = SinkWindowCache(3, 9, compileable=True)
+    cache.prepare_for(llama)
+    for layer in cache.layers:
+        layer.max_position = 50
+    with pytest.raises(ValueError, match="50 tokens seen and 1 new are more than the 50 positions"):
+        greedy(llama, tokens(6), cache, 100)
+    assert cache.get_seq_length() == 50
+
+
+def test_what_cannot_be_static_is_refused(llama: PreTrainedModel) -> None:
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[0, :3] = 0
+    cache = SinkWindowCache(3, 9, compileable=True)
+    with pytest.raises(NotImplementedError, match="compileable=True\\) does not support padded batches"):
+        llama.generate(tokens(8, 2), attention_mask=mask, past_key_values=cache, max_new_tokens=2)
+    one_by_one(llama, tokens(4), cache)
+    with pytest.raises(NotImplementedError, match="crop with compileable=True"):
+        cache.crop(-1)
+    with pytest.raises(NotImplementedError, match="assisted decoding with compileable=True"):
+        cache.activate_past_recording()
+    with pytest.raises(NotImplementedError, match="compileable=True is not possible"):
+        one_by_one(tiny_model("llama4_text"), tokens(4), SinkWindowCache(3, 9, compileable=True))
+
+
+@pytest.mark.parametrize("compileable", [0, None, "yes"])
+def test_compileable_is_a_bool(compileable: object) -> None:
+    with pytest.raises(TypeError, match="compileable must be True or False"):
+        SinkWindowCache(3, 9, compileable=compileable)
+
+
+def test_layers_say_that_they_are_compileable(llama: PreTrainedModel) -> None:
+    for compileable in (False, True):
+        cache = SinkWindowCache(3, 9, compileable=compileable)
+        cache.prepare_for(llama)
+        assert cache.is_compileable == compileable
+        assert all(isinstance(layer, StaticSinkWindowLayer) == compileable for layer in cache.layers)
