@@ -12,8 +12,8 @@ rounds, greedy and without an end-of-text token. Arms:
     endless    the same cache in `custom_generate=sink_cache.endless`, after a prompt of the first context
 
 `step_ms` are times between tokens, taken where a streamer gets them (which waits for the device), after the first 16 tokens;
-`call_ms` is the time of a whole call without a streamer, prompt included, divided by its new tokens. The prompt of `static` is
-as long as its capacity allows.
+`call_ms` is the time of a whole call of `--call-tokens` without a streamer, prompt included, per new token. The prompt of
+`static` is as long as its capacity allows.
 
 Long run (`--tokens`). One call of the endless loop; every ten thousandth of it the time per token, the memory that tensors
 take on the device, and the resident memory of this process are noted, and their slopes fitted, the first tenth left out.
@@ -169,8 +169,8 @@ def calls(loaded: models.LoadedModel, args: argparse.Namespace, keep: Callable[[
                     row["step_ms"].append(times.step_ms())
                 if name in ("dense", "endless") and turn:
                     cache, start = make(), clock.now()
-                    model.generate(prompt, past_key_values=cache, **options)
-                    row["call_ms"].append(1e3 * (clock.now() - start) / new)
+                    model.generate(prompt, past_key_values=cache, **{**options, "max_new_tokens": args.call_tokens})
+                    row["call_ms"].append(1e3 * (clock.now() - start) / args.call_tokens)
                 bar.update()
             keep(rows)
     for row in rows:
@@ -209,6 +209,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--capacity", type=int, default=1024, help="of the cache, sinks included (%(default)s)")
     parser.add_argument("--n-sink", type=int, default=4, help="(%(default)s)")
     parser.add_argument("--new-tokens", type=int, default=256, help="of each call (%(default)s)")
+    parser.add_argument("--call-tokens", type=int, default=1024, help="of each whole call (%(default)s)")
     parser.add_argument("--rounds", type=int, default=4, help="(%(default)s)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="(all)")
     parser.add_argument("--sdpa-backend", choices=harness.SDPA_CHOICES, default="auto", help="(auto)")
@@ -218,7 +219,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.n_sink < args.capacity - args.new_tokens - 1 and args.tokens is None:
         parser.error(f"capacity {args.capacity} must leave room for {args.new_tokens} new tokens of a StaticCache")
-    for name, least in {"rounds": 1, "new_tokens": WARM_UP_TOKENS + 2, "capacity": 2}.items():
+    for name, least in {"rounds": 1, "call_tokens": 1, "new_tokens": WARM_UP_TOKENS + 2, "capacity": 2}.items():
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, but is {getattr(args, name)}")
     if args.tokens is not None and args.tokens < 10 * SAMPLES:
@@ -227,6 +228,52 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 ARMS = ("dense", "static", "sink", "endless")
+
+
+def measure(
+    loaded: models.LoadedModel,
+    args: argparse.Namespace,
+    sdpa: dict[str, bool],
+    argv: Sequence[str] | None,
+    folder: Path,
+) -> None:
+    """Measure a model and write its result file and plots."""
+    loaded.model.generation_config.eos_token_id = None
+    device, dtype = loaded.model.device, loaded.model.dtype
+    kind = "calls" if args.tokens is None else "long-run"
+    dtype_name = str(dtype).removeprefix("torch.")
+    title = f"{kind.replace('-', ' ')} of generate(): {loaded.name}, {dtype_name}, {harness.device_name(device)}"
+    names = ("contexts", "capacity", "n_sink", "new_tokens", "call_tokens", "rounds", "tokens")
+    protocol = {name: getattr(args, name) for name in names} | {"sdpa_backend": args.sdpa_backend, "sdpa_enabled": sdpa}
+    result = harness.header(
+        f"endless-{kind}", title, device, dtype, argv=argv, model=loaded.description, protocol=protocol
+    )
+    result["command"] = harness.command_line("endless", sys.argv[1:] if argv is None else argv)
+    path = folder / f"{harness.file_stem('endless', kind, loaded.name, device.type, dtype_name)}.json"
+    print(title, flush=True)
+    if args.tokens is None:
+        result["rows"] = calls(loaded, args, lambda rows: harness.write_json(path, {**result, "rows": rows}))
+        result["ratios"] = ratios(result["rows"])
+        columns = ("arm", "compiled", "context", "median_ms", "p5_ms", "p95_ms", "call_ms", "warning")
+        table = [[row[name] for name in columns] for row in result["rows"]]
+        for line in table:
+            line[6] = float(np.median(line[6])) if line[6] else None
+        print(tabulate(table, columns, floatfmt=".3f"))
+        columns = ("name", "context", "value", "low", "high", "note")
+        print(tabulate([[ratio.get(name) for name in columns] for ratio in result["ratios"]], columns, floatfmt=".3f"))
+    else:
+        with torch.no_grad(), harness.garbage_collector_off():
+            result["rows"] = long_run(loaded, args)
+        result["slopes"] = {
+            name: slope(result["rows"], name) for name in ("ms_per_token", "device_bytes", "host_bytes")
+        }
+        for name, fitted in result["slopes"].items():
+            if fitted is not None:
+                rise = f"{fitted['rise']:,.4g} ± {fitted['standard_error']:,.3g}"
+                print(f"{name}: mean {fitted['mean']:,.4g}, rise over the run {rise}")
+    harness.write_json(path, result)
+    for written in [path, *plots.plot(path, folder)]:
+        print(f"wrote {written}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -239,43 +286,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sdpa = harness.choose_sdpa(args.sdpa_backend)
     transformers.utils.logging.set_verbosity_error()
     for shape in args.random_weights:
-        loaded = models.random_model(shape, dtype, device)
-        loaded.model.generation_config.eos_token_id = None
-        kind = "calls" if args.tokens is None else "long-run"
-        title = f"{kind.replace('-', ' ')} of generate(): {loaded.name}, {dtype_name}, {harness.device_name(device)}"
-        protocol = {
-            name: getattr(args, name) for name in ("contexts", "capacity", "n_sink", "new_tokens", "rounds", "tokens")
-        }
-        result = harness.header(
-            f"endless-{kind}", title, device, dtype, argv=argv, model=loaded.description,
-            protocol={**protocol, "sdpa_backend": args.sdpa_backend, "sdpa_enabled": sdpa},
-        )  # fmt: skip
-        result["command"] = harness.command_line("endless", sys.argv[1:] if argv is None else argv)
-        path = folder / f"{harness.file_stem('endless', kind, loaded.name, device.type, dtype_name)}.json"
-        print(title, flush=True)
-        if args.tokens is None:
-            result["rows"] = calls(loaded, args, lambda rows: harness.write_json(path, {**result, "rows": rows}))
-            result["ratios"] = ratios(result["rows"])
-            columns = ("arm", "compiled", "context", "median_ms", "p5_ms", "p95_ms", "warning")
-            print(tabulate([[row[name] for name in columns] for row in result["rows"]], columns, floatfmt=".3f"))
-            print(tabulate([[r["name"], r["context"], r["value"], r.get("low"), r.get("high"), r.get("note")]
-                            for r in result["ratios"]], ("ratio", "context", "value", "low", "high", ""), floatfmt=".3f"))  # fmt: skip
-        else:
-            with torch.no_grad(), harness.garbage_collector_off():
-                result["rows"] = long_run(loaded, args)
-            result["slopes"] = {
-                name: slope(result["rows"], name) for name in ("ms_per_token", "device_bytes", "host_bytes")
-            }
-            for name, fitted in result["slopes"].items():
-                if fitted is not None:
-                    print(
-                        f"{name}: mean {fitted['mean']:,.4g}, rise over the run {fitted['rise']:,.4g} ± "
-                        f"{fitted['standard_error']:,.3g}"
-                    )
-        harness.write_json(path, result)
-        for written in [path, *plots.plot(Path(path), folder)]:
-            print(f"wrote {written}")
-        del loaded
+        measure(models.random_model(shape, dtype, device), args, sdpa, argv, folder)
         torch.compiler.reset()
         if device.type == "cuda":
             torch.cuda.empty_cache()

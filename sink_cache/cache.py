@@ -33,6 +33,7 @@ from .twin import CannotStream, PositionScheme, position_scheme
 from .variants import ring_for
 
 _LARGEST_TABLE = 2**20  # numbers in a buffer
+_READ_MASK_EVERY = 64  # steps
 
 _NOT_IN_GRAPHS = "SinkWindowCache works outside of graphs: compile the model without fullgraph=True"
 
@@ -94,6 +95,7 @@ class SinkWindowCache(Cache):
         self._chunk: ChunkOffset | None = None
         self._positions_moved = False  # and have not been looked at since
         self._begun = False  # a text, in layers that are there
+        self._masks_unread = 0
         super().__init__(layers=[])
         if config is not None:
             if not isinstance(config, PreTrainedConfig):
@@ -340,7 +342,8 @@ class SinkWindowCache(Cache):
             if static and not self._begun:
                 self._look_for_the_model()  # the sizes are those of the layers that it will use
             mask = padding_mask_of_caller()
-            self._note_padding(mask)
+            if query_length > 1 or not self._begun or self._is_time_to_look(mask):
+                self._note_padding(mask)
             if self.compileable and shows_blocks_of_tokens():
                 raise NotImplementedError(
                     "compileable=True is not possible for models that mask images by blocks: transformers looks the tokens of a "
@@ -409,6 +412,14 @@ class SinkWindowCache(Cache):
                     "its first tokens. Call reset() for another text."
                 )
         self._set_pads(zeros)
+
+    def _is_time_to_look(self, mask: torch.Tensor | None) -> bool:
+        """Whether to read the mask of a step: on a GPU that means to wait, and steps only add a one to what was read before."""
+        self._masks_unread += 1
+        if mask is None or mask.device.type == "cpu" or self._masks_unread >= _READ_MASK_EVERY:
+            self._masks_unread = 0
+            return True
+        return False
 
     def _refuse_to_forget_padding(self, mask: torch.Tensor | None) -> None:
         layer = self._layers[self._first]

@@ -332,6 +332,8 @@ def _narrow(config: PreTrainedConfig, variant: int) -> PreTrainedConfig:
     if getattr(config, "attention_hidden_size", None):  # Zamba's attention sees the embeddings beside the hidden states
         changes["attention_hidden_size"] = few_heads * config.attention_head_dim
         changes["hidden_size"] = changes["attention_hidden_size"] // 2
+        if getattr(config, "mamba_headdim", None):
+            changes["mamba_headdim"] = config.mamba_expand * changes["hidden_size"] // config.n_mamba_heads
     changes |= {"vocab_size": min(config.vocab_size, 256), "pad_token_id": 0}
     changes |= {"kv_lora_rank": 32, "q_lora_rank": 32, "n_group": 1, "topk_group": 1}
     for name, value in config.to_dict().items():

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from torch._dynamo.testing import CompileCounter
-from transformers import DynamicCache, PreTrainedModel
+from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedModel
 
 from sink_cache import SinkWindowCache, stream
 
@@ -208,6 +208,13 @@ def test_one_graph_decodes_for_ever(model_type: str) -> None:
         logits += [compiled(ids[:, t : t + 1], past_key_values=cache).logits for t in range(1, 30)]
     assert relative_error(torch.cat(logits, dim=1), streamed_logits(model, ids, n_sink, window)) <= CLOSE
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("model_type", ["longcat_flash", "mpt", "zamba2"])  # 500 experts; 7 billion; sizes of their own
+def test_full_size_models_have_small_twins(model_type: str) -> None:
+    sizes = {"mpt": {"d_model": 4096, "n_heads": 32, "n_layers": 32}}.get(model_type, {})
+    config = CONFIG_MAPPING[model_type](**sizes)
+    assert len(SinkWindowCache(4, 12, config=config).layers) >= 32
 
 
 def test_the_readme_shows_the_sweep() -> None:

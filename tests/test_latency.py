@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, LlamaConfig, PreTrainedModel, StaticCache
 
-from benchmarks import harness, latency, models, plots
+from benchmarks import arms, harness, latency, models, plots
 from benchmarks.harness import Clock
 from benchmarks.latency import BLOCK_LIMIT, Arm, Bench, CannotMeasure, Measurement, Settings
 
@@ -63,7 +63,7 @@ class FakeArm(Arm):
 # --- the arms are at the context that the row names ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [latency.Dense, latency.DenseAtCapacity, latency.Sink, latency.Static])
+@pytest.mark.parametrize("kind", [arms.Dense, arms.DenseAtCapacity, arms.Sink, arms.Static])
 def test_every_turn_begins_with_the_same_number_of_tokens(kind: type[Arm]) -> None:
     # Catches an arm whose context drifts with rounds, or that goes on from the state of the last context.
     arm = kind(bench(), 32 if kind.bounded else None)
@@ -86,7 +86,7 @@ def test_every_turn_begins_with_the_same_number_of_tokens(kind: type[Arm]) -> No
 
 
 def test_a_static_cache_is_as_large_as_the_context_and_holds_the_prefill() -> None:
-    arm, dense = latency.Static(shared := bench()), latency.Dense(shared)
+    arm, dense = arms.Static(shared := bench()), arms.Dense(shared)
     with torch.no_grad():
         arm.fill(256)
         arm.rewind()
@@ -113,7 +113,7 @@ def test_the_prefill_is_that_of_one_forward() -> None:
 
 
 def test_recompute_reads_the_window_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    arm = latency.Recompute(bench(), 32)
+    arm = arms.Recompute(bench(), 32)
     calls: list[Any] = []
     monkeypatch.setattr(arm.bench, "model", lambda ids, **options: calls.append((ids.shape, options)))
     arm.step()
@@ -135,7 +135,7 @@ def test_a_compiled_step_gets_what_generate_passes(monkeypatch: pytest.MonkeyPat
     cache = StaticCache(config=model.config, max_cache_len=256)
     ids = shared.tokens[:, :192]
     model.generate(ids, past_key_values=cache, max_new_tokens=2, do_sample=False, attention_mask=torch.ones_like(ids))
-    arm = latency.StaticCompiled(shared)
+    arm = arms.StaticCompiled(shared)
     with torch.no_grad():
         arm.fill(256)
         arm.rewind()
@@ -148,19 +148,12 @@ def test_a_compiled_step_gets_what_generate_passes(monkeypatch: pytest.MonkeyPat
     assert ours.keys() - {"past_key_values"} == of_generate.keys() - {"past_key_values"}
 
 
-def test_compiled_arms_that_are_not_measured_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_arms_that_are_not_measured_say_why() -> None:
     shared = bench()
     with pytest.raises(CannotMeasure, match="compile-static-at"):
-        latency.StaticCompiled(shared).fill(100)
+        arms.StaticCompiled(shared).fill(100)
     with pytest.raises(CannotMeasure, match="full cache"):
-        latency.SinkCompiled(shared, 32).fill(31)
-
-    def without_keyword(n_sink: int, window: int) -> None:
-        raise AssertionError
-
-    monkeypatch.setattr(latency, "SinkWindowCache", without_keyword)
-    with pytest.raises(CannotMeasure, match="no compileable=True"):
-        latency.SinkCompiled(shared, 32).fill(64)
+        arms.SinkCompiled(shared, 32).fill(31)
 
 
 # --- time ------------------------------------------------------------------------------------------------------------
@@ -272,7 +265,7 @@ def test_lengths_are_new_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[int] = []
     known: set[int] = set()
     with torch.no_grad():
-        arm = latency.Dense(bench())
+        arm = arms.Dense(bench())
         arm.fill(100)
         arm.rewind()
         step = arm.step
@@ -369,15 +362,15 @@ def test_the_spread_of_the_original_study_is_refused() -> None:
     calm = (10.632 + 0.187 * torch.randn(10, 20, generator=generator)).tolist()
     assert harness.ratio_of_rounds(noisy, calm)["note"].startswith("no conclusion")
     measured = Measurement(rounds=noisy, cache_bytes=0)
-    row = latency.make_row(latency.Dense(bench()), 64, measured, {"copy_bytes_per_s": 1e9, "step_weight_bytes": 1})
+    row = latency.make_row(arms.Dense(bench()), 64, measured, {"copy_bytes_per_s": 1e9, "step_weight_bytes": 1})
     assert "too wide" in row["warning"]
 
 
 def test_floors_are_bytes_or_operations_over_rates() -> None:
     machine = {"copy_bytes_per_s": 1e9, "matrix_flops_per_s": 1e12, "step_weight_bytes": 3_000_000}
     shared = bench()
-    assert latency.floor_ms(latency.Dense(shared), 1_000_000, machine) == 4.0
-    recompute = latency.floor_ms(latency.Recompute(shared, 32), 0, machine)
+    assert latency.floor_ms(arms.Dense(shared), 1_000_000, machine) == 4.0
+    recompute = latency.floor_ms(arms.Recompute(shared, 32), 0, machine)
     assert recompute == pytest.approx(models.forward_flops(shared.model, 32) / 1e9)
 
 
