@@ -27,9 +27,10 @@ lint: .venv/installed  ## ruff and mypy
 	$(BIN)/mypy
 
 # PASSIVE: threads that spin while they wait make a token take five times as long on a machine that is not idle.
-demo: .venv/installed  ## a real model: text with SinkWindowCache and with DynamicCache, then the perplexity of both
+demo: .venv/installed  ## a real model: text with SinkWindowCache and with DynamicCache, perplexity and latency of both
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m examples.generate --max-new-tokens 512
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.ppl --offline
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.latency --offline
 
 clean:  ## remove the virtual environment and what the tools leave behind
 	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -272,7 +272,7 @@ def draw(group: Sequence[Comparison], path: Path) -> None:
     limits = axes.get_xlim()
     axes.axvspan(limits[0], group[0].run["data"]["max_tokens"], color="grey", alpha=0.15, label="contexts of the run")
     axes.set_xlim(limits)
-    axes.set_title("\n".join(textwrap.wrap(group[0].run["title"], 80)))
+    axes.set_title("\n".join(textwrap.wrap(group[0].run["title"], 60)))
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -298,8 +298,11 @@ class Page:
         """Add a paragraph for each text; **double stars** make a part of it bold."""
         for text in texts:
             self.markdown.append(text)
-            parts = html.escape(text).split("**")
-            self.html.append(f"<p>{''.join(f'<b>{part}</b>' if i % 2 else part for i, part in enumerate(parts))}</p>")
+            marked = html.escape(text)
+            for mark, tag in (("**", "b"), ("`", "code")):
+                parts = marked.split(mark)
+                marked = "".join(f"<{tag}>{part}</{tag}>" if i % 2 else part for i, part in enumerate(parts))
+            self.html.append(f"<p>{marked}</p>")
 
     def table(self, rows: Sequence[Sequence[str]], headers: Sequence[str]) -> None:
         """Add a table of strings."""

@@ -6,6 +6,7 @@ python -m benchmarks.plots results/ppl-*.json results/latency-*.json --output re
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -245,7 +246,7 @@ def plot(path: Path, folder: Path) -> list[Path]:
     for name, draw in PLOTS[result["harness"]].items():
         figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
         draw(result, axes)
-        axes.set_title(result["title"])
+        axes.set_title("\n".join(textwrap.wrap(result["title"], 80)))
         if axes.has_data():
             written.append(folder / f"{path.stem}-{name}.png")
             figure.savefig(written[-1], dpi=120)

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from .discovery import text_model
 from .ring import SinkWindowLayer
@@ -57,7 +57,7 @@ def save(cache: SinkWindowCache, path: str | os.PathLike[str]) -> None:
 
 
 def _state_of(layer: Any, index: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    if isinstance(layer, SinkWindowLayer):
+    if isinstance(layer, SinkWindowLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin):
         turn = layer.rotation
         state = {"position": layer.position, "rebased": layer.rebased, "pads": layer.pads}
         kind = {"kind": "sinks and window", "n_sink": layer.n_sink, "window": layer.window}

@@ -284,6 +284,11 @@ def test_a_compileable_cache_after_reset_and_rebase(llama: PreTrainedModel) -> N
     expected = streamed_logits(llama, torch.cat([text, more], dim=1), n_sink, window)[:, 30:31]
     assert relative_error(logits, expected) <= TOLERANCE
 
+    cache.reset()
+    for t in range(2):  # positions that begin elsewhere
+        llama(text[:, t : t + 1], position_ids=torch.tensor([[7 + t]]).expand(2, -1), past_key_values=cache)
+    assert cache.next_position_ids().tolist() == [[9]]
+
     other = tiny_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 50.0})
     for model in (other, copy.deepcopy(llama).double()):
         cache.reset()

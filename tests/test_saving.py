@@ -121,6 +121,14 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path, llama: PreTrai
     assert torch.equal(one_by_one(llama, input_ids[:, 20:], live), one_by_one(llama, input_ids[:, 20:], twin))
 
 
+@pytest.mark.parametrize("model_type", ["falcon_h1", "jamba"])  # a recurrent state in the same layer, and in others
+def test_recurrent_states_are_not_left_out_silently(tmp_path: Path, model_type: str) -> None:
+    cache = SinkWindowCache(3, 5)
+    one_by_one(tiny_model(model_type), tokens(4), cache)
+    with pytest.raises(NotImplementedError, match="cannot be saved"):
+        cache.save(tmp_path / "cache")
+
+
 def test_an_unused_cache_has_nothing_to_save(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to save"):
         SinkWindowCache(3, 5).save(tmp_path / "cache")
