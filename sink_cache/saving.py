@@ -30,7 +30,7 @@ _FORMAT, _VERSION = "sink_cache", 1
 
 def save(cache: SinkWindowCache, path: str | os.PathLike[str]) -> None:
     """See `SinkWindowCache.save`."""
-    if not cache.is_initialized:
+    if not any(isinstance(layer, SinkWindowLayer) and layer.is_initialized for layer in cache.layers):
         raise ValueError("there is nothing to save: no model has used this cache yet")
     tensors: dict[str, torch.Tensor] = {}
     layers = []
