@@ -517,6 +517,7 @@ class SinkWindowCache(Cache):
                 recording (`activate_past_recording`) when they came.
             NotImplementedError: for padded rows, for recurrent states, and with `compileable=True`.
         """
+        tokens_to_remove = int(tokens_to_remove)  # generate() may count them on the device
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to take back, but got {tokens_to_remove}")
         ours = self._ours()

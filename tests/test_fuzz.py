@@ -8,6 +8,7 @@ rotary distance that the contract says. A few hundred steps by default;
 
 import copy
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 
@@ -16,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from sink_cache import SinkWindowCache
@@ -28,12 +29,13 @@ PARTNERS = [(2, 3, 0, 1, 4, 5), (1, 0, 3, 2, 4, 5), (0, 1, 2, 3, 4, 5)]  # half-
 FREQUENCIES = [(-1.0, -0.1, 1.0, 0.1, 0.0, 0.0), (0.7, -0.7, -0.03, 0.03, 0.0, 0.0), (0.0,) * 6]
 LAYERS = [0, 0, 1, 2]  # which of these each layer has; alike layers share storage, and the last joins one of them
 CONFIG = LlamaConfig(
-    hidden_size=8, num_hidden_layers=len(LAYERS), num_attention_heads=2, max_position_embeddings=4096,
+    vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=len(LAYERS), num_attention_heads=2, max_position_embeddings=4096,
     attn_implementation="eager",
 )  # fmt: skip
 SCHEME = PositionScheme(
     {layer: Rotation(PARTNERS[kind], FREQUENCIES[kind]) for layer, kind in enumerate(LAYERS)}, None, None, {}
 )
+REAL_MODEL = LlamaForCausalLM(CONFIG)  # only says to load() where layers are
 RANDOM = torch.Generator().manual_seed(0)
 CONTENT = torch.randn(len(LAYERS), IDS, HEADS, HEAD_DIM, dtype=torch.float64, generator=RANDOM)
 ROUNDING = 2e-5  # of float32, at positions of a few hundred
@@ -74,6 +76,13 @@ class Model(torch.nn.Module):
         return mask == 0, attended
 
 
+class Prepared(SinkWindowCache):
+    """A cache that knows the made-up positions, whatever the model."""
+
+    def prepare_for(self, model: PreTrainedModel) -> None:
+        self.prepare(CONFIG, SCHEME)
+
+
 class Row:
     """One row as the contract has it: its tokens so far, all of them, and where their positions start."""
 
@@ -94,7 +103,7 @@ class CacheMachine(RuleBasedStateMachine):
     )  # fmt: skip
     def make(self, n_sink: int, window: int, kind: str, batch_size: int, data: st.DataObject) -> None:
         self.n_sink, self.window, self.capacity = n_sink, window, n_sink + window
-        self.cache = SinkWindowCache(n_sink, window, compileable=kind == "compileable")
+        self.cache = Prepared(n_sink, window, compileable=kind == "compileable")
         self.cache.prepare(CONFIG, SCHEME)
         self.ids = 0
         self.empty(batch_size, data.draw(PADS) if kind == "padded" else None)
@@ -286,7 +295,21 @@ class CacheMachine(RuleBasedStateMachine):
         expected = starts[:, None] + self.seen - self.rebased + torch.arange(3)
         assert torch.equal(self.cache.next_position_ids(3).expand(len(self.rows), -1)[known], expected[known])
 
-    # When the cache can be saved: a rule like `copy`, through a file. (Its `load` looks at a real model.)
+    @precondition(lambda self: self.seen > 0)
+    @rule(into_itself=st.booleans(), length=st.integers(1, 3))
+    def save_and_load(self, into_itself: bool, length: int) -> None:
+        # Into a new cache, or into the same after other tokens, of which it must not know any more.
+        with tempfile.TemporaryDirectory() as folder:
+            self.cache.save(f"{folder}/cache")
+            if into_itself:
+                state = self.rows, self.seen
+                self.rows = copy.deepcopy(self.rows)
+                self.feed_or_be_refused(length, exact=False, with_mask=True)
+                self.rows, self.seen = state
+            else:
+                self.cache = Prepared(self.n_sink, self.window, compileable=self.cache.compileable)
+            self.cache.load(f"{folder}/cache", REAL_MODEL)
+        self.recording, self.recorded = False, []
 
     @invariant()
     def counts(self) -> None:
