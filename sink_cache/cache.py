@@ -92,10 +92,11 @@ class SinkWindowCache(Cache):
         self._looks = True
         self._first_positions = (0,)  # of the first token, one for each row or one for all
         self._exact = False
-        self._chunk: ChunkOffset | None = None
+        self._chunks: dict[bool, ChunkOffset] = {}  # of layers that are sliding, and that are not
+        self._kinds: list[tuple[type, int | None]] = []  # of layers that a DynamicCache has for the model
         self._positions_moved = False  # and have not been looked at since
         self._begun = False  # a text, in layers that are there
-        self._masks_unread = 0
+        self._masks_unread = self._positions_unread = 0
         super().__init__(layers=[])
         if config is not None:
             if not isinstance(config, PreTrainedConfig):
@@ -134,8 +135,13 @@ class SinkWindowCache(Cache):
         buffers = {
             name: buffer
             for name, buffer in text.named_buffers()
-            if buffer.is_floating_point() and not buffer.is_meta and buffer.numel() <= _LARGEST_TABLE
+            if buffer.is_floating_point() and buffer.numel() <= _LARGEST_TABLE
         }
+        if offloaded := [name for name, buffer in buffers.items() if buffer.is_meta]:
+            raise NotImplementedError(
+                f"SinkWindowCache cannot see how this model rotates its keys, because its buffer {offloaded[0]} is offloaded. "
+                "Offload its weights only: offload_buffers=False."
+            )
         self._prepare_for(type(text), text.config, buffers)
 
     def _prepare_for(self, model_class: Any, config: PreTrainedConfig, buffers: dict[str, torch.Tensor]) -> None:
@@ -146,7 +152,7 @@ class SinkWindowCache(Cache):
                 f"SinkWindowCache does not support model type {config.model_type!r} ({model_class.__name__}): {reason}. "
                 "Use DynamicCache with this model."
             ) from reason
-        if not self._layers or not scheme.agrees_with(self._scheme):
+        if not self._layers or not scheme.agrees_with(self._scheme) or self._kinds != _kinds(config):
             self._make_layers(config, scheme)
 
     def prepare(self, config: PreTrainedConfig, scheme: PositionScheme) -> None:
@@ -187,7 +193,7 @@ class SinkWindowCache(Cache):
             i for i, layer in enumerate(layers) if isinstance(layer, (SinkWindowLayer, DynamicSlidingWindowLayer))
         ]
         self._ends = (attention[0], attention[-1])
-        self._scheme = scheme
+        self._scheme, self._kinds = scheme, _kinds(config)
         self._trained_context = getattr(config, "max_position_embeddings", None)
 
     def _static_layers(
@@ -222,7 +228,11 @@ class SinkWindowCache(Cache):
         """Stores the new keys and values of one layer and returns those to attend to; see `SinkWindowLayer.update`."""
         layers = self._layers
         attended: tuple[torch.Tensor, torch.Tensor]
-        if self.compileable and key_states.shape[2] == 1 and self._begun and layers[layer_idx].is_initialized:
+        if (
+            (self.compileable and key_states.shape[2] == 1 and self._begun and layers[layer_idx].is_initialized)
+            and not layers[self._first].positions.unfinished
+            and (torch.compiler.is_compiling() or layer_idx != self._first or not self._is_time_to_look_at_positions())
+        ):
             attended = layers[layer_idx].update(key_states, value_states)
             return attended
         if torch.compiler.is_compiling():
@@ -248,8 +258,9 @@ class SinkWindowCache(Cache):
         layer = self._layers[self._first]
         seen = layer.get_seq_length()
         self._refuse_interrupted(new_tokens)
-        if seen > max((0, *layer.pads)) and new_tokens == 1 and not self._positions_moved:
-            return
+        if seen > max((0, *layer.pads)) and new_tokens == 1:
+            if not self.compileable and not self._is_time_to_look_at_positions():
+                return  # with compileable, `update` has looked at the time
         self._note_padding(calling_tensor("attention_mask", {2}))
         if seen == 0:
             config = generate_call().get("generation_config") if self._looks else None  # a twin is not what it calls
@@ -277,9 +288,11 @@ class SinkWindowCache(Cache):
                 )
         self._refuse_gaps(calling_tensor("position_ids", {2, 3}), seen, new_tokens)
         self._positions_moved, self._begun = False, True
-        if layer.evicts_within(new_tokens):
-            chunk, self._chunk = self._chunk, None
-            if chunk is None or not chunk.used:
+        if kinds := {one.is_sliding for one in self._ours() if one.evicts_within(new_tokens)}:
+            if layer.pads:
+                raise NotImplementedError("stream() and assisted decoding do not support padded batches.")
+            chunks, self._chunks = self._chunks, {}
+            if not all(kind in chunks and chunks[kind].used for kind in kinds):
                 raise NotImplementedError(
                     "stream() and assisted decoding need attn_implementation='sdpa' or 'eager' and no 4-D attention_mask: "
                     "each query sees its own copy of the sinks, and only these masks can say so."
@@ -289,9 +302,11 @@ class SinkWindowCache(Cache):
 
     def _refuse_interrupted(self, new_tokens: int) -> None:
         """Wherever a forward was interrupted, one end of the cache shows it; `new_tokens`: what ours have not yet seen."""
-        seen = self._layers[self._first].get_seq_length()
+        first = self._layers[self._first]
+        seen = first.get_seq_length()
+        unfinished = isinstance(first, StaticSinkWindowLayer) and first.positions.unfinished
         for index in self._ends:
-            if self._layers[index].get_seq_length() != (seen + new_tokens if index < self._first else seen):
+            if unfinished or self._layers[index].get_seq_length() != (seen + new_tokens if index < self._first else seen):
                 raise ValueError(
                     "the layers of this cache have seen different numbers of tokens: a forward was interrupted. "
                     "Call reset()."
@@ -334,6 +349,11 @@ class SinkWindowCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, Any]:
         """Returns `(kv_length, kv_offset)` for a layer; called by the mask-building code before any layer runs."""
+        if query_length == 0:
+            raise ValueError(
+                f"this cache has seen {self.get_seq_length()} tokens, and the text has no token more to feed. generate() needs "
+                "the whole text so far and at least one new token; for another text, call reset()."
+            )
         static = self.compileable and query_length == 1
         if torch.compiler.is_compiling() and not static:
             sizes: tuple[int, int] = self._outside_of_graphs(self.get_mask_sizes, query_length, layer_idx)
@@ -358,8 +378,11 @@ class SinkWindowCache(Cache):
         """The index of the next token in masks."""
         layer = self.layers[layer_idx] if self.layers else None
         if isinstance(layer, SinkWindowLayer) and (layer.exact_chunks or layer.record_past):
-            self._chunk = ChunkOffset.of(layer)
-            return self._chunk
+            if torch.compiler.is_compiling():
+                offset: int = self._outside_of_graphs(self.get_query_offset, layer_idx)
+                return offset
+            self._chunks[layer.is_sliding] = ChunkOffset.of(layer)
+            return self._chunks[layer.is_sliding]
         if isinstance(layer, StaticSinkWindowLayer):
             return layer.get_query_offset()
         return super().get_query_offset(layer_idx)
@@ -418,6 +441,16 @@ class SinkWindowCache(Cache):
         self._masks_unread += 1
         if mask is None or mask.device.type == "cpu" or self._masks_unread >= _READ_MASK_EVERY:
             self._masks_unread = 0
+            return True
+        return False
+
+    def _is_time_to_look_at_positions(self) -> bool:
+        """Whether to read the positions of a step: after a rebase the caller has to know of it, at every step."""
+        layer = self._layers[self._first]
+        self._positions_unread += 1
+        often = layer.device.type == "cpu" or self._positions_unread >= _READ_MASK_EVERY
+        if self._positions_moved or (layer.rebased and often):
+            self._positions_unread = 0
             return True
         return False
 
@@ -509,6 +542,11 @@ class SinkWindowCache(Cache):
     def _storages(self) -> list[SharedStorage]:
         return list(dict.fromkeys(layer.storage for layer in self._ours() if layer.storage is not None))
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can put the whole cache back as it was."""
+        return all(map(_is_croppable, self.layers))
+
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last tokens (a number <= 0), as if they had never been fed; and what was recorded is forgotten.
 
@@ -523,7 +561,9 @@ class SinkWindowCache(Cache):
         ours = self._ours()
         if not ours or not ours[0].position:
             return
-        if any(isinstance(one, LinearAttentionCacheLayerMixin) and not one.is_croppable for one in self._layers):
+        if any(
+            isinstance(layer, LinearAttentionCacheLayerMixin) and not _is_croppable(layer) for layer in self._layers
+        ):
             raise self._not_supported("crop of recurrent states")
         if not ours[0].is_croppable:
             raise self._not_supported("crop with compileable=True" if self.compileable else "crop of padded batches")
@@ -531,7 +571,13 @@ class SinkWindowCache(Cache):
         if seen + tokens_to_remove < 0:
             raise ValueError(f"crop({tokens_to_remove}) takes back more than the {seen} tokens that there are")
         recorded = min(
-            (start for storage in self._storages() for start, *_ in storage.overwritten), default=position + 1
+            (
+                start
+                for storage in self._storages()
+                if storage.has_recorded_until(ours[0].position)
+                for start, *_ in storage.overwritten
+            ),
+            default=position + 1,
         )
         if tokens_to_remove and seen > self.capacity and recorded > position:
             raise ValueError(
@@ -629,6 +675,12 @@ class SinkWindowCache(Cache):
         """How many more tokens until every row of every bounded layer is full, and one-token calls need no mask."""
         return max(0, -min(min(layer.evicted_before_query()) for layer in self._ours()))
 
+    def tokens_between_rebases(self) -> int:
+        """How many tokens may at most be fed from one `rebase()` to the next, before positions go beyond the model's last one."""
+        ours = self._ours()
+        furthest = max(layer.capacity for layer in ours) + max((0, *ours[0].pads))
+        return min(layer.max_position for layer in ours) - furthest - self.rebase_step
+
     @property
     def rebase_step(self) -> int:
         """By a multiple of this many positions `rebase` moves; and that many tokens should lie between two calls."""
@@ -675,7 +727,7 @@ class SinkWindowCache(Cache):
     def reset(self) -> None:
         """Forgets all tokens."""
         super().reset()  # type: ignore[no-untyped-call]
-        self._positions_moved, self._chunk, self._first_positions = False, None, (0,)
+        self._positions_moved, self._chunks, self._first_positions = False, {}, (0,)
         self._begun = False
         self._set_exact(False)
         for layer in self._ours():
@@ -688,6 +740,15 @@ class SinkWindowCache(Cache):
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Not supported: the cache is small and stays on its device."""
         raise self._not_supported("offloading")
+
+
+def _is_croppable(layer: Any) -> bool:
+    # transformers' own layers say so from 5.17 on; before, only recurrent states could not.
+    return bool(getattr(layer, "is_croppable", not isinstance(layer, LinearAttentionCacheLayerMixin)))
+
+
+def _kinds(config: PreTrainedConfig) -> list[tuple[type, int | None]]:
+    return [(type(layer), getattr(layer, "sliding_window", None)) for layer in DynamicCache(config=config).layers]
 
 
 def tensors_of(layer: Any) -> dict[str, torch.Tensor]:

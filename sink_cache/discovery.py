@@ -67,6 +67,18 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
     return decoder if isinstance(decoder, PreTrainedModel) else model
 
 
+def device_of(module: torch.nn.Module) -> torch.device | None:
+    """Where a module computes: where its first weight is, or where accelerate brings it (an offloaded weight is on "meta")."""
+    for part in module.modules():
+        for weight in part.parameters(recurse=False):
+            if not weight.is_meta:
+                return weight.device
+            device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return None
+
+
 def class_for_config(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """The class that transformers builds for a (text) config.
 

@@ -8,9 +8,10 @@ compiled step needs no mask, because every slot is visible to the one query.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
+    PreTrainedConfig,
     PreTrainedModel,
     StoppingCriteriaList,
 )
@@ -65,7 +67,7 @@ def endless(
 
     Raises:
         TypeError: without a `SinkWindowCache`.
-        ValueError: for beams, and for outputs that would grow with the text.
+        ValueError: for beams, for outputs that would grow with the text, and for options that count more tokens than are kept.
 
     Example:
 
@@ -80,6 +82,7 @@ def endless(
     call = generate_call()
     streamer = model_kwargs.pop("streamer", None) or call.get("streamer")
     steps_left = _steps_left(generation_config, input_ids, call.get("has_default_max_length", False))
+    _check_what_counts_tokens(generation_config, input_ids.shape[1], steps_left, keep_tokens or cache.capacity)
     criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria))
     has_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
     pad_token: Any = generation_config._pad_token_tensor
@@ -129,6 +132,23 @@ def _check(
             raise ValueError(f"endless keeps nothing that grows with the text, so {name} is not possible")
     if model_kwargs.get("inputs_embeds") is not None or not input_ids.shape[1]:
         raise ValueError("endless needs input_ids with at least one token, and no inputs_embeds")
+
+
+def _check_what_counts_tokens(config: GenerationConfig, prompt: int, steps_left: int, keep_tokens: int) -> None:
+    """Some logits processors compare the length of what they see with that of the text; they must see all of it till then."""
+    end = prompt + steps_left if steps_left >= 0 else math.inf
+    needed = {
+        "min_new_tokens or min_length": config.min_length or 0,  # generate() makes the second of the first
+        "begin_suppress_tokens": prompt + 1 if config.begin_suppress_tokens else 0,
+        "forced_eos_token_id": end if config.forced_eos_token_id is not None else 0,
+        "exponential_decay_length_penalty": end if config.exponential_decay_length_penalty is not None else 0,
+    }
+    for name, tokens in needed.items():
+        if tokens > keep_tokens:
+            raise ValueError(
+                f"{name} counts the tokens of the text up to {tokens}, and endless keeps only the last {keep_tokens}. "
+                + (f"Pass keep_tokens={tokens}." if tokens < math.inf else "Pass max_new_tokens, or leave it out.")
+            )
 
 
 def _steps_left(config: GenerationConfig, input_ids: torch.Tensor, has_default_max_length: bool) -> int:
@@ -190,6 +210,12 @@ def _next_logits(
         chunk_mask = None if mask is None else mask[:, :stop]
         outputs = model(chunk, attention_mask=chunk_mask, position_ids=positions, **kwargs)
         start = stop
+    if cache.tokens_between_rebases() < cache.rebase_step:
+        raise ValueError(
+            f"this cache moves by {cache.rebase_step:,} positions at a time, which takes it beyond the last one that the model "
+            "has. Choose a smaller window (with compileable=True one that divides the model's sliding window, or is "
+            "divided by it)."
+        )
     yield outputs.logits[:, -1]
     del outputs
 
@@ -201,13 +227,15 @@ def _next_logits(
         yield model(recent.tokens[:, -1:], attention_mask=mask, position_ids=positions, **kwargs).logits[:, -1]
         positions += 1
 
-    every = max(_REBASE_EVERY, cache.rebase_step)
-    with _maskless(model, cache):
-        step = _Step(model, cache, positions, config, kwargs)
+    every = max(cache.rebase_step, min(_REBASE_EVERY, cache.tokens_between_rebases()))
+    step = _Step(model, cache, positions, config, kwargs)
+    try:
         while True:
             positions -= cache.rebase()
             for _ in range(every):
                 yield step(recent.tokens[:, -1:])
+    finally:
+        cache._positions_moved = True  # and others may not know
 
 
 class _Step:
@@ -226,6 +254,12 @@ class _Step:
         kwargs: dict[str, Any],
     ) -> None:
         self.positions, self.kwargs = positions, kwargs
+        text = text_model(model)
+        self.config = text.config
+        self.needs_masks = not cache.compileable or text.config._attn_implementation != "sdpa"
+        self.needs_masks |= not text._can_set_attn_implementation()  # type: ignore[operator]
+        if not self.needs_masks:
+            AttentionInterface.register(_MASKLESS, sdpa_attention_forward)
         self.tokens = torch.empty_like(positions)
         self.forward: Any = model.__call__
         self.warm_up = -1  # steps until the graph is captured; negative for never
@@ -248,7 +282,8 @@ class _Step:
         return self.logits
 
     def _run(self) -> torch.Tensor:
-        outputs = self.forward(input_ids=self.tokens, position_ids=self.positions, **self.kwargs)
+        with nullcontext() if self.needs_masks else _maskless(self.config):
+            outputs = self.forward(input_ids=self.tokens, position_ids=self.positions, **self.kwargs)
         self.positions += 1
         logits: torch.Tensor = outputs.logits[:, -1]
         return logits
@@ -266,16 +301,15 @@ class _Step:
 
 
 @contextmanager
-def _maskless(model: PreTrainedModel, cache: SinkWindowCache) -> Iterator[None]:
-    """Within, attention is the same without masks: transformers makes none for attention functions that have no mask function."""
-    text = text_model(model)
-    before = text.config._attn_implementation
-    if not cache.compileable or before != "sdpa":
-        yield
-        return
-    AttentionInterface.register(_MASKLESS, sdpa_attention_forward)
-    text.set_attn_implementation(_MASKLESS)
+def _maskless(config: PreTrainedConfig) -> Iterator[None]:
+    """Within, attention is the same without masks: transformers makes none for attention functions that have no mask function.
+
+    The attribute is the one that `set_attn_implementation` sets, which takes a millisecond. Around each step, and not around
+    the loop, because streamers and stopping criteria may call the same model.
+    """
+    before = config._attn_implementation_internal
+    config._attn_implementation_internal = _MASKLESS
     try:
         yield
     finally:
-        text.set_attn_implementation(before)
+        config._attn_implementation_internal = before

@@ -434,6 +434,8 @@ class SharedStorage:
 
         Nothing, if these are more: some would overwrite each other. (Then they are no candidates but another turn.)
         """
+        if not self.has_recorded_until(position):
+            self.overwritten.clear()
         if new_tokens > self.window:
             self.overwritten.clear()
             return
@@ -442,6 +444,10 @@ class SharedStorage:
         positions = torch.arange(position, position + new_tokens, device=self.keys.device)
         slots = self.layers[0].slots_of(positions)
         self.overwritten.append((position, slots, self.keys[..., slots, :], self.values[..., slots, :]))
+
+    def has_recorded_until(self, position: int) -> bool:
+        """Whether the last recorded token was the one before `position`; otherwise others came while nobody recorded."""
+        return bool(self.overwritten) and self.overwritten[-1][0] + len(self.overwritten[-1][1]) == position
 
     def bring_back(self, position: int) -> None:
         """Puts back what tokens at `position` and after overwrote, and forgets what else was recorded."""

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
-from .discovery import text_model
+from .discovery import device_of, text_model
 from .ring import SinkWindowLayer
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def save(cache: SinkWindowCache, path: str | os.PathLike[str]) -> None:
     """See `SinkWindowCache.save`."""
     if not any(isinstance(layer, SinkWindowLayer) and layer.is_initialized for layer in cache.layers):
         raise ValueError("there is nothing to save: no model has used this cache yet")
+    cache._refuse_interrupted(0)
     tensors: dict[str, torch.Tensor] = {}
     layers = []
     for index, layer in enumerate(cache.layers):
@@ -87,12 +88,12 @@ def load(cache: SinkWindowCache, path: str | os.PathLike[str], model: PreTrained
         )
     devices = {}
     for module in text_model(model).modules():
-        index, weight = getattr(module, "layer_idx", None), next(module.parameters(), None)
-        if isinstance(index, int) and weight is not None:
-            devices[index] = weight.device
+        index, device = getattr(module, "layer_idx", None), device_of(module)
+        if isinstance(index, int) and device is not None:
+            devices[index] = device
     for index, (layer, state) in enumerate(zip(fresh.layers, header["layers"], strict=True)):
         held = {
-            name.partition(".")[2]: tensor.to(devices.get(index, model.device))
+            name.partition(".")[2]: tensor.to(devices.get(index, device_of(model)))
             for name, tensor in tensors.items()
             if name.startswith(f"{index}.")
         }
@@ -104,7 +105,8 @@ def load(cache: SinkWindowCache, path: str | os.PathLike[str], model: PreTrained
             _fill(layer, state, held)
         except (KeyError, RuntimeError, TypeError) as error:
             raise ValueError(f"{path} does not fit layer {index} of this model: {error}") from error
-    fresh._first_positions, fresh._begun = tuple(header["first_positions"]), True
+    fresh._first_positions, fresh._begun = tuple(header["first_positions"]), fresh.get_seq_length() > 0
+    fresh._positions_moved = True  # perhaps, and the next caller may not know
     vars(cache).update(vars(fresh))
 
 

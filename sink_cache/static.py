@@ -41,6 +41,8 @@ class DevicePositions:
         self._turns: dict[tuple[Rotation, torch.device], Turn] = {}
         # Known on the host only while a call with several tokens goes through the layers.
         self.host: int | None = None
+        # Such a call has overwritten something in some layers and has not yet been through all of them.
+        self.unfinished = False
 
     def counter(self, device: torch.device) -> torch.Tensor:
         """`[1]`, int64."""
@@ -100,9 +102,9 @@ class StaticSinkWindowLayer(SinkWindowLayer):
 
     @position.setter
     def position(self, position: int) -> None:
-        if self.is_initialized:
-            self.counter.fill_(position)
-        self._at_most, self.positions.host = position, None
+        for counter in self.positions.counters.values():  # of devices that were left, too: they may be come back to
+            counter.fill_(position)
+        self._at_most, self.positions.host, self.positions.unfinished = position, None, False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates the slots; shapes, dtype and device are those of the first `key_states` and `value_states`."""
@@ -123,15 +125,16 @@ class StaticSinkWindowLayer(SinkWindowLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As in the base class; for one token, all `capacity` keys and values."""
-        if key_states.shape[2] > 1 or not self.is_initialized or key_states.requires_grad:
+        if key_states.shape[2] > 1 or not self.is_initialized or key_states.requires_grad or value_states.requires_grad:
             self._check(key_states, value_states)
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             self._at_most += key_states.shape[2]
             self.sinks_complete = self.position + key_states.shape[2] >= self.n_sink
+            self.positions.unfinished = True
             attended = self._update_several(key_states, value_states)
             if self.is_last:
-                self.positions.host = None
+                self.positions.host, self.positions.unfinished = None, False
             return attended
         if (key_states.shape[:2], key_states.dtype) != (self.keys.shape[:2], self.keys.dtype):
             self._check(key_states, value_states)  # all of that is free to change after a reset

@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .cache import SinkWindowCache
-from .discovery import text_model
+from .discovery import device_of, text_model
 from .twin import CannotStream, PositionScheme, bounded_layers
 
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -49,6 +49,7 @@ def verify(
         raise ValueError(
             f"verify needs tokens > n_sink + window = {n_sink + window} to see an eviction, but tokens is {tokens}"
         )
+    model = getattr(model, "_orig_mod", model)  # of a compiled model, the model: it also says what its forward takes
     limit = _TOLERANCE.get(model.dtype, 1e-1) if tolerance is None else tolerance
     training = model.training
     model.eval()
@@ -86,7 +87,7 @@ def streaming_error(
     if scheme is not None:
         cache.prepare(config, scheme)
     generator = torch.Generator("cpu").manual_seed(0)
-    input_ids = torch.randint(config.vocab_size, (1, tokens), generator=generator, device="cpu").to(model.device)
+    input_ids = torch.randint(config.vocab_size, (1, tokens), generator=generator, device="cpu").to(device_of(model))
     reference = _reference(model, input_ids, n_sink, window)
     masked &= "attention_mask" in inspect.signature(type(model).forward).parameters
     worst = 0.0

@@ -29,8 +29,8 @@ PARTNERS = [(2, 3, 0, 1, 4, 5), (1, 0, 3, 2, 4, 5), (0, 1, 2, 3, 4, 5)]  # half-
 FREQUENCIES = [(-1.0, -0.1, 1.0, 0.1, 0.0, 0.0), (0.7, -0.7, -0.03, 0.03, 0.0, 0.0), (0.0,) * 6]
 LAYERS = [0, 0, 1, 2]  # which of these each layer has; alike layers share storage, and the last joins one of them
 CONFIG = LlamaConfig(
-    vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=len(LAYERS), num_attention_heads=2, max_position_embeddings=4096,
-    attn_implementation="eager",
+    vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=len(LAYERS), num_attention_heads=2,
+    max_position_embeddings=4096, attn_implementation="eager",
 )  # fmt: skip
 SCHEME = PositionScheme(
     {layer: Rotation(PARTNERS[kind], FREQUENCIES[kind]) for layer, kind in enumerate(LAYERS)}, None, None, {}
@@ -47,7 +47,7 @@ COMMON = {
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.filter_too_much],
 }
 PROFILES = {
-    "default": settings(max_examples=60, stateful_step_count=30, derandomize=True, **COMMON),
+    "default": settings(max_examples=45, stateful_step_count=30, derandomize=True, **COMMON),
     "long": settings(max_examples=600, stateful_step_count=40, **COMMON),
 }
 STEPS: Counter[str] = Counter()

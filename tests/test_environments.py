@@ -1,0 +1,327 @@
+"""Where models live: half precision, compiled, offloaded, with an adapter, in a pipeline. It works, or it is refused with the reason.
+
+Wherever nothing but the place differs, the judge is the oracle, on a plain model of the same weights. (Two GPUs: `two_gpus.py`.)
+"""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, pipeline
+
+from sink_cache import SinkWindowCache, stream, verify
+
+from .families import VOCAB, tiny_model
+from .oracle import relative_error, streamed_logits
+from .test_exact import TOLERANCE, one_by_one, tokens
+
+N_SINK, WINDOW = 3, 9
+PLAIN: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+BOTH_KINDS = pytest.mark.parametrize("compileable", [False, True])
+
+
+def streams_exactly(model: Any, reference: PreTrainedModel, compileable: bool) -> bool:
+    """Whether `generate()` gives what the oracle gives on the reference: 12 tokens fit, 31 are there in the end."""
+    cache = SinkWindowCache(N_SINK, WINDOW, compileable=compileable)
+    options = PLAIN | {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 25}
+    out = model.generate(input_ids=tokens(6), past_key_values=cache, **options)
+    expected = streamed_logits(reference, out.sequences, N_SINK, WINDOW)[:, 5:-1]
+    return relative_error(torch.stack(out.logits, dim=1), expected) <= TOLERANCE
+
+
+def goes_on_from_a_file(model: Any, reference: PreTrainedModel, compileable: bool, path: Path) -> bool:
+    """Whether a cache that was saved and read back streams as the oracle does."""
+    input_ids = tokens(30)
+    cache, resumed = (SinkWindowCache(N_SINK, WINDOW, compileable=compileable) for _ in range(2))
+    one_by_one(model, input_ids[:, :20], cache)
+    cache.save(path)
+    resumed.load(path, model)
+    expected = streamed_logits(reference, input_ids, N_SINK, WINDOW)[:, 20:]
+    return relative_error(one_by_one(model, input_ids[:, 20:], resumed), expected) <= TOLERANCE
+
+
+def streams_in_chunks(model: Any, reference: PreTrainedModel) -> bool:
+    input_ids = tokens(30)
+    logits = torch.cat(list(stream(model, input_ids, SinkWindowCache(N_SINK, WINDOW), chunk_size=7)), dim=1)
+    return relative_error(logits, streamed_logits(reference, input_ids, N_SINK, WINDOW)) <= TOLERANCE
+
+
+# --- half precision ---
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_loses_no_more_than_the_model_does(dtype: torch.dtype, compileable: bool) -> None:
+    # Angles or sinks that are rounded more often than the model rounds its own keys.
+    half = tiny_model("llama").to(dtype)  # its inv_freq too
+    exact, input_ids = copy.deepcopy(half).float(), tokens(60)
+    expected = streamed_logits(exact, input_ids, N_SINK, WINDOW)
+    cache = SinkWindowCache(N_SINK, WINDOW, compileable=compileable)
+    error = relative_error(one_by_one(half, input_ids, cache).float(), expected)
+    of_the_model = relative_error(streamed_logits(half, input_ids, N_SINK, WINDOW).float(), expected)
+    assert error <= 1.5 * of_the_model
+    assert verify(half) < 0.1
+
+
+# --- compiled ---
+
+
+def compiled_forward(model: PreTrainedModel) -> Any:
+    model.forward = torch.compile(model.forward, backend="aot_eager")
+    return model
+
+
+def compiled_module(model: PreTrainedModel) -> Any:
+    return torch.compile(model, backend="aot_eager")
+
+
+def compiled_in_place(model: PreTrainedModel) -> Any:
+    model.compile(backend="aot_eager")
+    return model
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize("compiled", [compiled_forward, compiled_module, compiled_in_place])
+def test_compiled_models(
+    llama: PreTrainedModel, compiled: Callable[[PreTrainedModel], Any], compileable: bool, tmp_path: Path
+) -> None:
+    torch._dynamo.reset()
+    model = compiled(tiny_model("llama"))
+    assert streams_exactly(model, llama, compileable)
+    assert goes_on_from_a_file(model, llama, compileable, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("compiled", [compiled_forward, compiled_module])
+def test_each_query_has_its_own_sinks_in_compiled_models(
+    llama: PreTrainedModel, compiled: Callable[[PreTrainedModel], Any]
+) -> None:
+    # The compiler sees the offset that knows the mask as a plain integer.
+    torch._dynamo.reset()
+    model = compiled(tiny_model("llama"))
+    assert streams_in_chunks(model, llama)
+    assert verify(model) < 1e-4
+    lookup = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1, "max_new_tokens": 30}
+    cache = SinkWindowCache(N_SINK, WINDOW)
+    out = model.generate(tokens(6, seed=3), past_key_values=cache, **lookup, **PLAIN)
+    greedy = streamed_logits(llama, out, N_SINK, WINDOW)[:, 5:-1].argmax(-1)
+    assert torch.equal(out[:, 6:], greedy)
+
+
+# --- without gradients ---
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize("made_in, used_in", [("inference", "no_grad"), ("no_grad", "inference")])
+def test_inference_mode_and_no_grad(
+    llama: PreTrainedModel, made_in: str, used_in: str, compileable: bool, tmp_path: Path
+) -> None:
+    # Tensors that were made in inference mode cannot be written to outside of it; all that replaces tensors is done there.
+    modes = {"inference": torch.inference_mode, "no_grad": torch.no_grad}
+    input_ids, path = tokens(60, 2), tmp_path / "cache"
+    expected = streamed_logits(llama, input_ids, N_SINK, WINDOW)
+    cache, resumed = (SinkWindowCache(N_SINK, WINDOW, compileable=compileable) for _ in range(2))
+    with modes[made_in]():
+        llama(input_ids[:, :10], past_key_values=cache)
+        llama(input_ids[:, 10:11], past_key_values=cache)
+        cache.batch_select_indices(torch.tensor([1, 0]))
+        cache.save(path)
+        resumed.load(path, llama)
+        copied = copy.deepcopy(cache)
+    for one in (cache, resumed, copied):
+        with modes[used_in]():
+            first = [llama(input_ids[[1, 0], t : t + 1], past_key_values=one).logits for t in range(11, 40)]
+            assert one.rebase() > 0
+            llama.eval()
+            for t in range(40, 50):
+                positions = one.next_position_ids().expand(2, -1)
+                first.append(llama(input_ids[[1, 0], t : t + 1], position_ids=positions, past_key_values=one).logits)
+            one.reset()
+            one.prepare_for(llama)
+        assert relative_error(torch.cat(first, dim=1)[[1, 0]][:, 1:], expected[:, 12:50]) <= TOLERANCE
+        assert one.get_seq_length() == 0
+
+
+def test_recorded_tokens_come_back_in_another_mode(llama: PreTrainedModel) -> None:
+    input_ids, cache = tokens(40), SinkWindowCache(N_SINK, WINDOW)
+    with torch.inference_mode():
+        llama(input_ids[:, :5], past_key_values=cache)
+        one_by_one(llama, input_ids[:, 5:20], cache)
+        cache.activate_past_recording()
+        llama(tokens(4, seed=1), past_key_values=cache)
+    with torch.no_grad():
+        cache.crop(-4)
+        logits = one_by_one(llama, input_ids[:, 20:], cache)
+    expected = streamed_logits(llama, input_ids, N_SINK, WINDOW)[:, 20:]
+    assert relative_error(logits, expected) <= TOLERANCE
+
+
+# --- in a pipeline ---
+
+
+@pytest.fixture
+def pipe(llama: PreTrainedModel) -> Any:
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", padding_side="left")
+    return pipeline("text-generation", model=llama, tokenizer=tokenizer, device="cpu")
+
+
+def said(pipe: Any, texts: Any, cache: SinkWindowCache, **more: Any) -> Any:
+    options = {"do_sample": False, "max_new_tokens": 25, "eos_token_id": None, "return_full_text": False}
+    return pipe(texts, past_key_values=cache, **options, **more)
+
+
+def words(length: int, seed: int) -> str:
+    return " ".join(f"w{token}" for token in tokens(length, seed=seed)[0].tolist())
+
+
+@BOTH_KINDS
+def test_pipeline(llama: PreTrainedModel, pipe: Any, compileable: bool) -> None:
+    cache = SinkWindowCache(N_SINK, WINDOW, compileable=compileable)
+    (answer,) = said(pipe, words(6, seed=1), cache)
+    text = pipe.tokenizer(f"{words(6, seed=1)} {answer['generated_text']}", return_tensors="pt").input_ids
+    assert text.shape == (1, 31)
+    assert torch.equal(streamed_logits(llama, text, N_SINK, WINDOW)[:, 5:-1].argmax(-1), text[:, 6:])
+    assert cache.get_seq_length() == 30
+
+
+def test_pipeline_with_a_batch(pipe: Any) -> None:
+    texts = [words(9, seed=1), words(2, seed=2)]
+    together = said(pipe, texts, SinkWindowCache(N_SINK, WINDOW), batch_size=2)
+    assert together == [said(pipe, text, SinkWindowCache(N_SINK, WINDOW)) for text in texts]
+
+
+def test_a_pipeline_that_hands_one_cache_from_text_to_text(pipe: Any) -> None:
+    # Without batch_size it feeds them one after the other, and the second would go on where the first ended.
+    with pytest.raises(ValueError, match=r"has seen 33 tokens.*no token.*reset\(\)"):
+        said(pipe, [words(9, seed=1), words(2, seed=2)], SinkWindowCache(N_SINK, WINDOW))
+
+
+# --- with an adapter ---
+
+
+@pytest.fixture
+def adapted() -> tuple[Any, PreTrainedModel]:
+    """A model with LoRA matrices beside all that makes queries, keys and values, and one that has them merged."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(tiny_model("llama"), config).eval()
+    return model, copy.deepcopy(model).merge_and_unload()
+
+
+@BOTH_KINDS
+def test_lora(adapted: tuple[Any, PreTrainedModel], compileable: bool, tmp_path: Path) -> None:
+    # The caller is no transformers model, and one lies within.
+    model, merged = adapted
+    assert streams_exactly(model, merged, compileable)
+    assert goes_on_from_a_file(model, merged, compileable, tmp_path / "cache")
+
+
+def test_lora_streams_and_verifies(adapted: tuple[Any, PreTrainedModel], llama: PreTrainedModel) -> None:
+    model, merged = adapted
+    assert streams_in_chunks(model, merged)
+    assert verify(model) < 1e-4
+    with model.disable_adapter():
+        assert streams_exactly(model, llama, compileable=False)
+
+
+# --- weights elsewhere ---
+
+
+def cpu_offloaded(model: PreTrainedModel, _: Path) -> Any:
+    return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def disk_offloaded(model: PreTrainedModel, folder: Path) -> Any:
+    return accelerate.disk_offload(model, folder / "weights", execution_device=torch.device("cpu"))
+
+
+def spread_by_device_map(model: PreTrainedModel, folder: Path) -> Any:
+    """As `device_map="auto"` does when memory is short."""
+    model.save_pretrained(folder / "model")
+    parts = ("embed_tokens", "layers.0", "layers.1", "layers.2", "norm", "rotary_emb")
+    device_map = {f"model.{part}": "disk" if part in ("layers.0", "layers.2") else "cpu" for part in parts}
+    return LlamaForCausalLM.from_pretrained(
+        folder / "model", device_map={**device_map, "lm_head": "disk"}, offload_folder=folder / "weights"
+    )
+
+
+OFFLOADED = pytest.mark.parametrize("offloaded", [cpu_offloaded, disk_offloaded, spread_by_device_map])
+
+
+@BOTH_KINDS
+@OFFLOADED
+def test_offloaded_weights(
+    llama: PreTrainedModel, offloaded: Callable[[PreTrainedModel, Path], Any], compileable: bool, tmp_path: Path
+) -> None:
+    # Such weights are on the device "meta", where states would be lost.
+    model = offloaded(tiny_model("llama"), tmp_path)
+    assert any(weight.is_meta for weight in model.parameters())
+    assert streams_exactly(model, llama, compileable)
+    assert goes_on_from_a_file(model, llama, compileable, tmp_path / "cache")
+
+
+@OFFLOADED
+def test_offloaded_weights_stream_and_verify(
+    llama: PreTrainedModel, offloaded: Callable[[PreTrainedModel, Path], Any], tmp_path: Path
+) -> None:
+    model = offloaded(tiny_model("llama"), tmp_path)
+    assert streams_in_chunks(model, llama)
+    assert verify(model) < 1e-4
+
+
+def test_offloaded_frequencies_are_refused() -> None:
+    # What the config says need not be what the model has: here it is silently 0.9 too small in the config's eyes.
+    model = tiny_model("llama")
+    rotary = model.model.rotary_emb
+    rotary.register_buffer("inv_freq", 0.9 * rotary.inv_freq, persistent=True)
+    model = accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+    with pytest.raises(NotImplementedError, match=r"buffer rotary_emb\.inv_freq is offloaded.*offload_buffers=False"):
+        one_by_one(model, tokens(3), SinkWindowCache(N_SINK, WINDOW))
+
+
+# --- on two devices ---
+
+
+@torch.no_grad()
+def test_layers_on_two_devices(llama: PreTrainedModel) -> None:
+    # "meta" stands for the second: whatever mixes it with the first fails. (Compileable caches read their position from the
+    # device, so that only two_gpus.py can tell.)
+    spread, plain = SinkWindowCache(N_SINK, WINDOW), SinkWindowCache(N_SINK, WINDOW)
+    devices = ["cpu", "meta", "cpu"]
+    for cache in (spread, plain):
+        cache.prepare_for(llama)
+
+    def feed(lengths: tuple[int, ...]) -> None:
+        for length in lengths:
+            keys, values = torch.randn(2, 2, 2, length, 16).unbind()
+            for layer, device in enumerate(devices):
+                assert spread.get_mask_sizes(length, layer) == plain.get_mask_sizes(length, layer)
+                expected = plain.update(keys, values, layer)
+                attended = spread.update(keys.to(device), values.to(device), layer)
+                for one, other in zip(attended, expected, strict=True):
+                    assert one.shape == other.shape
+                    assert one.device.type == device
+                    assert device == "meta" or torch.equal(one, other)
+
+    feed((4, *[1] * 12, 3, *[1] * 20))
+    for cache in (spread, plain):
+        assert cache.rebase() > 0
+        cache.reorder_cache(torch.tensor([1, 0]))
+    feed((2, *[1] * 5))
+    for cache in (spread, plain):
+        cache.activate_past_recording()
+    feed((4,))
+    for cache in (spread, plain):
+        cache.crop(-2)
+    feed((1, 1))
+    assert [layer.keys.device.type for layer in spread.layers] == devices
+    assert spread.nbytes == plain.nbytes
