@@ -258,9 +258,9 @@ class SinkWindowCache(Cache):
         layer = self._layers[self._first]
         seen = layer.get_seq_length()
         self._refuse_interrupted(new_tokens)
-        if seen > max((0, *layer.pads)) and new_tokens == 1:
-            if not self.compileable and not self._is_time_to_look_at_positions():
-                return  # with compileable, `update` has looked at the time
+        is_step = seen > max((0, *layer.pads)) and new_tokens == 1
+        if is_step and not self.compileable and not self._is_time_to_look_at_positions():  # else `update` has asked
+            return
         self._note_padding(calling_tensor("attention_mask", {2}))
         if seen == 0:
             config = generate_call().get("generation_config") if self._looks else None  # a twin is not what it calls
@@ -306,7 +306,8 @@ class SinkWindowCache(Cache):
         seen = first.get_seq_length()
         unfinished = isinstance(first, StaticSinkWindowLayer) and first.positions.unfinished
         for index in self._ends:
-            if unfinished or self._layers[index].get_seq_length() != (seen + new_tokens if index < self._first else seen):
+            expected = seen + new_tokens if index < self._first else seen
+            if unfinished or self._layers[index].get_seq_length() != expected:
                 raise ValueError(
                     "the layers of this cache have seen different numbers of tokens: a forward was interrupted. "
                     "Call reset()."

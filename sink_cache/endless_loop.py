@@ -257,7 +257,7 @@ class _Step:
         text = text_model(model)
         self.config = text.config
         self.needs_masks = not cache.compileable or text.config._attn_implementation != "sdpa"
-        self.needs_masks |= not text._can_set_attn_implementation()  # type: ignore[operator]
+        self.needs_masks |= not text._can_set_attn_implementation()
         if not self.needs_masks:
             AttentionInterface.register(_MASKLESS, sdpa_attention_forward)
         self.tokens = torch.empty_like(positions)

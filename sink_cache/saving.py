@@ -72,6 +72,7 @@ def _state_of(layer: Any, index: int) -> tuple[dict[str, Any], dict[str, torch.T
     )
 
 
+@torch.inference_mode(False)  # tensors that are made in it could not be written to outside of it
 def load(cache: SinkWindowCache, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
     """See `SinkWindowCache.load`."""
     header, tensors = _read(Path(path))

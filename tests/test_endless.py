@@ -188,6 +188,40 @@ def test_the_model_is_left_as_it_was(model: PreTrainedModel) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_who_calls_the_model_between_steps_has_its_masks(model: PreTrainedModel) -> None:
+    input_ids, mask, logits = tokens(6, 2), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6]), []
+
+    class Judges(StoppingCriteria):
+        def __call__(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            logits.append(model(input_ids, attention_mask=mask).logits[:, -1])
+            return torch.tensor([len(logits) > 12] * len(ids))
+
+    go_on(model, tokens(5), SinkWindowCache(2, 6, compileable=True), stopping_criteria=[Judges()])
+    assert all(torch.equal(one, logits[0]) for one in logits)
+
+
+@pytest.mark.parametrize("compileable", [False, True])
+def test_generate_after_a_rebase_is_refused(
+    model: PreTrainedModel, compileable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sink_cache.endless_loop._REBASE_EVERY", 8)
+    cache = SinkWindowCache(3, 5, compileable=compileable)
+    text = go_on(model, tokens(5), cache, max_new_tokens=40, keep_tokens=99)
+    with pytest.raises(NotImplementedError, match="use next_position_ids"):
+        go_on(model, text, cache, max_new_tokens=3, custom_generate=None)
+
+
+@pytest.mark.parametrize("compileable", [False, True])
+def test_a_table_of_positions_does_not_end_the_text(compileable: bool) -> None:
+    model = tiny_model("gptj", n_positions=520)
+    model.generation_config.eos_token_id = None
+    cache = SinkWindowCache(4, 100, compileable=compileable)
+    go_on(model, tokens(5), cache, max_new_tokens=700)
+    assert cache.get_seq_length() == 704
+    with pytest.raises(ValueError, match="Choose a smaller window"):
+        go_on(model, tokens(5), SinkWindowCache(4, 260, compileable=compileable), max_new_tokens=3)
+
+
 @pytest.mark.parametrize(
     "cache, more, error, message",
     [
@@ -201,11 +235,13 @@ def test_the_model_is_left_as_it_was(model: PreTrainedModel) -> None:
             "output_scores is not possible",
         ),
         (lambda: SinkWindowCache(2, 9), {"keep_tokens": 0}, ValueError, "keep_tokens must be"),
+        (lambda: SinkWindowCache(2, 6), {"min_new_tokens": 6}, ValueError, "up to 11, and endless keeps only the last 8"),
+        (lambda: SinkWindowCache(2, 3), {"begin_suppress_tokens": [9]}, ValueError, "Pass keep_tokens=6"),
     ],
 )
 def test_bad_input(model: PreTrainedModel, cache: Any, more: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        go_on(model, tokens(5), cache(), max_new_tokens=3, **more)
+        go_on(model, tokens(5), cache(), **{"max_new_tokens": 9, **more})
 
 
 def test_rebase_by_hand(model: PreTrainedModel) -> None:

@@ -314,6 +314,66 @@ def test_compiled_models(llama: PreTrainedModel) -> None:
             assert cache.get_seq_length() == 0
 
 
+@pytest.mark.parametrize("compileable", [False, True])
+def test_positions_after_rebase_are_looked_at_at_every_step(llama: PreTrainedModel, compileable: bool) -> None:
+    # Not only at the first one: generate() after a loop that passed the right ones.
+    cache = SinkWindowCache(4, 8, compileable=compileable)
+    one_by_one(llama, tokens(40), cache)
+    with torch.no_grad():
+        assert cache.rebase()
+        for one in (cache, copy.deepcopy(cache)):
+            with pytest.raises(NotImplementedError, match=re.escape("after rebase(), use next_position_ids()")):
+                llama(tokens(1), past_key_values=one)
+        llama(tokens(1), position_ids=cache.next_position_ids(), past_key_values=cache)
+        with pytest.raises(NotImplementedError, match=re.escape("after rebase(), use next_position_ids()")):
+            llama.generate(tokens(42), past_key_values=cache, max_new_tokens=3)
+    assert cache.get_seq_length() == 41
+
+
+def test_rows_that_were_padded_do_not_stream(llama: PreTrainedModel) -> None:
+    # Full rows need no attention_mask any more, but they evict at different times.
+    cache, mask = SinkWindowCache(3, 5), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        llama(tokens(20, 2), attention_mask=mask, past_key_values=cache)
+        with pytest.raises(NotImplementedError, match="do not support padded batches"):
+            next(stream(llama, tokens(5, 2), cache))
+    assert cache.get_seq_length() == 20
+
+
+def test_what_came_while_nobody_recorded_is_not_taken_back(llama: PreTrainedModel) -> None:
+    cache = SinkWindowCache(3, 5)
+    one_by_one(llama, tokens(20), cache)
+    cache.activate_past_recording()
+    one_by_one(llama, tokens(2), cache)
+    for layer in cache.layers:
+        layer.record_past = False  # as transformers does at the end of generate()
+    one_by_one(llama, tokens(3), cache)
+    with pytest.raises(ValueError, match="cannot bring back tokens that were evicted meanwhile"):
+        cache.crop(-2)
+    for layer in cache.layers:
+        layer.record_past = True
+    one_by_one(llama, tokens(1), cache)
+    with pytest.raises(ValueError, match="cannot bring back tokens that were evicted meanwhile"):
+        cache.crop(-2)
+    cache.crop(-1)
+    assert cache.get_seq_length() == 25
+
+
+@pytest.mark.parametrize("compileable", [False, True])
+def test_another_sliding_window_after_reset(compileable: bool) -> None:
+    # The same rotations, and layers that keep too little for it.
+    cache = SinkWindowCache(3, 5, compileable=compileable)
+    one_by_one(tiny_model("gemma3_text", sliding_window=4), tokens(20), cache)
+    cache.reset()
+    model = tiny_model("gemma3_text", sliding_window=8)
+    if compileable:
+        assert relative_error(one_by_one(model, tokens(30), cache), streamed_logits(model, tokens(30), 3, 5)) <= 1e-5
+    else:
+        with pytest.raises(ValueError, match="Make a new SinkWindowCache for each model"):
+            one_by_one(model, tokens(30), cache)
+
+
 @pytest.mark.parametrize("model_type", ["llama", "smollm3", "gemma3_text", "cohere2"])
 @pytest.mark.parametrize("seen, new", [(0, 9), (20, 1), (20, 5)])
 def test_an_interrupted_forward_is_noticed(model_type: str, seen: int, new: int) -> None:

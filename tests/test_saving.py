@@ -58,6 +58,19 @@ def test_padding_and_rebases_are_in_the_file(tmp_path: Path, llama: PreTrainedMo
         assert resumed.get_seq_length() == cache.get_seq_length()
 
 
+@pytest.mark.parametrize("compileable", [False, True])
+def test_positions_of_a_rebased_file_are_looked_at(tmp_path: Path, llama: PreTrainedModel, compileable: bool) -> None:
+    # Who loads a file may not know that it was rebased, and models count all tokens.
+    cache = SinkWindowCache(3, 5, compileable=compileable)
+    one_by_one(llama, tokens(40), cache)
+    with torch.no_grad():
+        assert cache.rebase()
+    cache.save(tmp_path / "cache")
+    cache.load(tmp_path / "cache", llama)
+    with pytest.raises(NotImplementedError, match="use next_position_ids"):
+        one_by_one(llama, tokens(1), cache)
+
+
 def test_goes_on_in_another_process(tmp_path: Path, llama: PreTrainedModel) -> None:
     # What the file does not say may still be known to this process: the rotation, memoised, or who the caller is.
     input_ids, cache = tokens(25), SinkWindowCache(3, 5)

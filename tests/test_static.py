@@ -1,6 +1,8 @@
 """Shapes that never change: one graph from the first decoded token on, and the same tokens as without it."""
 
+import copy
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,6 +146,54 @@ def test_other_shapes_after_reset(llama: PreTrainedModel) -> None:
         logits = torch.cat([first, one_by_one(llama, input_ids[:, 4:], cache)], dim=1)
         assert relative_error(logits, streamed_logits(llama, input_ids, 3, 5)) <= TOLERANCE
         cache.reset()
+
+
+@pytest.mark.parametrize("retry", [4, 1])
+def test_an_interrupted_chunk_is_noticed(llama: PreTrainedModel, tmp_path: Path, retry: int) -> None:
+    # All layers share one position, which does not say that the first of them have overwritten their windows.
+    cache = SinkWindowCache(3, 5, compileable=True)
+    one_by_one(llama, tokens(20), cache)
+    interrupt = llama.model.layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+        llama(tokens(4), past_key_values=cache)
+    interrupt.remove()
+    for one in (cache, copy.deepcopy(cache)):
+        with torch.no_grad(), pytest.raises(ValueError, match="interrupted"):
+            llama(tokens(retry), past_key_values=one)
+        with pytest.raises(ValueError, match="interrupted"):
+            one.save(tmp_path / "cache")
+    cache.reset()
+    assert relative_error(one_by_one(llama, tokens(20), cache), streamed_logits(llama, tokens(20), 3, 5)) <= TOLERANCE
+
+
+def test_values_alone_may_need_gradients(llama: PreTrainedModel) -> None:
+    # A LoRA of v_proj only: the first layer's keys do not show that a graph would be kept.
+    cache, model = SinkWindowCache(3, 5, compileable=True), copy.deepcopy(llama).requires_grad_(False)
+    one_by_one(model, tokens(20), cache)
+    model.model.layers[0].self_attn.v_proj.requires_grad_(True)
+    with pytest.raises(NotImplementedError, match="inference only"):
+        model(tokens(1), past_key_values=cache)
+    assert not any(layer.values.requires_grad for layer in cache.layers)
+
+
+def test_a_device_that_is_come_back_to_begins_at_the_first_position(llama: PreTrainedModel) -> None:
+    cache = SinkWindowCache(3, 5, compileable=True)
+    one_by_one(llama, tokens(3), cache)
+    left = cache.layers[0].positions.counter(torch.device("meta:1"))
+    left.data = torch.zeros(1, dtype=torch.int64)  # a second device, for want of one
+    one_by_one(llama, tokens(9), cache)
+    assert left.item() == 9
+    cache.reset()
+    assert left.item() == 0
+
+
+@pytest.mark.parametrize("chunk_size", [3, 7])
+def test_exact_chunks_where_full_attention_comes_first(chunk_size: int) -> None:
+    # Two masks, of which the last does not need to know of the sinks' copies.
+    model = tiny_model("gemma3_text", layer_types=["full_attention", "sliding_attention", "full_attention"])
+    cache = SinkWindowCache(2, 3, compileable=True)
+    logits = torch.cat(list(stream(model, tokens(30), cache, chunk_size=chunk_size)), dim=1)
+    assert relative_error(logits, streamed_logits(model, tokens(30), 2, 3)) <= TOLERANCE
 
 
 def test_the_last_position_is_the_last(llama: PreTrainedModel) -> None:
