@@ -132,6 +132,11 @@ def _check(
             raise ValueError(f"endless keeps nothing that grows with the text, so {name} is not possible")
     if model_kwargs.get("inputs_embeds") is not None or not input_ids.shape[1]:
         raise ValueError("endless needs input_ids with at least one token, and no inputs_embeds")
+    for name, value in model_kwargs.items():
+        if not isinstance(value, torch.Tensor) or name in ("attention_mask", "position_ids"):
+            continue
+        if not name.endswith("token_type_ids") or value.any():
+            raise ValueError(f"endless reads text only, and would not pass {name} to the model")
 
 
 def _check_what_counts_tokens(config: GenerationConfig, prompt: int, steps_left: int, keep_tokens: int) -> None:

@@ -235,13 +235,21 @@ def test_a_table_of_positions_does_not_end_the_text(compileable: bool) -> None:
             "output_scores is not possible",
         ),
         (lambda: SinkWindowCache(2, 9), {"keep_tokens": 0}, ValueError, "keep_tokens must be"),
-        (lambda: SinkWindowCache(2, 6), {"min_new_tokens": 6}, ValueError, "up to 11, and endless keeps only the last 8"),
+        (lambda: SinkWindowCache(2, 6), {"min_new_tokens": 6}, ValueError, "endless keeps only the last 8. Pass"),
         (lambda: SinkWindowCache(2, 3), {"begin_suppress_tokens": [9]}, ValueError, "Pass keep_tokens=6"),
     ],
 )
 def test_bad_input(model: PreTrainedModel, cache: Any, more: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         go_on(model, tokens(5), cache(), **{"max_new_tokens": 9, **more})
+
+
+def test_inputs_other_than_text_are_not_dropped(model: PreTrainedModel) -> None:
+    cache = SinkWindowCache(2, 9)
+    with pytest.raises(ValueError, match="pixel_values"):
+        endless(
+            model, tokens(5), None, None, model.generation_config, past_key_values=cache, pixel_values=torch.ones(1)
+        )
 
 
 def test_rebase_by_hand(model: PreTrainedModel) -> None:

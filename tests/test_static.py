@@ -179,8 +179,8 @@ def test_values_alone_may_need_gradients(llama: PreTrainedModel) -> None:
 def test_a_device_that_is_come_back_to_begins_at_the_first_position(llama: PreTrainedModel) -> None:
     cache = SinkWindowCache(3, 5, compileable=True)
     one_by_one(llama, tokens(3), cache)
-    left = cache.layers[0].positions.counter(torch.device("meta:1"))
-    left.data = torch.zeros(1, dtype=torch.int64)  # a second device, for want of one
+    left = torch.zeros(1, dtype=torch.int64)
+    cache.layers[0].positions.counters[torch.device("cuda:1")] = left  # for want of a second device
     one_by_one(llama, tokens(9), cache)
     assert left.item() == 9
     cache.reset()
