@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,15 +45,13 @@ def save(cache: SinkWindowCache, path: str | os.PathLike[str]) -> None:
         "first_positions": cache._first_positions,
         "layers": layers,
     }
-    path = Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as temporary:
-        pass
+    # Under its name only when it is whole.
+    unfinished = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary.name, metadata={_FORMAT: json.dumps(header)})
-        os.replace(temporary.name, path)
-    except BaseException:
-        os.unlink(temporary.name)
-        raise
+        save_file(tensors, unfinished, metadata={_FORMAT: json.dumps(header)})
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _state_of(layer: Any, index: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -1,10 +1,31 @@
+import re
+
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from .families import tiny_model
 
 torch.set_num_threads(1)  # the models are tiny, and pytest-xdist runs one process for each core
+
+
+# Why setup.cfg asks for 5.18: what transformers itself gets wrong before, by the tests that show it.
+WRONG_BEFORE_5_18 = {
+    r"test_exact_or_refused\[moshi\]": "Moshi makes no mask without attention_mask, and attends to empty slots",
+    r"test_layers_forget_at_reset|test_rows_of_unusual_layers\[zaya\]": "sliding layers keep zeros at reset()",
+    r"test_recording_layers_take_back|test_cropped_tokens_were_never_fed\[.*gemma3_text.*\]"
+    r"|test_until_full_every_mode_gives_what_dynamic_cache_gives\[gemma3_text\]": "recording sliding layers outgrow their masks",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 18):
+        return
+    for item in items:
+        for tests, reason in WRONG_BEFORE_5_18.items():
+            if re.fullmatch(tests, item.name):
+                item.add_marker(pytest.mark.xfail(reason=f"transformers before 5.18: {reason}"))
 
 
 @pytest.fixture(scope="session")

@@ -116,34 +116,24 @@ def difference(expected: Results, results: Results) -> tuple[str, bool]:
 
 def exchange(whole: PreTrainedModel, spread: PreTrainedModel, path: Path) -> tuple[str, bool]:
     """A cache of each kind goes from one GPU to two in a file, and from two to one, and on as if it had not."""
-    outcomes = []
     for compileable in (False, True):
+        expected = one_by_one(whole, text(150), SinkWindowCache(N_SINK, WINDOW, compileable=compileable))[100:]
         for giver, taker in ((whole, spread), (spread, whole)):
-
-            def stay(model: PreTrainedModel, compileable: bool = compileable) -> Results:
-                return one_by_one(model, text(150), SinkWindowCache(N_SINK, WINDOW, compileable=compileable))[100:]
-
-            def go(
-                _: PreTrainedModel,
-                compileable: bool = compileable,
-                giver: PreTrainedModel = giver,
-                taker: PreTrainedModel = taker,
-            ) -> Results:
-                given, taken = (SinkWindowCache(N_SINK, WINDOW, compileable=compileable) for _ in range(2))
+            given, taken = (SinkWindowCache(N_SINK, WINDOW, compileable=compileable) for _ in range(2))
+            try:
                 one_by_one(giver, text(150)[:, :100], given)
                 given.save(path)
                 taken.load(path, taker)
-                held = [layer.keys.device for layer in taken.layers if hasattr(layer, "keys")]
+                held = [layer.keys.device for layer in taken.layers]
                 if held != devices_of_layers(taker):
                     raise AssertionError(f"loaded onto {held}")
-                return one_by_one(taker, text(150)[:, 100:], taken)
-
-            try:
-                outcomes.append(difference(stay(whole), go(whole)))
+                now, is_right = difference(expected, one_by_one(taker, text(150)[:, 100:], taken))
             except Exception as failure:
                 traceback.print_exc()
-                outcomes.append((type(failure).__name__, False))
-    return next((outcome for outcome in outcomes if not outcome[1]), outcomes[0])
+                now, is_right = type(failure).__name__, False
+            if not is_right:
+                return f"{now} ({compileable=})", False
+    return now, True
 
 
 def text(length: int, batch_size: int = 1) -> torch.Tensor:
