@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, pipeline
 
-from sink_cache import SinkWindowCache, stream, verify
+from sink_cache import SinkWindowCache, endless, stream, verify
 
 from .families import VOCAB, tiny_model
 from .oracle import relative_error, streamed_logits
@@ -43,6 +43,14 @@ def goes_on_from_a_file(model: Any, reference: PreTrainedModel, compileable: boo
     resumed.load(path, model)
     expected = streamed_logits(reference, input_ids, N_SINK, WINDOW)[:, 20:]
     return relative_error(one_by_one(model, input_ids[:, 20:], resumed), expected) <= TOLERANCE
+
+
+def goes_on_for_ever(model: Any, reference: PreTrainedModel, compileable: bool) -> bool:
+    """Whether `endless` gives the text of `generate()`."""
+    options = PLAIN | {"input_ids": tokens(6), "max_new_tokens": 40}
+    cache = SinkWindowCache(N_SINK, WINDOW, compileable=compileable)
+    text = model.generate(past_key_values=cache, custom_generate=endless, keep_tokens=100, **options)
+    return torch.equal(text, reference.generate(past_key_values=SinkWindowCache(N_SINK, WINDOW), **options))
 
 
 def streams_in_chunks(model: Any, reference: PreTrainedModel) -> bool:
@@ -219,6 +227,7 @@ def test_lora(adapted: tuple[Any, PreTrainedModel], compileable: bool, tmp_path:
     model, merged = adapted
     assert streams_exactly(model, merged, compileable)
     assert goes_on_from_a_file(model, merged, compileable, tmp_path / "cache")
+    assert goes_on_for_ever(model, merged, compileable)
 
 
 def test_lora_streams_and_verifies(adapted: tuple[Any, PreTrainedModel], llama: PreTrainedModel) -> None:
@@ -263,6 +272,7 @@ def test_offloaded_weights(
     assert any(weight.is_meta for weight in model.parameters())
     assert streams_exactly(model, llama, compileable)
     assert goes_on_from_a_file(model, llama, compileable, tmp_path / "cache")
+    assert goes_on_for_ever(model, llama, compileable)
 
 
 @OFFLOADED
