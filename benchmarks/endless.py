@@ -1,9 +1,8 @@
-"""Whole calls of `generate()`: compiled static shapes, the endless loop, and a run of a million tokens.
+"""Whole calls of `generate()`: compiled static shapes and the endless loop. (For very long ones see `benchmarks.longrun`.)
 
-    python -m benchmarks.endless --random-weights pythia-70m pythia-410m       # calls, compared
-    python -m benchmarks.endless --random-weights llama-tiny --tokens 1000000  # one long run: time and memory
+    python -m benchmarks.endless --random-weights pythia-70m pythia-410m
 
-Calls. All arms go through `model.generate()`, which compiles by itself on CUDA (and nothing on the CPU), take turns in `--rounds`
+All arms go through `model.generate()`, which compiles by itself on CUDA (and nothing on the CPU), take turns in `--rounds`
 rounds, greedy and without an end-of-text token. Arms:
 
     dense      DynamicCache after a prompt of the first of `--contexts`
@@ -15,16 +14,12 @@ rounds, greedy and without an end-of-text token. Arms:
 `call_ms` is the time of a whole call of `--call-tokens` without a streamer, prompt included, per new token. The prompt of
 `static` is as long as its capacity allows.
 
-Long run (`--tokens`). One call of the endless loop; every ten thousandth of it the time per token, the memory that tensors
-take on the device, and the resident memory of this process are noted, and their slopes fitted, the first tenth left out.
-
 Results: tables here, and a JSON file for each model and kind in `--output` (header: `benchmarks.harness`), with `rows`.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,11 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]
 import torch
 import transformers
 from tabulate import tabulate
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from sink_cache import SinkWindowCache, endless
@@ -44,7 +38,6 @@ from sink_cache import SinkWindowCache, endless
 from . import harness, models, plots
 
 WARM_UP_TOKENS = 16
-SAMPLES = 100
 
 
 class StepTimes(BaseStreamer):
@@ -63,63 +56,6 @@ class StepTimes(BaseStreamer):
     def step_ms(self) -> list[float]:
         """Times between tokens, without the first ones."""
         return [round(1e3 * t, 4) for t in np.diff(self.moments)[WARM_UP_TOKENS:]]
-
-
-class MemoryOverTime(LogitsProcessor):
-    """Notes time and memory a hundred times in a run; it changes no logits, and unlike a streamer makes nobody wait."""
-
-    def __init__(self, tokens: int, device: torch.device, bar: Any) -> None:
-        self.every, self.clock, self.bar = max(1, tokens // SAMPLES), harness.Clock(device), bar
-        self.count, self.rows = 0, []
-        self.started = self.clock.now()
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Count a token, and every so often note where we are."""
-        self.count += 1
-        if self.count % self.every == 0:
-            now, device = self.clock.now(), self.clock.device
-            self.rows.append(
-                {
-                    "tokens": self.count,
-                    "ms_per_token": 1e3 * (now - self.started) / self.every,
-                    "device_bytes": torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
-                    "host_bytes": psutil.Process().memory_info().rss,
-                }
-            )
-            self.started = now
-            self.bar.update(self.every)
-        return scores
-
-
-def slope(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float] | None:
-    """Fit a line to what was noted, the first tenth left out: its rise over the run, its standard error, and the mean."""
-    if any(row[name] is None for row in rows):
-        return None
-    rest = rows[len(rows) // 10 :]
-    x, y = (np.array([row[key] for row in rest], dtype=np.float64) for key in ("tokens", name))
-    (rise, _), covariance = np.polyfit(x / rows[-1]["tokens"], y, 1, cov=True)
-    return {"rise": float(rise), "standard_error": float(np.sqrt(covariance[0, 0])), "mean": float(y.mean())}
-
-
-def long_run(loaded: models.LoadedModel, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return what was noted in one endless call of `--tokens` tokens."""
-    model, capacity = loaded.model, args.capacity
-    prompt = torch.randint(1, model.config.vocab_size, (1, capacity), device=model.device)
-    cache = SinkWindowCache(args.n_sink, capacity - args.n_sink, compileable=model.device.type == "cuda")
-    with harness.progress_bar(args.tokens, loaded.name) as bar:
-        notes = MemoryOverTime(args.tokens, model.device, bar)
-        # Interrupted, it has run for as long as it has run.
-        with contextlib.suppress(KeyboardInterrupt):
-            model.generate(
-                prompt,
-                past_key_values=cache,
-                custom_generate=endless,
-                max_new_tokens=args.tokens,
-                do_sample=False,
-                logits_processor=LogitsProcessorList([notes]),
-            )
-    notes.rows[-1]["next_position"] = int(cache.next_position_ids().max())
-    return notes.rows
 
 
 def calls(loaded: models.LoadedModel, args: argparse.Namespace, keep: Callable[[Any], None]) -> list[dict[str, Any]]:
@@ -204,7 +140,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = harness.Parser(prog="python -m benchmarks.endless", description=__doc__)
     parser.add_argument("--random-weights", nargs="+", metavar="SHAPE", default=["pythia-70m"], help="(%(default)s)")
-    parser.add_argument("--tokens", type=int, help="one long run of so many tokens")
     parser.add_argument("--contexts", nargs="+", type=int, default=[4096], help="lengths of prompts (%(default)s)")
     parser.add_argument("--capacity", type=int, default=1024, help="of the cache, sinks included (%(default)s)")
     parser.add_argument("--n-sink", type=int, default=4, help="(%(default)s)")
@@ -217,13 +152,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", help=f"{', '.join(harness.DTYPES)} (bfloat16 on CUDA, else float32)")
     parser.add_argument("--output", default="build/benchmarks", help="folder for JSON files and plots (%(default)s)")
     args = parser.parse_args(argv)
-    if not args.n_sink < args.capacity - args.new_tokens - 1 and args.tokens is None:
+    if not args.n_sink < args.capacity - args.new_tokens - 1:
         parser.error(f"capacity {args.capacity} must leave room for {args.new_tokens} new tokens of a StaticCache")
     for name, least in {"rounds": 1, "call_tokens": 1, "new_tokens": WARM_UP_TOKENS + 2, "capacity": 2}.items():
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, but is {getattr(args, name)}")
-    if args.tokens is not None and args.tokens < 10 * SAMPLES:
-        parser.error(f"--tokens must be at least {10 * SAMPLES}, but is {args.tokens}")
     return args
 
 
@@ -240,37 +173,22 @@ def measure(
     """Measure a model and write its result file and plots."""
     loaded.model.generation_config.eos_token_id = None
     device, dtype = loaded.model.device, loaded.model.dtype
-    kind = "calls" if args.tokens is None else "long-run"
     dtype_name = str(dtype).removeprefix("torch.")
-    title = f"{kind.replace('-', ' ')} of generate(): {loaded.name}, {dtype_name}, {harness.device_name(device)}"
-    names = ("contexts", "capacity", "n_sink", "new_tokens", "call_tokens", "rounds", "tokens")
+    title = f"calls of generate(): {loaded.name}, {dtype_name}, {harness.device_name(device)}"
+    names = ("contexts", "capacity", "n_sink", "new_tokens", "call_tokens", "rounds")
     protocol = {name: getattr(args, name) for name in names} | {"sdpa_backend": args.sdpa_backend, "sdpa_enabled": sdpa}
-    result = harness.header(
-        f"endless-{kind}", title, device, dtype, argv=argv, model=loaded.description, protocol=protocol
-    )
-    result["command"] = harness.command_line("endless", sys.argv[1:] if argv is None else argv)
-    path = folder / f"{harness.file_stem('endless', kind, loaded.name, device.type, dtype_name)}.json"
+    result = harness.header("endless", title, device, dtype, argv=argv, model=loaded.description, protocol=protocol)
+    path = folder / f"{harness.file_stem('endless', loaded.name, device.type, dtype_name)}.json"
     print(title, flush=True)
-    if args.tokens is None:
-        result["rows"] = calls(loaded, args, lambda rows: harness.write_json(path, {**result, "rows": rows}))
-        result["ratios"] = ratios(result["rows"])
-        columns = ("arm", "compiled", "context", "median_ms", "p5_ms", "p95_ms", "call_ms", "warning")
-        table = [[row[name] for name in columns] for row in result["rows"]]
-        for line in table:
-            line[6] = float(np.median(line[6])) if line[6] else None
-        print(tabulate(table, columns, floatfmt=".3f"))
-        columns = ("name", "context", "value", "low", "high", "note")
-        print(tabulate([[ratio.get(name) for name in columns] for ratio in result["ratios"]], columns, floatfmt=".3f"))
-    else:
-        with torch.no_grad(), harness.garbage_collector_off():
-            result["rows"] = long_run(loaded, args)
-        result["slopes"] = {
-            name: slope(result["rows"], name) for name in ("ms_per_token", "device_bytes", "host_bytes")
-        }
-        for name, fitted in result["slopes"].items():
-            if fitted is not None:
-                rise = f"{fitted['rise']:,.4g} ± {fitted['standard_error']:,.3g}"
-                print(f"{name}: mean {fitted['mean']:,.4g}, rise over the run {rise}")
+    result["rows"] = calls(loaded, args, lambda rows: harness.write_json(path, {**result, "rows": rows}))
+    result["ratios"] = ratios(result["rows"])
+    columns = ("arm", "compiled", "context", "median_ms", "p5_ms", "p95_ms", "call_ms", "warning")
+    table = [[row[name] for name in columns] for row in result["rows"]]
+    for line in table:
+        line[6] = float(np.median(line[6])) if line[6] else None
+    print(tabulate(table, columns, floatfmt=".3f"))
+    columns = ("name", "context", "value", "low", "high", "note")
+    print(tabulate([[ratio.get(name) for name in columns] for ratio in result["ratios"]], columns, floatfmt=".3f"))
     harness.write_json(path, result)
     for written in [path, *plots.plot(path, folder)]:
         print(f"wrote {written}")

@@ -206,12 +206,12 @@ def endless_steps(result: dict[str, Any], axes: Axes) -> None:
     axes.grid(axis="y", alpha=0.3)
 
 
-def endless_over_time(result: dict[str, Any], axes: Axes) -> None:
-    """Draw time per token and memory against the number of tokens generated in one call."""
+def over_time(result: dict[str, Any], axes: Axes) -> None:
+    """Draw time per token and memory against the number of tokens, and the perplexity of each pass if there is one."""
     rows = result["rows"]
     tokens = [row["tokens"] for row in rows]
     axes.plot(tokens, [row["ms_per_token"] for row in rows], color="black", label="ms per token")
-    axes.set(xlabel="tokens generated", ylabel="ms per token")
+    axes.set(xlabel="tokens", ylabel="ms per token")
     axes.set_ylim(0, 2 * max(row["ms_per_token"] for row in rows))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     memory = axes.twinx()
@@ -227,8 +227,8 @@ def endless_over_time(result: dict[str, Any], axes: Axes) -> None:
 
 PLOTS: dict[str, dict[str, Callable[[dict[str, Any], Axes], None]]] = {
     "ppl": {"by-position": ppl_by_position, "by-capacity": ppl_by_capacity},
-    "endless-calls": {"steps": endless_steps},
-    "endless-long-run": {"over-time": endless_over_time},
+    "endless": {"steps": endless_steps},
+    "longrun": {"over-time": over_time},
     "latency": {"per-token": latency_per_token, "cache": latency_cache, "by-capacity": latency_by_capacity},
 }
 
