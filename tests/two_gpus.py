@@ -31,7 +31,7 @@ import sink_cache.endless_loop
 from sink_cache import SinkWindowCache, endless, stream
 
 TOLERANCE = 1e-4
-N_SINK, WINDOW, LAYERS = 4, 60, 8
+N_SINK, WINDOW, LAYERS = 4, 60, 5
 SIZES = {
     "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": LAYERS, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 32, "max_position_embeddings": 4096, "tie_word_embeddings": False,
@@ -42,7 +42,7 @@ CONFIGS = {
     "gemma3": Gemma3TextConfig(
         **SIZES,
         sliding_window=32,
-        layer_types=["full_attention" if i in (5, 7) else "sliding_attention" for i in range(LAYERS)],
+        layer_types=["full_attention" if i in (3, 4) else "sliding_attention" for i in range(LAYERS)],
     ),
 }
 Results = list[
