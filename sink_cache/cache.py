@@ -1,12 +1,10 @@
-"""`SinkWindowCache`: a transformers `Cache` whose full-attention layers are rings, and what it refuses."""
+"""`SinkWindowCache`: a transformers `Cache` whose full-attention layers are rings."""
 
 from __future__ import annotations
 
 import copy
 import math
 import os
-import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,24 +14,16 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from . import saving
-from .discovery import (
-    calling_model,
-    calling_tensor,
-    class_for_config,
-    generate_call,
-    padding_mask_of_caller,
-    shows_blocks_of_tokens,
-    text_model,
-)
+from .calls import Calls
+from .discovery import calling_model, class_for_config, padding_mask_of_caller, shows_blocks_of_tokens, text_model
+from .layers import kinds_of_layers, layers_for
 from .masks import ChunkOffset, let_masks_show_each_query_its_sinks
-from .ring import POSITION_LIMIT, SharedStorage, SinkWindowLayer
+from .ring import SharedStorage, SinkWindowLayer, share_storage
 from .rotary import ForwardRotation
-from .static import DevicePositions, StaticSinkWindowLayer
+from .static import StaticSinkWindowLayer
 from .twin import CannotStream, PositionScheme, position_scheme
-from .variants import ring_for
 
 _LARGEST_TABLE = 2**20  # numbers in a buffer
-_READ_MASK_EVERY = 64  # steps
 
 _NOT_IN_GRAPHS = "SinkWindowCache works outside of graphs: compile the model without fullgraph=True"
 
@@ -86,17 +76,14 @@ class SinkWindowCache(Cache):
             raise TypeError(f"compileable must be True or False, but is {compileable!r}")
         self.n_sink, self.window, self.capacity = n_sink, window, n_sink + window
         self.compileable = compileable
-        self._trained_context: int | None = None
         self._scheme: PositionScheme | None = None
-        self._first, self._ends = 0, (0, 0)  # the first of our layers; the first and the last layer of attention
-        self._looks = True
-        self._first_positions = (0,)  # of the first token, one for each row or one for all
-        self._exact = False
-        self._chunks: dict[bool, ChunkOffset] = {}  # of layers that are sliding, and that are not
         self._kinds: list[tuple[type, int | None]] = []  # of layers that a DynamicCache has for the model
-        self._positions_moved = False  # and have not been looked at since
-        self._begun = False  # a text, in layers that are there
-        self._masks_unread = self._positions_unread = 0
+        self._looks = True
+        self._rings: list[SinkWindowLayer] = []  # those of the layers that are ours
+        self._first = 0  # the index of the first of them
+        self._calls = Calls()
+        self._exact = False
+        self._chunk_offsets: dict[bool, ChunkOffset] = {}  # of layers that are sliding, and that are not
         super().__init__(layers=[])
         if config is not None:
             if not isinstance(config, PreTrainedConfig):
@@ -152,7 +139,7 @@ class SinkWindowCache(Cache):
                 f"SinkWindowCache does not support model type {config.model_type!r} ({model_class.__name__}): {reason}. "
                 "Use DynamicCache with this model."
             ) from reason
-        if not self._layers or not scheme.agrees_with(self._scheme) or self._kinds != _kinds(config):
+        if not self._layers or not scheme.agrees_with(self._scheme) or self._kinds != kinds_of_layers(config):
             self._make_layers(config, scheme)
 
     def prepare(self, config: PreTrainedConfig, scheme: PositionScheme) -> None:
@@ -161,66 +148,14 @@ class SinkWindowCache(Cache):
         self._looks = False
 
     def _make_layers(self, config: PreTrainedConfig, scheme: PositionScheme) -> None:
-        if scheme.sliding_window is not None and self.capacity > scheme.sliding_window:
-            raise ValueError(
-                f"n_sink + window is {self.capacity}, but every layer of this model ({config.model_type}) attends to at "
-                f"most sliding_window = {scheme.sliding_window} tokens. Choose n_sink + window <= {scheme.sliding_window}."
-            )
-        if scheme.max_keys is not None and self.capacity > scheme.max_keys:
-            raise ValueError(
-                f"n_sink + window is {self.capacity}, but this model ({config.model_type}) has attention biases for "
-                f"{scheme.max_keys} tokens. Choose n_sink + window <= {scheme.max_keys}."
-            )
-        layers = DynamicCache(config=config).layers
-        limits = min(POSITION_LIMIT, scheme.max_position or POSITION_LIMIT), scheme.sliding_window
-        ours: dict[int, SinkWindowLayer]
-        if self.compileable:
-            ours = self._static_layers(layers, scheme, limits, config)
-        else:
-            ours = {
-                index: ring_for(
-                    *(layers[index], index in scheme.swapped, scheme.chronological, {}),
-                    *(self.n_sink, self.window, rotation, *limits),
-                )
-                for index, rotation in scheme.rotations.items()
-            }
-        recording = any(layer.record_past for layer in self._ours())
-        for index, layer in ours.items():
-            layers[index] = layer
-            layer.exact_chunks, layer.record_past = self._exact, recording
-        self._layers, self._first = layers, min(ours)
-        attention = [
-            i for i, layer in enumerate(layers) if isinstance(layer, (SinkWindowLayer, DynamicSlidingWindowLayer))
-        ]
-        self._ends = (attention[0], attention[-1])
-        self._scheme, self._kinds = scheme, _kinds(config)
-        self._trained_context = getattr(config, "max_position_embeddings", None)
-
-    def _static_layers(
-        self, layers: list[Any], scheme: PositionScheme, limits: tuple[int, int | None], config: PreTrainedConfig
-    ) -> dict[int, SinkWindowLayer]:
-        """Ours for full attention; for sliding layers too, as rings without sinks: transformers' own move all their keys."""
-        if scheme.chronological:
-            raise NotImplementedError(
-                f"compileable=True is not possible for model type {config.model_type!r}: it counts the keys between a query and "
-                "a key (ALiBi), so they have to be put in order anew at every step. Leave compileable out."
-            )
-        rotations = dict(sorted({**scheme.rotations, **scheme.sliding}.items()))
-        for index, layer in enumerate(layers):
-            if index not in rotations and not layer.is_compileable:
-                raise NotImplementedError(
-                    f"compileable=True is not possible for model type {config.model_type!r}: layer {index} has a "
-                    f"{type(layer).__name__}, whose shapes change or whose keys cannot be moved. Leave compileable out."
-                )
-        positions = DevicePositions()
-        static: dict[int, SinkWindowLayer] = {}
-        for index, rotation in rotations.items():
-            bounded = index in scheme.rotations
-            sizes = (self.n_sink, self.window) if bounded else (0, layers[index].sliding_window)
-            is_last = index == max(rotations)
-            own = {"positions": positions, "is_last": is_last, "is_sliding": not bounded}
-            static[index] = ring_for(layers[index], index in scheme.swapped, False, own, *sizes, rotation, *limits)
-        return static
+        recording = any(ring.record_past for ring in self._rings)
+        self._layers = layers_for(config, scheme, self.n_sink, self.window, compileable=self.compileable)
+        self._rings = [layer for layer in self._layers if isinstance(layer, SinkWindowLayer)]
+        self._first = self._layers.index(self._rings[0])
+        for ring in self._rings:
+            ring.exact_chunks, ring.record_past = self._exact, recording
+        self._scheme, self._kinds = scheme, kinds_of_layers(config)
+        self._calls = Calls(self._layers, scheme.takes_masks, getattr(config, "max_position_embeddings", None))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -229,9 +164,9 @@ class SinkWindowCache(Cache):
         layers = self._layers
         attended: tuple[torch.Tensor, torch.Tensor]
         if (
-            (self.compileable and key_states.shape[2] == 1 and self._begun and layers[layer_idx].is_initialized)
+            (self.compileable and key_states.shape[2] == 1 and self._calls.begun and layers[layer_idx].is_initialized)
             and not layers[self._first].positions.unfinished
-            and (torch.compiler.is_compiling() or layer_idx != self._first or not self._is_time_to_look_at_positions())
+            and (torch.compiler.is_compiling() or layer_idx != self._first or not self._calls.must_read_positions())
         ):
             attended = layers[layer_idx].update(key_states, value_states)
             return attended
@@ -249,104 +184,32 @@ class SinkWindowCache(Cache):
                 self._begin_call(key_states.shape[2])
                 layer = self._layers[layer_idx]
             if layer.storage is None and layer.position and not self.compileable:
-                self._share_storage()
+                share_storage(self._rings)
         attended = layer.update(key_states, value_states, *args, **kwargs)
         return attended
 
     def _begin_call(self, new_tokens: int) -> None:
         """All that has to be right before the first of our layers takes in the tokens of a call."""
-        layer = self._layers[self._first]
-        seen = layer.get_seq_length()
-        self._refuse_interrupted(new_tokens)
-        is_step = seen > max((0, *layer.pads)) and new_tokens == 1
-        if is_step and not self.compileable and not self._is_time_to_look_at_positions():  # else `update` has asked
+        first = self._rings[0]
+        seen = first.get_seq_length()
+        self._calls.refuse_interrupted(new_tokens)
+        is_step = seen > max((0, *first.pads)) and new_tokens == 1
+        if is_step and not self.compileable and not self._calls.must_read_positions():  # else `update` has asked
             return
-        self._note_padding(calling_tensor("attention_mask", {2}))
         if seen == 0:
-            config = generate_call().get("generation_config") if self._looks else None  # a twin is not what it calls
-            if config is not None and not config.use_cache:
-                raise ValueError(
-                    "generate(use_cache=False), which is the default of some models, feeds the whole text at every step. A "
-                    "cache would take it for new text: pass use_cache=True."
-                )
-            # A cache may have been prepared for another model: by config=, or in its life before a reset.
-            prepared, pads = self._layers, layer.pads
+            # The cache may have been prepared for another model: by config=, or in its life before a reset.
+            prepared, pads = self._layers, first.pads
             self._look_for_the_model()
             if self._layers is not prepared and self._first > 0:
                 raise ValueError(
                     "this cache was made for another model, and layers before the first of ours have used it already. "
                     "Make a new SinkWindowCache for each model."
                 )
-            self._set_pads(pads)
-            layer = self._layers[self._first]
-            if self._trained_context is not None and new_tokens > self._trained_context:
-                warnings.warn(
-                    f"the first call has {new_tokens:,} tokens, and the model was trained on {self._trained_context:,} "
-                    "positions. A first call is dense over the whole prompt; generate(..., prefill_chunk_size=n) feeds it "
-                    "in pieces that attend to no more than the cache holds.",
-                    stacklevel=3,
-                )
-        self._refuse_gaps(calling_tensor("position_ids", {2, 3}), seen, new_tokens)
-        self._positions_moved, self._begun = False, True
-        if kinds := {one.is_sliding for one in self._ours() if one.evicts_within(new_tokens)}:
-            if layer.pads:
-                raise NotImplementedError("stream() and assisted decoding do not support padded batches.")
-            chunks, self._chunks = self._chunks, {}
-            if not all(kind in chunks and chunks[kind].used for kind in kinds):
-                raise NotImplementedError(
-                    "stream() and assisted decoding need attn_implementation='sdpa' or 'eager' and no 4-D attention_mask: "
-                    "each query sees its own copy of the sinks, and only these masks can say so."
-                )
-        if layer.record_past:
+            self._calls.set_pads(pads)
+        offsets, self._chunk_offsets = self._chunk_offsets, {}
+        self._calls.begin(new_tokens, offsets, looks=self._looks)
+        if self._rings[0].record_past:
             self._record(new_tokens)
-
-    def _refuse_interrupted(self, new_tokens: int) -> None:
-        """Wherever a forward was interrupted, one end of the cache shows it; `new_tokens`: what ours have not yet seen."""
-        first = self._layers[self._first]
-        seen = first.get_seq_length()
-        unfinished = isinstance(first, StaticSinkWindowLayer) and first.positions.unfinished
-        for index in self._ends:
-            expected = seen + new_tokens if index < self._first else seen
-            if unfinished or self._layers[index].get_seq_length() != expected:
-                raise ValueError(
-                    "the layers of this cache have seen different numbers of tokens: a forward was interrupted. "
-                    "Call reset()."
-                )
-
-    def _refuse_gaps(self, position_ids: torch.Tensor | None, seen: int, new_tokens: int) -> None:
-        """Sinks move by the number of evicted tokens, so positions must count tokens."""
-        if position_ids is None or position_ids.shape[-1] != new_tokens or position_ids.is_floating_point():
-            return
-        layer = self._layers[self._first]
-        pads = torch.tensor(layer.pads or (0,))[:, None]
-        index = torch.arange(new_tokens) + seen
-        counted = index - pads - layer.rebased
-        given = position_ids.cpu()
-        # Rows may begin anywhere: what counts are distances.
-        starts = (given - counted).reshape(-1, new_tokens)[:, -1].tolist()
-        known = self._first_positions * (len(starts) // len(self._first_positions) or 1)
-        begins = [seen <= row_pads for row_pads in layer.pads or (0,) * len(starts)]
-        starts = [now if begin else before for now, begin, before in zip(starts, begins, known, strict=False)]
-        self._first_positions = tuple(starts) if len(set(starts)) > 1 else (starts[0],)
-        counted = counted + torch.tensor(self._first_positions)[:, None]
-        if not ((given == counted) | (index < pads)).all():
-            raise NotImplementedError(
-                f"SinkWindowCache needs positions that rise by one with every token of a row, from "
-                f"{counted[0, 0]:,} on in this call, but position_ids are {given.flatten()[:8].tolist()}… For another "
-                "text, call reset(); after stream() of a prompt, generate() needs one token more than was streamed; after "
-                "rebase(), use next_position_ids(); images and packed texts are not supported."
-            )
-
-    def _share_storage(self) -> None:
-        alike = defaultdict(list)
-        for layer in self.layers:
-            if isinstance(layer, SinkWindowLayer) and layer.is_initialized and layer.storage is None:
-                alike[layer.keys.shape, layer.values.shape, layer.dtype, layer.device].append(layer)
-        for layers in alike.values():
-            partners = {layer.rotation.partner for layer in layers if not layer.rotation.is_identity}
-            for partner in partners or {layers[0].rotation.partner}:
-                together = [one for one in layers if one.rotation.partner == partner or one.rotation.is_identity]
-                SharedStorage([layer for layer in together if layer.storage is None])
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, Any]:
         """Returns `(kv_length, kv_offset)` for a layer; called by the mask-building code before any layer runs."""
@@ -360,19 +223,14 @@ class SinkWindowCache(Cache):
             sizes: tuple[int, int] = self._outside_of_graphs(self.get_mask_sizes, query_length, layer_idx)
             return sizes
         if self.layers and not torch.compiler.is_compiling():
-            if static and not self._begun:
+            if static and not self._calls.begun:
                 self._look_for_the_model()  # the sizes are those of the layers that it will use
-            mask = padding_mask_of_caller()
-            if query_length > 1 or not self._begun or self._is_time_to_look(mask):
-                self._note_padding(mask)
+            self._calls.begin_masks(padding_mask_of_caller(), query_length)
             if self.compileable and shows_blocks_of_tokens():
                 raise NotImplementedError(
                     "compileable=True is not possible for models that mask images by blocks: transformers looks the tokens of a "
                     "block up by their index in the whole text. Leave compileable out."
                 )
-            if not static:
-                self._refuse_interrupted(0)
-                self._refuse_to_forget_padding(mask)
         return super().get_mask_sizes(query_length, layer_idx)
 
     def get_query_offset(self, layer_idx: int = 0) -> int | torch.Tensor:  # type: ignore[override]
@@ -382,8 +240,8 @@ class SinkWindowCache(Cache):
             if torch.compiler.is_compiling():
                 offset: int = self._outside_of_graphs(self.get_query_offset, layer_idx)
                 return offset
-            self._chunks[layer.is_sliding] = ChunkOffset.of(layer)
-            return self._chunks[layer.is_sliding]
+            self._chunk_offsets[layer.is_sliding] = ChunkOffset.of(layer)
+            return self._chunk_offsets[layer.is_sliding]
         if isinstance(layer, StaticSinkWindowLayer):
             return layer.get_query_offset()
         return super().get_query_offset(layer_idx)
@@ -400,73 +258,6 @@ class SinkWindowCache(Cache):
     def _outside_of_graphs(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return method(*args, **kwargs)
 
-    def _ours(self) -> list[SinkWindowLayer]:
-        return [layer for layer in self._layers if isinstance(layer, SinkWindowLayer)]
-
-    def _note_padding(self, mask: torch.Tensor | None) -> None:
-        """Learns from a mask `[batch_size, length]` how many pads each row began with; refuses what is not left padding."""
-        if mask is not None and self._scheme is not None and not self._scheme.takes_masks:
-            raise NotImplementedError(
-                "this model makes its attention biases (ALiBi) for all that its attention_mask covers, and not for what this "
-                "cache shows. Leave attention_mask out; padded batches are not possible."
-            )
-        if mask is None or (not (pads := self._layers[self._first].pads) and mask.all()):
-            return
-        real = mask.bool().cpu()
-        zeros = tuple((~real).sum(dim=1).tolist())
-        if not torch.equal(real, torch.arange(mask.shape[-1]) >= torch.tensor(zeros)[:, None]):
-            raise NotImplementedError(
-                "SinkWindowCache supports left padding only, and attention_mask has zeros after the first token of a row. "
-                "Set tokenizer.padding_side = 'left'."
-            )
-        seen = self._layers[self._first].get_seq_length()
-        if zeros == pads or (not any(zeros) and min(self._layers[self._first].evicted_before_query()) >= 0):
-            return
-        if self.compileable:
-            raise NotImplementedError(
-                "SinkWindowCache(compileable=True) does not support padded batches, and attention_mask has zeros. "
-                "Leave compileable out."
-            )
-        if self._layers[self._first].exact_chunks or self._layers[self._first].record_past:
-            raise NotImplementedError("stream() and assisted decoding do not support padded batches.")
-        for row, (before, now) in enumerate(zip(pads or (0,) * len(zeros), zeros, strict=False)):
-            if seen and now != before and (not pads or before < seen):
-                raise ValueError(
-                    f"attention_mask now begins with {now} zeros in row {row}, but began with {before} when the cache took in "
-                    "its first tokens. Call reset() for another text."
-                )
-        self._set_pads(zeros)
-
-    def _is_time_to_look(self, mask: torch.Tensor | None) -> bool:
-        """Whether to read the mask of a step: on a GPU that means to wait, and steps only add a one to what was read before."""
-        self._masks_unread += 1
-        if mask is None or mask.device.type == "cpu" or self._masks_unread >= _READ_MASK_EVERY:
-            self._masks_unread = 0
-            return True
-        return False
-
-    def _is_time_to_look_at_positions(self) -> bool:
-        """Whether to read the positions of a step: after a rebase the caller has to know of it, at every step."""
-        layer = self._layers[self._first]
-        self._positions_unread += 1
-        often = layer.device.type == "cpu" or self._positions_unread >= _READ_MASK_EVERY
-        if self._positions_moved or (layer.rebased and often):
-            self._positions_unread = 0
-            return True
-        return False
-
-    def _refuse_to_forget_padding(self, mask: torch.Tensor | None) -> None:
-        layer = self._layers[self._first]
-        if mask is None and layer.pads and min(layer.evicted_before_query()) < 0:
-            raise ValueError(
-                "rows of this cache began with padding and are not full yet, so that every call needs the attention_mask "
-                "of the whole text, as the first one did."
-            )
-
-    def _set_pads(self, pads: tuple[int, ...]) -> None:
-        for layer in self._ours():
-            layer.pads = pads if any(pads) else ()
-
     @contextmanager
     def exact_chunks(self) -> Iterator[None]:
         """Within, each token of a call with several sees exactly what it would see if fed alone; see `streaming.stream`."""
@@ -479,8 +270,8 @@ class SinkWindowCache(Cache):
 
     def _set_exact(self, exact: bool) -> None:
         self._exact = exact
-        for layer in self._ours():
-            layer.exact_chunks = exact
+        for ring in self._rings:
+            ring.exact_chunks = exact
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SinkWindowCache:
         # Copies made in inference mode could not be written to outside of it.
@@ -521,27 +312,27 @@ class SinkWindowCache(Cache):
         if not self.layers:
             raise ValueError("activate_past_recording needs a model: pass SinkWindowCache(..., config=model.config).")
         let_masks_show_each_query_its_sinks()
-        for layer in self._ours():
-            layer.record_past = True
+        for ring in self._rings:
+            ring.record_past = True
         for other in self._layers:
             if not isinstance(other, SinkWindowLayer) and hasattr(other, "activate_past_recording"):
                 other.activate_past_recording()
 
     def _record(self, new_tokens: int) -> None:
-        layer = self._layers[self._first]
-        if layer.position == 0 or new_tokens == 1:
+        position = self._rings[0].position
+        if position == 0 or new_tokens == 1:
             if new_tokens > self.capacity:
                 raise NotImplementedError(
                     f"the first call of assisted decoding has {new_tokens} tokens, prompt and candidates, and the cache holds "
                     f"{self.capacity}. Use a larger window."
                 )
             return  # nothing is overwritten; single tokens are recorded by their storage
-        self._share_storage()
+        share_storage(self._rings)
         for storage in self._storages():
-            storage.record(layer.position, new_tokens)
+            storage.record(position, new_tokens)
 
     def _storages(self) -> list[SharedStorage]:
-        return list(dict.fromkeys(layer.storage for layer in self._ours() if layer.storage is not None))
+        return list(dict.fromkeys(ring.storage for ring in self._rings if ring.storage is not None))
 
     @property
     def is_croppable(self) -> bool:
@@ -559,23 +350,23 @@ class SinkWindowCache(Cache):
         tokens_to_remove = int(tokens_to_remove)  # generate() may count them on the device
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to take back, but got {tokens_to_remove}")
-        ours = self._ours()
-        if not ours or not ours[0].position:
+        if not self._rings or not self._rings[0].position:
             return
+        first = self._rings[0]
         if any(
             isinstance(layer, LinearAttentionCacheLayerMixin) and not _is_croppable(layer) for layer in self._layers
         ):
             raise self._not_supported("crop of recurrent states")
-        if not ours[0].is_croppable:
+        if not first.is_croppable:
             raise self._not_supported("crop with compileable=True" if self.compileable else "crop of padded batches")
-        seen, position = ours[0].get_seq_length(), ours[0].position + tokens_to_remove
+        seen, position = first.get_seq_length(), first.position + tokens_to_remove
         if seen + tokens_to_remove < 0:
             raise ValueError(f"crop({tokens_to_remove}) takes back more than the {seen} tokens that there are")
         recorded = min(
             (
                 start
                 for storage in self._storages()
-                if storage.has_recorded_until(ours[0].position)
+                if storage.has_recorded_until(first.position)
                 for start, *_ in storage.overwritten
             ),
             default=position + 1,
@@ -591,17 +382,17 @@ class SinkWindowCache(Cache):
                 other.crop(tokens_to_remove)
         for storage in self._storages():
             storage.bring_back(position)
-        for layer in ours:
-            layer.position = position
+        for ring in self._rings:
+            ring.position = position
 
     # --- other rows ---
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps these rows of the batch (indices, or a mask), in this order; a row may come several times."""
-        ours = [layer for layer in self._ours() if layer.is_initialized]
-        if not ours or not ours[0].position:
+        rings = [ring for ring in self._rings if ring.is_initialized]
+        if not rings or not rings[0].position:
             return
-        batch_size = ours[0].values.shape[0]
+        batch_size = rings[0].values.shape[0]
         rows = torch.arange(batch_size, device=indices.device)[indices]
         for layer in self._layers:
             if isinstance(layer, LinearAttentionCacheLayerMixin):
@@ -609,17 +400,14 @@ class SinkWindowCache(Cache):
                 layer.reorder_cache(rows)  # type: ignore[arg-type]
             elif not isinstance(layer, SinkWindowLayer):
                 layer.batch_select_indices(rows)
-        if pads := ours[0].pads:
-            self._set_pads(tuple(pads[row] for row in rows.tolist()))
-        if len(self._first_positions) > 1:
-            self._first_positions = tuple(self._first_positions[row] for row in rows.tolist())
+        self._calls.select(rows)
         for storage in self._storages():
             storage.select(rows.to(storage.keys.device))
-        for layer in ours:
-            if layer.storage is None:
+        for ring in rings:
+            if ring.storage is None:
                 with torch.inference_mode(False):
-                    there = rows.to(layer.device)
-                    layer.replace({name: tensor.index_select(0, there) for name, tensor in layer.tensors().items()})
+                    there = rows.to(ring.device)
+                    ring.replace({name: tensor.index_select(0, there) for name, tensor in ring.tensors().items()})
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Rows in the order `beam_idx` `[batch_size]`, for beam search."""
@@ -628,9 +416,9 @@ class SinkWindowCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times."""
-        ours = [layer for layer in self._ours() if layer.is_initialized]
-        if ours:
-            rows = torch.arange(ours[0].values.shape[0], device=ours[0].device)
+        first = next((ring for ring in self._rings if ring.is_initialized), None)
+        if first is not None:
+            rows = torch.arange(first.values.shape[0], device=first.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
     # --- in a file ---
@@ -665,27 +453,26 @@ class SinkWindowCache(Cache):
 
         Only needed after `rebase()`; until then models count positions right by themselves.
         """
-        layer = self._layers[self._first] if self._layers else None
-        if layer is None or not layer.is_initialized:
+        if not self._rings or not self._rings[0].is_initialized:
             return torch.arange(new_tokens)[None]
-        starts = torch.tensor(self._first_positions) - torch.tensor(layer.pads or (0,)) + layer.position
-        position_ids: torch.Tensor = (starts[:, None] + torch.arange(new_tokens)).to(layer.device)
+        first = self._rings[0]
+        starts = torch.tensor(self._calls.first_positions) - torch.tensor(first.pads or (0,)) + first.position
+        position_ids: torch.Tensor = (starts[:, None] + torch.arange(new_tokens)).to(first.device)
         return position_ids
 
     def tokens_until_full(self) -> int:
         """How many more tokens until every row of every bounded layer is full, and one-token calls need no mask."""
-        return max(0, -min(min(layer.evicted_before_query()) for layer in self._ours()))
+        return max(0, -min(min(ring.evicted_before_query()) for ring in self._rings))
 
     def tokens_between_rebases(self) -> int:
         """How many tokens may at most be fed from one `rebase()` to the next, before positions go beyond the model's last one."""
-        ours = self._ours()
-        furthest = max(layer.capacity for layer in ours) + max((0, *ours[0].pads))
-        return min(layer.max_position for layer in ours) - furthest - self.rebase_step
+        furthest = max(ring.capacity for ring in self._rings) + max((0, *self._rings[0].pads))
+        return min(ring.max_position for ring in self._rings) - furthest - self.rebase_step
 
     @property
     def rebase_step(self) -> int:
         """By a multiple of this many positions `rebase` moves; and that many tokens should lie between two calls."""
-        return math.lcm(*{layer.window for layer in self._ours()})
+        return math.lcm(*{ring.window for ring in self._rings})
 
     def rebase(self) -> int:
         """Moves the stream back to a lower position, as far as it goes; for loops that pass `position_ids` of their own.
@@ -705,34 +492,34 @@ class SinkWindowCache(Cache):
         if not self.layers:
             raise ValueError("rebase() needs a cache that a model has used")
         assert self._scheme is not None
-        first = self._layers[self._first]
+        first = self._rings[0]
         others = [i for i, layer in enumerate(self._layers) if isinstance(layer, DynamicSlidingWindowLayer)]
         unknown = [i for i in others if i not in self._scheme.sliding]
         if unknown:
             raise NotImplementedError(f"rebase() cannot move the keys of the sliding layers {unknown} of this model")
-        furthest = max(layer.capacity for layer in self._ours())
-        by: int = max(0, first.position - furthest - max((*first.pads, 0))) // self.rebase_step * self.rebase_step
+        furthest = max(ring.capacity for ring in self._rings)
+        by = max(0, first.position - furthest - max((*first.pads, 0))) // self.rebase_step * self.rebase_step
         if by:
             if not self.compileable:
-                self._share_storage()
-            for layer in self._ours():
-                layer.rebase(by)
+                share_storage(self._rings)
+            for ring in self._rings:
+                ring.rebase(by)
             for index in others:
                 sliding = self._layers[index]
                 ForwardRotation([self._scheme.sliding[index]], sliding.keys.device).one_layer_in_place(
                     sliding.keys, 0, -by
                 )
-            self._positions_moved = True
+            self._calls.positions_moved = True
         return by
 
     def reset(self) -> None:
         """Forgets all tokens."""
         super().reset()  # type: ignore[no-untyped-call]
-        self._positions_moved, self._chunks, self._first_positions = False, {}, (0,)
-        self._begun = False
+        self._calls.reset()
+        self._chunk_offsets = {}
         self._set_exact(False)
-        for layer in self._ours():
-            layer.record_past = False
+        for ring in self._rings:
+            ring.record_past = False
 
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Not supported: the cache is small and stays on its device."""

@@ -240,7 +240,7 @@ def _next_logits(
             for _ in range(every):
                 yield step(recent.tokens[:, -1:])
     finally:
-        cache._positions_moved = True  # and others may not know
+        cache._calls.positions_moved = True  # and others may not know
 
 
 class _Step:

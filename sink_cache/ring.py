@@ -11,6 +11,7 @@ evicts later than the others. `pads` says by how much.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -466,3 +467,16 @@ class SharedStorage:
 
 
 _NAMES = ("keys", "values", "sink_keys")
+
+
+def share_storage(layers: list[SinkWindowLayer]) -> None:
+    """Makes a `SharedStorage` of those that are alike, initialised, and not yet part of one."""
+    alike = defaultdict(list)
+    for layer in layers:
+        if layer.is_initialized and layer.storage is None:
+            alike[layer.keys.shape, layer.values.shape, layer.dtype, layer.device].append(layer)
+    for group in alike.values():
+        partners = {layer.rotation.partner for layer in group if not layer.rotation.is_identity}
+        for partner in partners or {group[0].rotation.partner}:
+            together = [one for one in group if one.rotation.partner == partner or one.rotation.is_identity]
+            SharedStorage([layer for layer in together if layer.storage is None])

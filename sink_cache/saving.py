@@ -31,7 +31,7 @@ def save(cache: SinkWindowCache, path: str | os.PathLike[str]) -> None:
     """See `SinkWindowCache.save`."""
     if not any(isinstance(layer, SinkWindowLayer) and layer.is_initialized for layer in cache.layers):
         raise ValueError("there is nothing to save: no model has used this cache yet")
-    cache._refuse_interrupted(0)
+    cache._calls.refuse_interrupted(0)
     tensors: dict[str, torch.Tensor] = {}
     layers = []
     for index, layer in enumerate(cache.layers):
@@ -42,7 +42,7 @@ def save(cache: SinkWindowCache, path: str | os.PathLike[str]) -> None:
         "version": _VERSION,
         "n_sink": cache.n_sink,
         "window": cache.window,
-        "first_positions": cache._first_positions,
+        "first_positions": cache._calls.first_positions,
         "layers": layers,
     }
     # Under its name only when it is whole.
@@ -103,8 +103,9 @@ def load(cache: SinkWindowCache, path: str | os.PathLike[str], model: PreTrained
             _fill(layer, state, held)
         except (KeyError, RuntimeError, TypeError) as error:
             raise ValueError(f"{path} does not fit layer {index} of this model: {error}") from error
-    fresh._first_positions, fresh._begun = tuple(header["first_positions"]), fresh.get_seq_length() > 0
-    fresh._positions_moved = True  # perhaps, and the next caller may not know
+    calls = fresh._calls
+    calls.first_positions, calls.begun = tuple(header["first_positions"]), fresh.get_seq_length() > 0
+    calls.positions_moved = True  # perhaps, and the next caller may not know
     vars(cache).update(vars(fresh))
 
 

@@ -95,14 +95,14 @@ class HybridStaticSinkWindowLayer(_Hybrid, StaticSinkWindowLayer):
     """The same for compiled decoding."""
 
 
-def ring_for(theirs: Any, swapped: bool, chronological: bool, static: dict[str, Any], *args: Any) -> SinkWindowLayer:
+def ring_for(theirs: Any, *args: Any, swapped: bool, chronological: bool, static: dict[str, Any]) -> SinkWindowLayer:
     """Our layer in the place of one of transformers' own.
 
     Args:
         theirs (`CacheLayerMixin`): the layer that a `DynamicCache` has there.
+        args: of `SinkWindowLayer`.
         swapped (`bool`), chronological (`bool`): see `PositionScheme`.
         static (`dict[str, Any]`): arguments of `StaticSinkWindowLayer` alone; empty for layers of changing shapes.
-        args: of `SinkWindowLayer`.
     """
     # A layer that is two of these at once does not pass the check of the twin.
     if isinstance(theirs, LinearAttentionAndFullAttentionLayer):

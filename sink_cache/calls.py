@@ -1,0 +1,198 @@
+"""What a call of a model is checked for before its tokens go into the layers, and what is known from the calls before.
+
+The cache holds a few tokens of a text and moves them by counting, so a call that does not go on where the last one ended
+would give wrong text and no error. All of it is refused here: a forward that was interrupted, positions with gaps, padding
+that is not on the left or that is forgotten, masks in which the sinks are not where they are.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from .discovery import calling_tensor, generate_call
+from .masks import ChunkOffset
+from .ring import SinkWindowLayer
+from .static import StaticSinkWindowLayer
+
+_READ_EVERY = 64  # steps
+
+
+class Calls:
+    """The calls on the layers that a cache has for a model: what each must have right, and what is known of the text.
+
+    Args:
+        layers (`Sequence[Any]`): all of them, the rings and transformers' own; none before a model is known.
+        takes_masks (`bool`): see `PositionScheme`.
+        trained_context (`int`, *optional*): the positions that the model was trained on.
+
+    Attributes:
+        begun (`bool`): there are tokens in the layers, or have been since `reset`; known without waiting for a device.
+        first_positions (`tuple[int, ...]`): of the first token, one for each row or one for all.
+        positions_moved (`bool`): by a rebase, and the positions of a caller have not been looked at since.
+    """
+
+    def __init__(
+        self, layers: Sequence[Any] = (), takes_masks: bool = True, trained_context: int | None = None
+    ) -> None:
+        self._takes_masks, self._trained_context = takes_masks, trained_context
+        attention = [layer for layer in layers if isinstance(layer, (SinkWindowLayer, DynamicSlidingWindowLayer))]
+        self._rings = [layer for layer in attention if isinstance(layer, SinkWindowLayer)]
+        self._ends = attention[:1] + attention[-1:]
+        self._masks_unread = self._positions_unread = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the text."""
+        self.begun = self.positions_moved = False
+        self.first_positions: tuple[int, ...] = (0,)
+
+    def begin(self, new_tokens: int, offsets: dict[bool, ChunkOffset], *, looks: bool) -> None:
+        """Tokens are about to go into the first of the rings.
+
+        Args:
+            new_tokens (`int`): how many.
+            offsets (`dict[bool, ChunkOffset]`): with which masks were made for layers that are sliding, and that are not.
+            looks (`bool`): whether this may be a call of `generate()`.
+        """
+        seen = self._rings[0].get_seq_length()
+        self._note_padding(calling_tensor("attention_mask", {2}))
+        if seen == 0:
+            config = generate_call().get("generation_config") if looks else None
+            if config is not None and not config.use_cache:
+                raise ValueError(
+                    "generate(use_cache=False), which is the default of some models, feeds the whole text at every step. A "
+                    "cache would take it for new text: pass use_cache=True."
+                )
+            if self._trained_context is not None and new_tokens > self._trained_context:
+                warnings.warn(
+                    f"the first call has {new_tokens:,} tokens, and the model was trained on {self._trained_context:,} "
+                    "positions. A first call is dense over the whole prompt; generate(..., prefill_chunk_size=n) feeds it "
+                    "in pieces that attend to no more than the cache holds.",
+                    stacklevel=4,
+                )
+        self._refuse_gaps(calling_tensor("position_ids", {2, 3}), seen, new_tokens)
+        self.positions_moved, self.begun = False, True
+        if kinds := {ring.is_sliding for ring in self._rings if ring.evicts_within(new_tokens)}:
+            if self._rings[0].pads:
+                raise NotImplementedError("stream() and assisted decoding do not support padded batches.")
+            if not all(kind in offsets and offsets[kind].used for kind in kinds):
+                raise NotImplementedError(
+                    "stream() and assisted decoding need attn_implementation='sdpa' or 'eager' and no 4-D attention_mask: "
+                    "each query sees its own copy of the sinks, and only these masks can say so."
+                )
+
+    def refuse_interrupted(self, new_tokens: int) -> None:
+        """Wherever a forward was interrupted, one end of the cache shows it; `new_tokens`: what rings have not yet seen."""
+        first, (head, tail) = self._rings[0], self._ends
+        seen = first.get_seq_length()
+        if (
+            (isinstance(first, StaticSinkWindowLayer) and first.positions.unfinished)
+            or head.get_seq_length() != (seen if head is first else seen + new_tokens)
+            or tail.get_seq_length() != seen
+        ):
+            raise ValueError(
+                "the layers of this cache have seen different numbers of tokens: a forward was interrupted. Call reset()."
+            )
+
+    def _refuse_gaps(self, position_ids: torch.Tensor | None, seen: int, new_tokens: int) -> None:
+        """Sinks move by the number of evicted tokens, so positions must count tokens."""
+        if position_ids is None or position_ids.shape[-1] != new_tokens or position_ids.is_floating_point():
+            return
+        first = self._rings[0]
+        pads = torch.tensor(first.pads or (0,))[:, None]
+        index = torch.arange(new_tokens) + seen
+        counted = index - pads - first.rebased
+        given = position_ids.cpu()
+        # Rows may begin anywhere: what counts are distances.
+        starts = (given - counted).reshape(-1, new_tokens)[:, -1].tolist()
+        known = self.first_positions * (len(starts) // len(self.first_positions) or 1)
+        begins = [seen <= row_pads for row_pads in first.pads or (0,) * len(starts)]
+        starts = [now if begin else before for now, begin, before in zip(starts, begins, known, strict=False)]
+        self.first_positions = tuple(starts) if len(set(starts)) > 1 else (starts[0],)
+        counted = counted + torch.tensor(self.first_positions)[:, None]
+        if not ((given == counted) | (index < pads)).all():
+            raise NotImplementedError(
+                f"SinkWindowCache needs positions that rise by one with every token of a row, from "
+                f"{counted[0, 0]:,} on in this call, but position_ids are {given.flatten()[:8].tolist()}… For another "
+                "text, call reset(); after stream() of a prompt, generate() needs one token more than was streamed; after "
+                "rebase(), use next_position_ids(); images and packed texts are not supported."
+            )
+
+    def must_read_positions(self) -> bool:
+        """Whether to look at the positions of a step: after a rebase the caller has to know of it, at every step."""
+        first = self._rings[0]
+        self._positions_unread += 1
+        often = first.device.type == "cpu" or self._positions_unread >= _READ_EVERY
+        if self.positions_moved or (first.rebased and often):
+            self._positions_unread = 0
+            return True
+        return False
+
+    def begin_masks(self, mask: torch.Tensor | None, new_tokens: int) -> None:
+        """A call begins, and masks are made first; `mask`: the caller's `attention_mask` `[batch_size, length]`."""
+        # To read it means to wait for a GPU, and steps only add a one to what was read before.
+        first, is_step = self._rings[0], new_tokens == 1 and self.begun
+        self._masks_unread += is_step
+        if not is_step or mask is None or mask.device.type == "cpu" or self._masks_unread >= _READ_EVERY:
+            self._masks_unread = 0
+            self._note_padding(mask)
+        if first.is_compileable and new_tokens == 1:
+            return  # what follows would wait, too
+        self.refuse_interrupted(0)
+        if mask is None and first.pads and min(first.evicted_before_query()) < 0:
+            raise ValueError(
+                "rows of this cache began with padding and are not full yet, so that every call needs the attention_mask "
+                "of the whole text, as the first one did."
+            )
+
+    def _note_padding(self, mask: torch.Tensor | None) -> None:
+        """Learns from a mask `[batch_size, length]` how many pads each row began with; refuses what is not left padding."""
+        if mask is not None and not self._takes_masks:
+            raise NotImplementedError(
+                "this model makes its attention biases (ALiBi) for all that its attention_mask covers, and not for what this "
+                "cache shows. Leave attention_mask out; padded batches are not possible."
+            )
+        first = self._rings[0]
+        if mask is None or (not (pads := first.pads) and mask.all()):
+            return
+        real = mask.bool().cpu()
+        zeros = tuple((~real).sum(dim=1).tolist())
+        if not torch.equal(real, torch.arange(mask.shape[-1]) >= torch.tensor(zeros)[:, None]):
+            raise NotImplementedError(
+                "SinkWindowCache supports left padding only, and attention_mask has zeros after the first token of a row. "
+                "Set tokenizer.padding_side = 'left'."
+            )
+        seen = first.get_seq_length()
+        if zeros == pads or (not any(zeros) and min(first.evicted_before_query()) >= 0):
+            return
+        if first.is_compileable:
+            raise NotImplementedError(
+                "SinkWindowCache(compileable=True) does not support padded batches, and attention_mask has zeros. "
+                "Leave compileable out."
+            )
+        if first.exact_chunks or first.record_past:
+            raise NotImplementedError("stream() and assisted decoding do not support padded batches.")
+        for row, (before, now) in enumerate(zip(pads or (0,) * len(zeros), zeros, strict=False)):
+            if seen and now != before and (not pads or before < seen):
+                raise ValueError(
+                    f"attention_mask now begins with {now} zeros in row {row}, but began with {before} when the cache took in "
+                    "its first tokens. Call reset() for another text."
+                )
+        self.set_pads(zeros)
+
+    def set_pads(self, pads: tuple[int, ...]) -> None:
+        """Tells the rings how many pads each row began with."""
+        for ring in self._rings:
+            ring.pads = pads if any(pads) else ()
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keeps what is known of these rows of the batch (indices), in this order."""
+        if pads := self._rings[0].pads:
+            self.set_pads(tuple(pads[row] for row in rows.tolist()))
+        if len(self.first_positions) > 1:
+            self.first_positions = tuple(self.first_positions[row] for row in rows.tolist())
