@@ -395,11 +395,9 @@ class SinkWindowCache(Cache):
         batch_size = rings[0].values.shape[0]
         rows = torch.arange(batch_size, device=indices.device)[indices]
         for layer in self._layers:
-            if isinstance(layer, LinearAttentionCacheLayerMixin):
-                # Recurrent states know no other way.
-                layer.reorder_cache(rows)  # type: ignore[arg-type]
-            elif not isinstance(layer, SinkWindowLayer):
-                layer.batch_select_indices(rows)
+            if not isinstance(layer, SinkWindowLayer) or isinstance(layer, LinearAttentionCacheLayerMixin):
+                # Not batch_select_indices, which recurrent states do not have, and which fails on a second device.
+                layer.reorder_cache(rows)
         self._calls.select(rows)
         for storage in self._storages():
             storage.select(rows.to(storage.keys.device))

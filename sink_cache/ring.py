@@ -210,9 +210,15 @@ class SinkWindowLayer(CacheLayerMixin):
         """For rows of equal padding: tokens that the next query no longer sees, as it takes a place itself (if > 0)."""
         return tuple(count + 1 - self.capacity for _, count in self._rows())
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """`n_sink` and `capacity`."""
+        return self.n_sink, self.capacity
+
     def slots_of(self, positions: torch.Tensor) -> torch.Tensor:
         """Where the tokens at these positions of an unpadded row lie."""
-        return torch.where(positions < self.n_sink, positions, self.n_sink + (positions - self.n_sink) % self.window)
+        n_sink, capacity = self.sizes
+        return torch.where(positions < n_sink, positions, n_sink + (positions - n_sink) % (capacity - n_sink))
 
     def _cached_slots(self, count: int) -> torch.Tensor:
         """The slots that the next query of a row of `count` tokens sees besides itself, in chronological order."""

@@ -139,14 +139,15 @@ class StaticSinkWindowLayer(SinkWindowLayer):
         if (key_states.shape[:2], key_states.dtype) != (self.keys.shape[:2], self.keys.dtype):
             self._check(key_states, value_states)  # all of that is free to change after a reset
             self.lazy_initialization(key_states, value_states)
+        n_sink, capacity = self.sizes
         slot = self.slots_of(self.counter)
         self.values.index_copy_(2, slot, value_states)
-        if self.n_sink:
+        if n_sink:
             if not self.sinks_complete:
                 is_now = self.every_sink[:, None] == self.counter
                 self.sink_keys.copy_(torch.where(is_now, key_states, self.sink_keys))
             if self.computes_angles:
-                _angles(self.counter, self.frequency, self.capacity, self.cos_sin)
+                _angles(self.counter, self.frequency, capacity, self.cos_sin)
             moved = self.sink_keys * self.cos_sin[0] + self.sink_keys[..., self.partner] * self.cos_sin[1]
             # In one write with the sinks, as each write is a kernel. While the token is a sink itself, both write the same.
             slot = torch.cat([self.every_sink, slot])
@@ -188,9 +189,15 @@ class StaticSinkWindowLayer(SinkWindowLayer):
             if self._at_most > self.max_position:
                 self._at_most = self.position + 1
                 self.check_positions(1)
+        _, capacity = self.sizes
         if self.is_sliding or self.sliding_window is not None:  # their masks also end `sliding_window` tokens ago
-            return self.capacity, (self.counter[0] + (1 - self.capacity)).clamp(min=0)
-        return self.capacity, 0
+            return capacity, (self.counter[0] + (1 - capacity)).clamp(min=0)
+        return capacity, 0
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """As in the base class, and constants of a graph: integers that differ from cache to cache would be its inputs."""
+        return self.sink_keys.shape[2], self.keys.shape[2]
 
     def get_seq_length(self) -> int:
         """Tokens seen, ever; waits for the device."""
@@ -230,7 +237,8 @@ class StaticSinkWindowLayer(SinkWindowLayer):
 
 
 def _static(tensor: torch.Tensor) -> torch.Tensor:
-    """Promises that the tensor stays at its address, so that a captured graph neither copies it nor is made anew."""
+    """Promises that the tensor keeps its address and its shape, so that a captured graph neither copies it nor asks for it."""
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(tensor)
+        torch._dynamo.mark_static(tensor)
     return tensor

@@ -3,6 +3,7 @@
 import copy
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,27 @@ def test_one_graph_from_the_first_decoded_token_on(model_type: str) -> None:
     assert counter.frame_count == 1
     expected = streamed_logits(model, input_ids, 3, 9)[:, 3:]
     assert relative_error(torch.cat(logits, dim=1), expected) <= TOLERANCE
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("model_type", MODELS)
+def test_sizes_are_constants_of_a_graph(model_type: str) -> None:
+    # What differs between two caches would become an input of the second graph, and one of all that follow.
+    model, input_ids, inputs = tiny_model(model_type), tokens(12), []
+
+    def backend(module: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        inputs.append(example_inputs)
+        return module
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for n_sink, window in ((2, 4), (2, 6), (1, 3), (3, 3), (2, 4), (1, 3)):
+            cache = SinkWindowCache(n_sink, window, compileable=True)
+            model(input_ids[:, :5], past_key_values=cache)
+            for t in range(5, 12):
+                compiled(input_ids[:, t : t + 1], past_key_values=cache)
+    assert len(inputs) == 4  # one for each pair of sizes
+    assert all(isinstance(one, torch.Tensor) for some in inputs for one in some)
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
