@@ -27,7 +27,7 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,8 +71,8 @@ class TimedCache(SinkWindowCache):
 class Notes(LogitsProcessor):
     """Notes time, memory and position every so many tokens; as a logits processor it changes nothing and makes nobody wait."""
 
-    def __init__(self, cache: TimedCache, every: int, bar: Any) -> None:
-        self.cache, self.every, self.bar = cache, every, bar
+    def __init__(self, cache: TimedCache, every: int, bar: Any, keep: Callable[[list[dict[str, Any]]], None]) -> None:
+        self.cache, self.every, self.bar, self.keep = cache, every, bar, keep
         self.tokens = self.since = 0
         self.rows: list[dict[str, Any]] = []
         self.started = cache.clock.now()
@@ -100,6 +100,7 @@ class Notes(LogitsProcessor):
             "host_bytes": psutil.Process().memory_info().rss,
         }
         self.rows.append(row | more)
+        self.keep(self.rows)
         self.bar.update(self.since)
         self.since, self.started = 0, self.cache.clock.now()
 
@@ -254,13 +255,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if kind == "read":
         result["data"] = text.description
+    path = folder / f"{harness.file_stem('longrun', kind, loaded.name, device.type, dtype_name)}.json"
     print(title, flush=True)
     compiled = kind == "generate" and device.type == "cuda"
     cache = TimedCache(args.n_sink, args.capacity - args.n_sink, harness.Clock(device), compileable=compiled)
     cache.prepare_for(loaded.model)
     total = {"generate": args.tokens, "read": args.tokens * (args.passes or 0), "count": last_position(cache)}[kind]
     with torch.no_grad(), harness.garbage_collector_off(), harness.progress_bar(total, loaded.name) as bar:
-        notes = Notes(cache, total // SAMPLES, bar)
+        notes = Notes(cache, total // SAMPLES, bar, lambda rows: harness.write_json(path, {**result, "rows": rows}))
         try:
             if kind == "generate":
                 generate(loaded, args, notes)
@@ -276,7 +278,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     result["slopes"] = {name: slope(notes.rows, name) for name in SLOPES}
     result["rebases"] = rebases(cache, notes.rows)
     print(report(result))
-    path = folder / f"{harness.file_stem('longrun', kind, loaded.name, device.type, dtype_name)}.json"
     harness.write_json(path, result)
     for written in [path, *plots.plot(path, folder)]:
         print(f"wrote {written}")

@@ -53,15 +53,17 @@ Results = list[
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", nargs=2, default=["cuda:0", "cuda:1"], metavar=("FIRST", "SECOND"))
-    devices = parser.parse_args().devices
+    parser.add_argument("--models", nargs="+", choices=CONFIGS, default=list(CONFIGS), metavar="MODEL", help="(all)")
+    args = parser.parse_args()
+    devices = args.devices
     if "cuda:1" in devices and torch.cuda.device_count() < 2:
         print(f"this needs two CUDA GPUs, and there are {torch.cuda.device_count()}", file=sys.stderr)
         return 2
     sink_cache.endless_loop._REBASE_EVERY = 64  # so that a short text is rebased several times
     failures = 0
     with tempfile.TemporaryDirectory() as folder:
-        for name, config in CONFIGS.items():
-            whole, spread = load(config, Path(folder) / name, devices)
+        for name in args.models:
+            whole, spread = load(CONFIGS[name], Path(folder) / name, devices)
             print(f"{name}: layers on {[str(device) for device in devices_of_layers(spread)]}", flush=True)
             for way, run in WAYS.items():
                 outcome, is_right = compare(run, whole, spread)
