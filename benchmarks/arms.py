@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer
 
@@ -16,6 +17,8 @@ from sink_cache import SinkWindowCache
 
 from . import harness, models
 
+# Until 5.17 generate() hands a mask of ones on from step to step; from 5.18 on it drops it before the first.
+MASKS_OF_ONES = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18)
 BLOCK_LIMIT = 63  # steps of a turn; with the untimed one before, a static cache keeps 64 slots free for them
 
 
@@ -54,6 +57,7 @@ class Bench:
         shape = (1, self.longest + 2**16)
         self.tokens = torch.randint(self.config.vocab_size, shape, generator=generator).to(self.device)
         self.positions = torch.arange(shape[1], device=self.device)[None]
+        self.ones = torch.ones_like(self.positions)
         self.token = self.tokens[:, :1].clone()
         # As in generate(), where the model's forward has it.
         self.keep_last = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
@@ -87,7 +91,7 @@ class Bench:
             self.tokens[:, : seen + 1],
             next_sequence_length=1,
             past_key_values=cache,
-            attention_mask=None,  # generate() drops a mask of ones
+            attention_mask=self.ones[:, : seen + 1] if MASKS_OF_ONES else None,
             position_ids=self.positions[:, : seen + 1],
             use_cache=True,
             **self.keep_last,

@@ -4,6 +4,7 @@ Clocks are not tested against wall time; what is checked is what runs between tw
 and the arithmetic on times that are written out here.
 """
 
+import functools
 import gc
 import json
 import math
@@ -19,6 +20,7 @@ from transformers import GPT2Config, LlamaConfig, PreTrainedModel, StaticCache
 from benchmarks import arms, harness, latency, models, plots
 from benchmarks.harness import Clock
 from benchmarks.latency import BLOCK_LIMIT, Arm, Bench, CannotMeasure, Measurement, Settings
+from sink_cache import SinkWindowCache
 
 CPU = torch.device("cpu")
 TRAINED = 256
@@ -121,30 +123,47 @@ def test_recompute_reads_the_window_anew(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [context for context in (16, 32, 64) if arm.applies(context)] == [32]
 
 
-def test_a_compiled_step_gets_what_generate_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Without the 4-D mask that generate() builds outside of the graph, another step would be measured than users get.
+@pytest.mark.parametrize("kind", [arms.StaticCompiled, arms.SinkCompiled])
+def test_a_compiled_step_gets_what_generate_passes(monkeypatch: pytest.MonkeyPatch, kind: type[Arm]) -> None:
+    # Without the 4-D mask that generate() builds outside of the graph, or with one that it builds in another way (until 5.17 from
+    # a mask of ones, then from none), another step would be measured than users get.
     shared = bench()
     model: PreTrainedModel = shared.model
+    prepared: list[dict[str, Any]] = []
     calls: list[dict[str, Any]] = []
+    prepare = model.prepare_inputs_for_generation
+
+    @functools.wraps(prepare)  # generate() looks at its signature
+    def preparing(ids: torch.Tensor, **inputs: Any) -> dict[str, Any]:
+        prepared.append(inputs)
+        return prepare(ids, **inputs)
 
     def compiled(_: Any) -> Any:
         return lambda **inputs: (calls.append(inputs), model(**inputs))[1]
 
+    monkeypatch.setattr(model, "prepare_inputs_for_generation", preparing)
     monkeypatch.setattr(model, "get_compiled_call", compiled)
     monkeypatch.setattr(model, "_valid_auto_compile_criteria", lambda *_: True)
-    cache = StaticCache(config=model.config, max_cache_len=256)
+    static = kind is arms.StaticCompiled
+    # A StaticCache of 256 is measured with 192 tokens in it; a SinkWindowCache of 32 from when it is full, here 6 times over.
+    arm = kind(shared) if static else kind(shared, 32)
+    cache = StaticCache(config=model.config, max_cache_len=256) if static else SinkWindowCache(4, 28, compileable=True)
     ids = shared.tokens[:, :192]
     model.generate(ids, past_key_values=cache, max_new_tokens=2, do_sample=False, attention_mask=torch.ones_like(ids))
-    arm = arms.StaticCompiled(shared)
     with torch.no_grad():
-        arm.fill(256)
+        arm.fill(256 if static else 192)
         arm.rewind()
         arm.step()
+    _, of_generate, ours = prepared  # the first is the prompt's
+    assert (ours["attention_mask"] is None) == (of_generate["attention_mask"] is None)
+    if ours["attention_mask"] is not None:
+        torch.testing.assert_close(ours["attention_mask"], of_generate["attention_mask"])
     of_generate, ours = calls
     assert of_generate["attention_mask"].ndim == 4
-    torch.testing.assert_close(ours["attention_mask"], of_generate["attention_mask"])
-    torch.testing.assert_close(ours["position_ids"], of_generate["position_ids"])
-    assert ours["input_ids"].stride() == of_generate["input_ids"].stride()
+    for name in ("attention_mask", "position_ids"):
+        torch.testing.assert_close(ours[name], of_generate[name])
+    for name in ("attention_mask", "position_ids", "input_ids"):
+        assert ours[name].stride() == of_generate[name].stride()
     assert ours.keys() - {"past_key_values"} == of_generate.keys() - {"past_key_values"}
 
 
