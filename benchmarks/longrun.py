@@ -7,8 +7,8 @@
 Generate. One call of `generate(custom_generate=sink_cache.endless)`, greedy, after a prompt of the cache's capacity.
 
 Read (`--passes`). The first `--tokens` of a text (`--text-file`, or else the help topics of Python) go through the model in
-chunks that are exact (`sink_cache.stream`), pass after pass, without a reset. Whenever the cache has turned over it is
-rebased, so that positions stay bounded. Every pass predicts the same tokens; after the last comes the first one again.
+chunks that are exact (`sink_cache.stream`), pass after pass, without a reset. Whenever the cache has turned over a few times
+it is rebased, so that positions stay bounded. Every pass predicts the same tokens; after the last comes the first one again.
 
 Count (`--until-the-end`). Nothing is rebased: positions count the tokens, as in plain `generate()`, up to 2**24, from where on
 float32 cannot tell them apart. Chunks of `--chunk-size` tokens bring the text near it, plain `generate()` takes it there,
@@ -124,8 +124,8 @@ def read(loaded: models.LoadedModel, args: argparse.Namespace, notes: Notes, tex
     if ids.shape[1] < args.tokens:
         raise BenchmarkError(f"{text.name} has {ids.shape[1]:,} tokens, and --tokens asks for {args.tokens:,}")
 
-    # Each token is rotated at most once by rebases that are so far apart.
-    between = max(notes.cache.rebase_step, args.chunk_size)
+    # Each key is rotated at most once by rebases that are at least a `rebase_step` apart, and reading is fast.
+    between = max(4 * notes.cache.rebase_step, args.chunk_size)
 
     def chunks() -> Iterator[torch.Tensor]:
         for piece in ids.split(between, dim=1):

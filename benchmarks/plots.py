@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
@@ -207,21 +208,34 @@ def endless_steps(result: dict[str, Any], axes: Axes) -> None:
 
 
 def over_time(result: dict[str, Any], axes: Axes) -> None:
-    """Draw time per token and memory against the number of tokens, and the perplexity of each pass if there is one."""
-    rows = result["rows"]
-    tokens = [row["tokens"] for row in rows]
-    axes.plot(tokens, [row["ms_per_token"] for row in rows], color="black", label="ms per token")
-    axes.set(xlabel="tokens", ylabel="ms per token")
-    axes.set_ylim(0, 2 * max(row["ms_per_token"] for row in rows))
+    """Draw time per token and memory against the number of tokens, and write the perplexity of passes beside their points."""
+    rows, slopes = result["rows"], result["slopes"]
+    tokens, times = ([row[name] for row in rows] for name in ("tokens", "ms_per_token"))
+    axes.plot(tokens, times, color="black", marker="." if len(rows) <= 20 else None, label="ms per token")
+    # Up to where the first ones, in which all is compiled, do not squeeze the others.
+    axes.set(xlabel="tokens", ylabel="ms per token", ylim=(0, 2.5 * float(np.median(times))))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    memory = axes.twinx()
-    memory.set(ylabel="MiB", yscale="log")
-    for name, colour in {"device_bytes": "tab:blue", "host_bytes": "tab:orange"}.items():
-        if rows[0][name] is not None:
-            memory.plot(
-                tokens, [row[name] / MIB for row in rows], color=colour, label=name.replace("_bytes", " memory")
+    for row in rows:
+        if "perplexity" in row:
+            where = (row["tokens"], row["ms_per_token"])
+            axes.annotate(
+                f"perplexity\n{row['perplexity']:.3f}",
+                where,
+                (0, 8),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
             )
-    memory.set_ylim(10, 100_000)
+    memory = axes.twinx()
+    for name, colour in {"device_bytes": "tab:blue", "host_bytes": "tab:orange"}.items():
+        values = [row[name] / MIB for row in rows if row[name] is not None]
+        fitted = slopes[name]
+        if values and fitted is not None:
+            rise = round(fitted["rise"] / MIB, 3) + 0.0
+            label = f"{name.removesuffix('_bytes')} memory: {fitted['mean'] / MIB:,.1f} MiB, rising by {rise}"
+            memory.plot(tokens, values, color=colour, label=label)
+    memory.set_ylabel("MiB")
+    memory.set_ylim(0, 1.5 * memory.get_ylim()[1])
     axes.figure.legend(loc="outside lower center", ncols=3, fontsize="small")
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from . import saving
@@ -19,7 +19,7 @@ from .discovery import calling_model, class_for_config, padding_mask_of_caller, 
 from .layers import kinds_of_layers, layers_for
 from .masks import ChunkOffset, let_masks_show_each_query_its_sinks
 from .ring import SharedStorage, SinkWindowLayer, share_storage
-from .rotary import ForwardRotation
+from .rotary import move_in_place
 from .static import StaticSinkWindowLayer
 from .twin import CannotStream, PositionScheme, position_scheme
 
@@ -498,15 +498,13 @@ class SinkWindowCache(Cache):
         furthest = max(ring.capacity for ring in self._rings)
         by = max(0, first.position - furthest - max((*first.pads, 0))) // self.rebase_step * self.rebase_step
         if by:
-            if not self.compileable:
-                share_storage(self._rings)
+            windows = [(ring.keys[:, :, ring.n_sink :], ring.rotation) for ring in self._rings]
+            windows += [(self._layers[index].keys, self._scheme.sliding[index]) for index in others]
+            move_in_place(windows, -by)
             for ring in self._rings:
-                ring.rebase(by)
-            for index in others:
-                sliding = self._layers[index]
-                ForwardRotation([self._scheme.sliding[index]], sliding.keys.device).one_layer_in_place(
-                    sliding.keys, 0, -by
-                )
+                ring.lower_positions(by)
+            for storage in self._storages():
+                storage.forget_steps()
             self._calls.positions_moved = True
         return by
 
@@ -531,10 +529,6 @@ class SinkWindowCache(Cache):
 def _is_croppable(layer: Any) -> bool:
     # transformers' own layers say so from 5.17 on; before, only recurrent states could not.
     return bool(getattr(layer, "is_croppable", not isinstance(layer, LinearAttentionCacheLayerMixin)))
-
-
-def _kinds(config: PreTrainedConfig) -> list[tuple[type, int | None]]:
-    return [(type(layer), getattr(layer, "sliding_window", None)) for layer in DynamicCache(config=config).layers]
 
 
 def tensors_of(layer: Any) -> dict[str, torch.Tensor]:

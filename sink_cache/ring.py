@@ -322,13 +322,8 @@ class SinkWindowLayer(CacheLayerMixin):
             setattr(self, name, tensor)
         self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
 
-    def rebase(self, by: int) -> None:
-        """Moves the window back by `by` positions, a multiple of `window`; layers of a `SharedStorage` all at once."""
-        if self.storage is None:
-            turn = ForwardRotation([self.rotation], self.device)
-            turn.one_layer_in_place(self.keys[:, :, self.n_sink :], 0, -by)
-        elif self.index == 0:
-            self.storage.rebase(by)
+    def lower_positions(self, by: int) -> None:
+        """Lowers all positions by a multiple of `window`, by which the keys of the window have been moved back."""
         self.position, self.rebased = self.position - by, self.rebased + by
 
     def reset(self) -> None:
@@ -429,12 +424,10 @@ class SharedStorage:
             self.forward_rotation.all_layers(self.sink_keys, evicted, out=self.sink_slots)
         self.shifts = shifts
 
-    def rebase(self, by: int) -> None:
-        """Moves the window keys of all layers back by `by` positions."""
-        for index in range(len(self.layers)):  # one at a time: the float32 copies of all would be large
-            self.forward_rotation.one_layer_in_place(self.keys[index, :, :, self.n_sink :], index, -by)
-        self.shifts, self.step = None, -1
+    def forget_steps(self) -> None:
+        """The keys or positions have changed otherwise than by a step."""
         self.overwritten.clear()
+        self.step, self.shifts = -1, None
 
     def record(self, position: int, new_tokens: int) -> None:
         """Keeps what `new_tokens` tokens from `position` on are about to overwrite, and so for the last `window` tokens.
@@ -462,8 +455,7 @@ class SharedStorage:
             kept = max(0, position - start)
             self.keys[..., slots[kept:], :] = keys[..., kept:, :]
             self.values[..., slots[kept:], :] = values[..., kept:, :]
-        self.overwritten.clear()
-        self.step, self.shifts = -1, None
+        self.forget_steps()
 
     def select(self, rows: torch.Tensor) -> None:
         """Keeps these rows of the batch, in this order; a row may come several times."""

@@ -12,6 +12,7 @@ positions by the same formula with `shift` for `position`. A dimension that does
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -185,7 +186,16 @@ class ForwardRotation:
             self._tables[layer] = self._cos_sin(every_shift, self._frequency[layer])
         return self._tables[layer]
 
-    def one_layer_in_place(self, keys: torch.Tensor, layer: int, shift: int) -> None:
-        """Moves `keys` `[batch, heads, tokens, head_dim]` of a layer by `shift` positions, which may be negative."""
-        cos, sin = self._table_of(range(shift, shift + 1), layer)
-        keys.copy_(keys * cos[0] + keys.index_select(-1, self._partner) * sin[0])
+
+def move_in_place(keys_of_layers: Iterable[tuple[torch.Tensor, Rotation]], shift: int) -> None:
+    """Moves the keys `[batch, heads, tokens, head_dim]` of several layers by `shift` positions, which may be negative.
+
+    One layer at a time, because float32 copies of all keys would be large; angles once for all that rotate alike.
+    """
+    turns: dict[tuple[Rotation, torch.device], ForwardRotation] = {}
+    for keys, rotation in keys_of_layers:
+        if not rotation.is_identity:
+            alike = rotation, keys.device
+            if alike not in turns:
+                turns[alike] = ForwardRotation([rotation], keys.device)
+            keys.copy_(turns[alike].one_layer(keys, 0, range(shift, shift + 1)))

@@ -218,10 +218,8 @@ class StaticSinkWindowLayer(SinkWindowLayer):
             super().replace(tensors)
             self._settle()
 
-    def rebase(self, by: int) -> None:
-        """Moves the window back by `by` positions, a multiple of `window`."""
-        turn = ForwardRotation([self.rotation], self.device)
-        turn.one_layer_in_place(self.keys[:, :, self.n_sink :], 0, -by)
+    def lower_positions(self, by: int) -> None:
+        """As in the base class."""
         self.rebased += by
         self._at_most = max(0, self._at_most - by)
         if self.is_last:
