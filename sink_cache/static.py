@@ -18,18 +18,20 @@ from .rotary import ForwardRotation, Rotation
 
 @dataclass
 class Turn:
-    """How far the sinks of all layers with one rotation on one device are to be moved.
+    """What layers of one rotation on one device share, which is to be looked at once a step and not once a layer.
 
     Attributes:
         frequency (`torch.Tensor`): `[head_dim]`, float64.
         partner (`torch.Tensor`): `[head_dim]`, int64.
-        cos_sin (`torch.Tensor`): `[2, head_dim]`, float32, of the angles at the current step.
+        cos_sin (`torch.Tensor`): `[2, head_dim]`, float32, of the angles by which sinks are moved at the current step.
+        slots (`torch.Tensor`): `[n_sink]`, int64, where the sinks lie.
         owner: the layer that computes `cos_sin` for all, the first of them in a step.
     """
 
     frequency: torch.Tensor
     partner: torch.Tensor
     cos_sin: torch.Tensor
+    slots: torch.Tensor
     owner: Any
 
 
@@ -38,7 +40,7 @@ class DevicePositions:
 
     def __init__(self) -> None:
         self.counters: dict[torch.device, torch.Tensor] = {}
-        self._turns: dict[tuple[Rotation, torch.device], Turn] = {}
+        self._turns: dict[tuple[Rotation, torch.device, int], Turn] = {}
         # Known on the host only while a call with several tokens goes through the layers.
         self.host: int | None = None
         # Such a call has overwritten something in some layers and has not yet been through all of them.
@@ -52,12 +54,13 @@ class DevicePositions:
 
     def turn(self, rotation: Rotation, device: torch.device, layer: Any) -> Turn:
         """Shared by all layers that ask for the same."""
-        key = rotation, device
+        key = rotation, device, layer.n_sink
         if key not in self._turns:
             frequency = torch.tensor(rotation.frequency, dtype=torch.float64, device=device)
             partner = torch.tensor(rotation.partner, device=device)
             cos_sin = torch.empty(2, len(partner), device=device)
-            self._turns[key] = Turn(_static(frequency), _static(partner), _static(cos_sin), owner=layer)
+            slots = torch.arange(layer.n_sink, device=device)
+            self._turns[key] = Turn(_static(frequency), _static(partner), _static(cos_sin), _static(slots), layer)
         return self._turns[key]
 
 
@@ -113,13 +116,18 @@ class StaticSinkWindowLayer(SinkWindowLayer):
 
     @torch.inference_mode(False)
     def _settle(self) -> None:
-        for tensor in self.tensors().values():
-            _static(tensor)
+        for name, tensor in self.tensors().items():
+            # The compiler takes the shapes of parameters for constants. (`torch._dynamo.mark_static` says the same of any
+            # tensor, but is looked at again at every step, which takes the host 1 us for each.)
+            setattr(self, name, _static(torch.nn.Parameter(tensor, requires_grad=False)))
         self.counter = self.positions.counter(self.device)
-        turn = self.positions.turn(self.rotation, self.device, self)
-        self.frequency, self.partner, self.cos_sin = turn.frequency, turn.partner, turn.cos_sin
-        self.computes_angles = turn.owner is self
-        self.every_sink = _static(torch.arange(self.n_sink, device=self.device))
+        self.turn = self.positions.turn(self.rotation, self.device, self)
+        self.computes_angles = self.turn.owner is self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for tensor in self.tensors().values():  # copies of parameters have no attributes
+            _static(tensor)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -139,18 +147,18 @@ class StaticSinkWindowLayer(SinkWindowLayer):
         if (key_states.shape[:2], key_states.dtype) != (self.keys.shape[:2], self.keys.dtype):
             self._check(key_states, value_states)  # all of that is free to change after a reset
             self.lazy_initialization(key_states, value_states)
-        n_sink, capacity = self.sizes
+        turn, (n_sink, capacity) = self.turn, self.sizes
         slot = self.slots_of(self.counter)
         self.values.index_copy_(2, slot, value_states)
         if n_sink:
             if not self.sinks_complete:
-                is_now = self.every_sink[:, None] == self.counter
+                is_now = turn.slots[:, None] == self.counter
                 self.sink_keys.copy_(torch.where(is_now, key_states, self.sink_keys))
             if self.computes_angles:
-                _angles(self.counter, self.frequency, capacity, self.cos_sin)
-            moved = self.sink_keys * self.cos_sin[0] + self.sink_keys[..., self.partner] * self.cos_sin[1]
+                _angles(self.counter, turn.frequency, capacity, turn.cos_sin)
+            moved = self.sink_keys * turn.cos_sin[0] + self.sink_keys[..., turn.partner] * turn.cos_sin[1]
             # In one write with the sinks, as each write is a kernel. While the token is a sink itself, both write the same.
-            slot = torch.cat([self.every_sink, slot])
+            slot = torch.cat([turn.slots, slot])
             key_states = torch.cat([moved.to(key_states.dtype), key_states], dim=2)
         self.keys.index_copy_(2, slot, key_states)
         if self.is_last:
@@ -235,8 +243,7 @@ class StaticSinkWindowLayer(SinkWindowLayer):
 
 
 def _static(tensor: torch.Tensor) -> torch.Tensor:
-    """Promises that the tensor keeps its address and its shape, so that a captured graph neither copies it nor asks for it."""
+    """Promises that the tensor stays at its address, so that a captured graph neither copies it nor is made anew."""
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(tensor)
-        torch._dynamo.mark_static(tensor)
     return tensor

@@ -94,6 +94,15 @@ def test_sizes_are_constants_of_a_graph(model_type: str) -> None:
     assert all(isinstance(one, torch.Tensor) for some in inputs for one in some)
 
 
+def test_copies_stay_at_their_address_too() -> None:
+    model, cache = tiny_model("llama"), SinkWindowCache(2, 4, compileable=True)
+    with torch.no_grad():
+        model(tokens(9), past_key_values=cache)
+    for one in (cache, copy.deepcopy(cache)):
+        for tensor in one.layers[1].tensors().values():
+            assert torch._dynamo.utils.get_static_address_type(tensor) == "unguarded"
+
+
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize(
     "model_type, backend", [("llama", "inductor"), ("gpt_neox", "aot_eager"), ("gemma3_text", "aot_eager")]
