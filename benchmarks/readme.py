@@ -1,0 +1,159 @@
+"""The README's tables of times, written from the result files: `python -m benchmarks.readme`.
+
+Each table stands between two comments that name it, and is made anew from the files below. A figure with a question mark is one
+of which its file says that the spread is too wide to conclude from.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from .harness import MIB, Parser, read_json, run
+
+ROOT = Path(__file__).parents[1]
+FOLDER = Path("results/h100")
+CAPACITY = 1024  # of the tables that show one
+RECOMPUTED = "llama-2-7b"
+
+
+def results(harness: str, folder: Path) -> list[dict[str, Any]]:
+    """Return the results of a harness in a folder, the smallest model first."""
+    found = [result for path in sorted(folder.glob("*.json")) if (result := read_json(path))["harness"] == harness]
+    return sorted(found, key=lambda result: result["model"]["parameters"])
+
+
+def shape(result: dict[str, Any]) -> str:
+    """Return the name of a result's model, without what it says of the weights."""
+    name: str = result["model"]["name"].removesuffix(" (random weights)")
+    return name
+
+
+def figure(value: float | None, doubtful: object = "", digits: int = 3) -> str:
+    """Return a number with as many significant digits, and a question mark if it is doubtful; a dash for none."""
+    if value is None:
+        return "–"
+    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    return f"{value:,.{max(0, digits - whole)}f}{' ?' if doubtful else ''}"
+
+
+def cell(rows: Sequence[dict[str, Any]], **what: Any) -> dict[str, Any]:
+    """Return the row that has these values, or one without numbers."""
+    found = (row for row in rows if all(row[name] == value for name, value in what.items()))
+    return next(found, {"median_ms": None, "warning": "", "cache_bytes": None})
+
+
+def median(row: dict[str, Any]) -> str:
+    """Return the median of a row's steps."""
+    return figure(row["median_ms"], row["warning"])
+
+
+def ratio(result: dict[str, Any], name: str, **what: Any) -> str:
+    """Return one of a result's ratios."""
+    found = [one for one in result["ratios"] if one["name"] == name and all(one[n] == v for n, v in what.items())]
+    return figure(found[0]["value"], found[0].get("note")) if found else "–"
+
+
+def calls(folder: Path) -> Iterator[dict[str, str]]:
+    """Yield the rows of the table of whole calls."""
+    for result in results("endless", folder):
+        rows, contexts = result["rows"], result["protocol"]["contexts"]
+        arms = {
+            (row["arm"], context): row
+            for row in rows
+            for context in {row["context"], contexts[0] if row["arm"] == "static" else row["context"]}
+        }
+        dense, ours = (statistics.median(arms[name, contexts[0]]["call_ms"]) for name in ("dense", "endless"))
+        yield {
+            "shape": shape(result),
+            "dense, eager": median(arms["dense", contexts[0]]),
+            f"`StaticCache({CAPACITY:,})`": median(arms["static", contexts[0]]),
+            "sink": median(arms["sink", contexts[0]]),
+            f"sink after {contexts[-1]:,}": median(arms["sink", contexts[-1]]),
+            "endless": median(arms["endless", contexts[0]]),
+            "sink / static": ratio(result, "step: sink / static", context=contexts[0]),
+            f"after {contexts[-1]:,}": ratio(result, "step: sink / static", context=contexts[-1]),
+            "endless / static": ratio(result, "step: endless / static", context=contexts[0]),
+            "whole call: dense / endless": figure(dense / ours),
+        }
+
+
+def steps(folder: Path) -> Iterator[dict[str, str]]:
+    """Yield the rows of the table of single steps at fixed contexts."""
+    for result in results("latency", folder):
+        rows = result["rows"]
+        for context in sorted({row["context"] for row in rows}):
+            at = {"context": context}
+            dense = cell(rows, arm="dense", compiled=False, **at)
+            sink, compiled = (cell(rows, arm="sink", compiled=c, capacity=CAPACITY, **at) for c in (False, True))
+            if context < CAPACITY or dense["median_ms"] is sink["median_ms"] is None:
+                continue
+            held = [one["cache_bytes"] and f"{one['cache_bytes'] / MIB:,.0f}" for one in (dense, sink)]
+            eager = {"capacity": CAPACITY, "compiled": False}
+            yield {
+                "shape": shape(result),
+                "context": f"{context:,}",
+                "dense, eager": median(dense),
+                "sink, eager": median(sink),
+                "achieved": ratio(result, "achieved", **at, **eager),
+                "ceiling": ratio(result, "ceiling", **at, **eager),
+                "overhead": ratio(result, "overhead", **at, **eager),
+                "sink, compiled": median(compiled),
+                "GPU busy, dense": "–" if dense.get("busy") is None else f"{min(1.0, dense['busy']):.0%}",
+                "cache, MiB": " → ".join(one or "–" for one in held),
+            }
+
+
+def recomputation(folder: Path) -> Iterator[dict[str, str]]:
+    """Yield the rows of the table of recomputation, the paper's baseline, at the longest context of each capacity."""
+    table: dict[int, dict[str, str]] = {}
+    for result in (*results("latency", folder), *results("latency", folder / "recompute")):
+        for ratio in sorted(
+            result["ratios"] if shape(result) == RECOMPUTED else [], key=lambda one: int(one["context"])
+        ):
+            if (ratio["name"], ratio["compiled"]) == ("recompute_over_sink", True):
+                capacity, context = ratio["capacity"], ratio["context"]
+                table[capacity] = {
+                    "capacity": f"{capacity:,}",
+                    "recomputed, ms": median(cell(result["rows"], arm="recompute", capacity=capacity)),
+                    "sink, compiled, ms": median(
+                        cell(result["rows"], arm="sink", compiled=True, capacity=capacity, context=context)
+                    ),
+                    "gain": figure(ratio["value"], ratio["note"]),
+                    "what this GPU allows": figure(ratio["hardware_limit"]),
+                    "reached": f"{ratio['share_of_limit']:.0%}",
+                }
+    yield from (table[capacity] for capacity in sorted(table))
+
+
+TABLES: dict[str, Callable[[Path], Iterator[dict[str, str]]]] = {
+    "whole calls": calls,
+    "single steps": steps,
+    "recomputation": recomputation,
+}
+
+
+def write(readme: str, folder: Path) -> str:
+    """Return the README with its tables made anew."""
+    for name, rows in TABLES.items():
+        begin, end = f"<!-- {name}: written by python -m benchmarks.readme -->", f"<!-- end of {name} -->"
+        before, rest = readme.split(begin)
+        table = tabulate(list(rows(folder)), "keys", "pipe", disable_numparse=True)
+        readme = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+    return readme
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the tables."""
+    Parser(prog="python -m benchmarks.readme", description=__doc__).parse_args(argv)
+    path = ROOT / "README.md"
+    path.write_text(write(path.read_text(), ROOT / FOLDER))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
