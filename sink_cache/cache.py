@@ -45,6 +45,10 @@ class SinkWindowCache(Cache):
         n_sink (`int`): how many of the first tokens to keep for ever; 0 gives a plain sliding window.
         window (`int`): how many of the last tokens to keep, at least 1. It does *not* include the sinks: the cache holds
             `capacity = n_sink + window` tokens.
+        compileable (`bool`): keep all shapes constant and positions on the device, so that decoding steps can be compiled;
+            `generate()` then does so by itself on CUDA. Each pair of sizes, batch size and dtype is compiled by itself, and
+            torch keeps eight of them for a model (`torch._dynamo.config.recompile_limit`); further ones run uncompiled. No
+            padded batches, no `crop`.
         config (`PreTrainedConfig`, *optional*): the model's config. Only needed where the calling model cannot be
             seen, as in a compiled first call.
 
@@ -198,9 +202,9 @@ class SinkWindowCache(Cache):
             return
         if seen == 0:
             # The cache may have been prepared for another model: by config=, or in its life before a reset.
-            prepared, pads = self._layers, first.pads
+            prepared, pads, layers_before = self._layers, first.pads, self._first
             self._look_for_the_model()
-            if self._layers is not prepared and self._first > 0:
+            if self._layers is not prepared and max(layers_before, self._first) > 0:
                 raise ValueError(
                     "this cache was made for another model, and layers before the first of ours have used it already. "
                     "Make a new SinkWindowCache for each model."
@@ -465,7 +469,12 @@ class SinkWindowCache(Cache):
     def tokens_between_rebases(self) -> int:
         """How many tokens may at most be fed from one `rebase()` to the next, before positions go beyond the model's last one."""
         furthest = max(ring.capacity for ring in self._rings) + max((0, *self._rings[0].pads))
-        return min(ring.max_position for ring in self._rings) - furthest - self.rebase_step
+        return self.max_position - furthest - self.rebase_step
+
+    @property
+    def max_position(self) -> int:
+        """How many positions the model can tell apart."""
+        return min(ring.max_position for ring in self._rings)
 
     @property
     def rebase_step(self) -> int:
@@ -498,11 +507,13 @@ class SinkWindowCache(Cache):
         furthest = max(ring.capacity for ring in self._rings)
         by = max(0, first.position - furthest - max((*first.pads, 0))) // self.rebase_step * self.rebase_step
         if by:
+            self._calls.refuse_interrupted(0)
             windows = [(ring.keys[:, :, ring.n_sink :], ring.rotation) for ring in self._rings]
             windows += [(self._layers[index].keys, self._scheme.sliding[index]) for index in others]
-            move_in_place(windows, -by)
-            for ring in self._rings:
-                ring.lower_positions(by)
+            with self._calls.changing_layers(), torch.inference_mode():  # in which any tensor can be written to
+                move_in_place(windows, -by)
+                for ring in self._rings:
+                    ring.lower_positions(by)
             for storage in self._storages():
                 storage.forget_steps()
             self._calls.positions_moved = True
@@ -514,8 +525,9 @@ class SinkWindowCache(Cache):
         self._calls.reset()
         self._chunk_offsets = {}
         self._set_exact(False)
-        for ring in self._rings:
-            ring.record_past = False
+        for layer in self._layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
 
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Not supported: the cache is small and stays on its device."""

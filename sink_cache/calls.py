@@ -2,13 +2,14 @@
 
 The cache holds a few tokens of a text and moves them by counting, so a call that does not go on where the last one ended
 would give wrong text and no error. All of it is refused here: a forward that was interrupted, positions with gaps, padding
-that is not on the left or that is forgotten, masks in which the sinks are not where they are.
+that is not on the left or that is forgotten, masks that do not show the sinks. (Of single tokens after the first, every 64th.)
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class Calls:
 
     def reset(self) -> None:
         """Forgets the text."""
-        self.begun = self.positions_moved = False
+        self.begun = self.positions_moved = self._half_done = False
         self.first_positions: tuple[int, ...] = (0,)
 
     def begin(self, new_tokens: int, offsets: dict[bool, ChunkOffset], *, looks: bool) -> None:
@@ -76,6 +77,7 @@ class Calls:
                     stacklevel=4,
                 )
         self._refuse_gaps(calling_tensor("position_ids", {2, 3}), seen, new_tokens)
+        self._positions_unread = _READ_EVERY if seen == 0 or new_tokens > 1 else 0  # the first step of a loop is read
         self.positions_moved, self.begun = False, True
         if kinds := {ring.is_sliding for ring in self._rings if ring.evicts_within(new_tokens)}:
             if self._rings[0].pads:
@@ -91,13 +93,25 @@ class Calls:
         first, (head, tail) = self._rings[0], self._ends
         seen = first.get_seq_length()
         if (
-            (isinstance(first, StaticSinkWindowLayer) and first.positions.unfinished)
+            self._half_done
+            or (isinstance(first, StaticSinkWindowLayer) and first.positions.unfinished)
             or head.get_seq_length() != (seen if head is first else seen + new_tokens)
             or tail.get_seq_length() != seen
         ):
             raise ValueError(
                 "the layers of this cache have seen different numbers of tokens: a forward was interrupted. Call reset()."
             )
+
+    @contextmanager
+    def changing_layers(self) -> Iterator[None]:
+        """Within, layers change one after the other; if something stops that half-way, every later call is refused."""
+        begun, self.begun, self._half_done = (
+            self.begun,
+            False,
+            True,
+        )  # steps that are not checked are of a text that has begun
+        yield
+        self.begun, self._half_done = begun, False
 
     def _refuse_gaps(self, position_ids: torch.Tensor | None, seen: int, new_tokens: int) -> None:
         """Sinks move by the number of evicted tokens, so positions must count tokens."""
@@ -124,20 +138,18 @@ class Calls:
             )
 
     def must_read_positions(self) -> bool:
-        """Whether to look at the positions of a step: after a rebase the caller has to know of it, at every step."""
+        """Whether to look at the positions of a step: to read them means to walk up the stack, and to wait for a GPU."""
         first = self._rings[0]
         self._positions_unread += 1
-        often = first.device.type == "cpu" or self._positions_unread >= _READ_EVERY
-        if self.positions_moved or (first.rebased and often):
-            self._positions_unread = 0
-            return True
-        return False
+        # After a rebase the caller has to know of it.
+        often = self._positions_unread >= _READ_EVERY or (first.rebased and first.device.type == "cpu")
+        return bool(self.positions_moved or often)
 
     def begin_masks(self, mask: torch.Tensor | None, new_tokens: int) -> None:
         """A call begins, and masks are made first; `mask`: the caller's `attention_mask` `[batch_size, length]`."""
         # To read it means to wait for a GPU, and steps only add a one to what was read before.
         first, is_step = self._rings[0], new_tokens == 1 and self.begun
-        self._masks_unread += is_step
+        self._masks_unread += int(is_step)
         if not is_step or mask is None or mask.device.type == "cpu" or self._masks_unread >= _READ_EVERY:
             self._masks_unread = 0
             self._note_padding(mask)

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from sink_cache import SinkWindowCache, endless
+from sink_cache.rotary import ForwardRotation
 
 from .families import tiny_model
 from .oracle import relative_error, streamed_logits
@@ -267,6 +268,60 @@ def test_rebase_by_hand(model: PreTrainedModel) -> None:
         # Positions that the model counts by itself are wrong from now on.
         with pytest.raises(NotImplementedError, match="from 10 on in this call"):
             model(input_ids[:, 40:41], past_key_values=cache)
+        logits = [
+            model(input_ids[:, t : t + 1], position_ids=cache.next_position_ids(), past_key_values=cache).logits
+            for t in range(40, 60)
+        ]
+    assert relative_error(torch.cat(logits, dim=1), streamed_logits(model, input_ids, 3, 5)[:, 40:]) <= 1e-5
+
+
+@pytest.mark.parametrize("compileable", [False, True])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_a_rebase_that_is_interrupted_is_noticed(
+    model_type: str, compileable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Some layers have been moved, and others have not.
+    model, cache, turn = (
+        tiny_model(model_type),
+        SinkWindowCache(3, 5, compileable=compileable),
+        ForwardRotation.one_layer,
+    )
+    calls = iter([turn])
+
+    def one_layer_and_no_more(*args: Any) -> torch.Tensor:
+        return next(calls, interrupt)(*args)
+
+    def interrupt(*_: Any) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        for t in range(100):
+            model(tokens(100)[:, t : t + 1], past_key_values=cache)
+        monkeypatch.setattr(ForwardRotation, "one_layer", one_layer_and_no_more)
+        with pytest.raises(KeyboardInterrupt):
+            cache.rebase()
+        monkeypatch.undo()
+        for go_on_anyway in (
+            lambda: model(tokens(1), past_key_values=cache),
+            lambda: model(tokens(1), position_ids=cache.next_position_ids(), past_key_values=cache),
+            lambda: model(tokens(4), past_key_values=cache),
+            cache.rebase,
+            lambda: cache.save("nowhere"),
+        ):
+            with pytest.raises(ValueError, match="interrupted"):
+                go_on_anyway()
+        cache.reset()
+        model(tokens(9), past_key_values=cache)
+    assert cache.get_seq_length() == 9
+
+
+def test_a_rebase_moves_what_was_made_in_inference_mode() -> None:
+    model, cache, input_ids = tiny_model("gemma3_text"), SinkWindowCache(3, 5), tokens(60)
+    with torch.inference_mode():
+        for t in range(40):
+            model(input_ids[:, t : t + 1], past_key_values=cache)
+    assert cache.rebase()
+    with torch.inference_mode():
         logits = [
             model(input_ids[:, t : t + 1], position_ids=cache.next_position_ids(), past_key_values=cache).logits
             for t in range(40, 60)

@@ -330,6 +330,20 @@ def test_positions_after_rebase_are_looked_at_at_every_step(llama: PreTrainedMod
     assert cache.get_seq_length() == 41
 
 
+@pytest.mark.parametrize("compileable", [False, True])
+@pytest.mark.parametrize("prompt", [1, 5])
+def test_wrong_positions_of_a_loop_are_noticed_at_its_first_step(
+    llama: PreTrainedModel, compileable: bool, prompt: int
+) -> None:
+    cache = SinkWindowCache(4, 8, compileable=compileable)
+    with torch.no_grad():
+        llama(tokens(prompt), past_key_values=cache)
+        with pytest.raises(NotImplementedError, match="positions that rise by one"):
+            llama(tokens(1), position_ids=torch.tensor([[99]]), past_key_values=cache)
+        llama(tokens(1), past_key_values=cache)
+    assert cache.get_seq_length() == prompt + 1
+
+
 def test_rows_that_were_padded_do_not_stream(llama: PreTrainedModel) -> None:
     # Full rows need no attention_mask any more, but they evict at different times.
     cache, mask = SinkWindowCache(3, 5), torch.ones(2, 20, dtype=torch.long)
