@@ -15,8 +15,9 @@ float32 cannot tell them apart. Chunks of `--chunk-size` tokens bring the text n
 and the cache stops.
 
 A hundred times in a run, or once in a pass, are noted: the time per token, the memory that tensors take on the device, the
-resident memory of this process, and the position of the next token. Slopes are fitted to the first three, the first tenth left
-out. Rebases are timed by themselves, the device synchronised before and after.
+resident memory of this process, and the position of the next token. Lines are fitted to the first three, the first tenth left
+out, through the means of ten stretches of the run, as neighbours are alike. Rebases are timed by themselves, the device
+synchronised before and after.
 
 Results: a table here, and a JSON file and a plot in `--output` (header: `benchmarks.harness`), with `rows`, `slopes`, `rebases`.
 """
@@ -24,10 +25,11 @@ Results: a table here, and a JSON file and a plot in `--output` (header: `benchm
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,12 +41,12 @@ from tabulate import tabulate
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from sink_cache import SinkWindowCache, endless, stream
-from sink_cache.ring import SinkWindowLayer
 
 from . import harness, models, plots, texts
 from .harness import BenchmarkError
 
 SAMPLES = 100
+STRETCHES = 10
 LAST_TOKENS = 1000  # before the last position: generated
 SLOPES = ("ms_per_token", "device_bytes", "host_bytes")
 COLUMNS = ("tokens", "next_position", "ms_per_token", "device_bytes", "host_bytes", "perplexity")
@@ -71,38 +73,40 @@ class TimedCache(SinkWindowCache):
 class Notes(LogitsProcessor):
     """Notes time, memory and position every so many tokens; as a logits processor it changes nothing and makes nobody wait."""
 
-    def __init__(self, cache: TimedCache, every: int, bar: Any, keep: Callable[[list[dict[str, Any]]], None]) -> None:
+    def __init__(self, cache: TimedCache, every: float, bar: Any, keep: Callable[[list[dict[str, Any]]], None]) -> None:
         self.cache, self.every, self.bar, self.keep = cache, every, bar, keep
-        self.tokens = self.since = 0
+        self.tokens = self.unnoted = 0
         self.rows: list[dict[str, Any]] = []
         self.started = cache.clock.now()
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Count a token."""
-        self.count(1)
+        self.took(1)
         return scores
 
-    def count(self, tokens: int) -> None:
+    def took(self, tokens: int) -> None:
         """Count tokens, and note where we are if it is time."""
-        self.since += tokens
-        if self.since >= self.every:
+        self.unnoted += tokens
+        if self.unnoted >= self.every:
             self.note()
 
     def note(self, **more: Any) -> None:
         """Note where we are."""
         now, device = self.cache.clock.now(), self.cache.clock.device
-        self.tokens += self.since
+        gc.collect()  # what was left of the last note, above all
+        self.tokens += self.unnoted
         row = {
             "tokens": self.tokens,
             "next_position": int(self.cache.next_position_ids().max()),
-            "ms_per_token": 1e3 * (now - self.started) / self.since,
+            "ms_per_token": 1e3 * (now - self.started) / self.unnoted,
             "device_bytes": torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
             "host_bytes": psutil.Process().memory_info().rss,
+            "rebases": len(self.cache.rebase_ms),
         }
         self.rows.append(row | more)
         self.keep(self.rows)
-        self.bar.update(self.since)
-        self.since, self.started = 0, self.cache.clock.now()
+        self.bar.update(self.unnoted)
+        self.unnoted, self.started = 0, self.cache.clock.now()
 
 
 def generate(loaded: models.LoadedModel, args: argparse.Namespace, notes: Notes) -> None:
@@ -120,26 +124,27 @@ def generate(loaded: models.LoadedModel, args: argparse.Namespace, notes: Notes)
 
 def read(loaded: models.LoadedModel, args: argparse.Namespace, notes: Notes, text: texts.Text) -> None:
     """Read `--tokens` of a text `--passes` times, and note the perplexity of each pass."""
+    cache = notes.cache
     ids = texts.tokenize(text, loaded.tokenizer)[: args.tokens].to(loaded.model.device)[None]
     if ids.shape[1] < args.tokens:
         raise BenchmarkError(f"{text.name} has {ids.shape[1]:,} tokens, and --tokens asks for {args.tokens:,}")
-
-    # Each key is rotated at most once by rebases that are at least a `rebase_step` apart, and reading is fast.
-    between = max(4 * notes.cache.rebase_step, args.chunk_size)
-
-    def chunks() -> Iterator[torch.Tensor]:
-        for piece in ids.split(between, dim=1):
-            yield from stream(loaded.model, piece, notes.cache, chunk_size=args.chunk_size)
-            notes.since += piece.shape[1]
-            if piece.shape[1] == between:
-                notes.cache.rebase()
-
     wanted = ids[0].roll(-1)  # after the last token comes the first one again
+    # Each key is rotated at most once by rebases that are at least a `rebase_step` apart, and reading is fast.
+    stretch = max(4 * cache.rebase_step, args.chunk_size)
+    since_rebase = 0
     for number in range(1, args.passes + 1):
         loss, done = 0.0, 0
-        for logits in chunks():
-            loss += F.cross_entropy(logits[0].float(), wanted[done : done + logits.shape[1]], reduction="sum").item()
-            done += logits.shape[1]
+        for piece in ids.split(stretch, dim=1):
+            for logits in stream(loaded.model, piece, cache, chunk_size=args.chunk_size):
+                loss += F.cross_entropy(
+                    logits[0].float(), wanted[done : done + logits.shape[1]], reduction="sum"
+                ).item()
+                done += logits.shape[1]
+            notes.took(piece.shape[1])
+            since_rebase += piece.shape[1]
+            if since_rebase >= stretch:
+                cache.rebase()
+                since_rebase = 0
         notes.note(**{"pass": number, "perplexity": math.exp(loss / done)})
 
 
@@ -147,43 +152,45 @@ def count(loaded: models.LoadedModel, args: argparse.Namespace, notes: Notes) ->
     """Feed chunks and then generate, without ever rebasing, until the cache stops; return where and with which words."""
     model, cache = loaded.model, notes.cache
     chunk = torch.randint(1, model.config.vocab_size, (1, args.chunk_size), device=model.device)
-    last = last_position(cache)
+    length = max(2, cache.max_position - LAST_TOKENS)
     # The length of the text is all that generate() reads of what the cache has seen.
-    text = chunk.repeat(1, -(-last // args.chunk_size))[:, : last - LAST_TOKENS]
+    text = chunk.repeat(1, -(-length // args.chunk_size))[:, :length]
     for piece in text[:, :-1].split(args.chunk_size, dim=1):
         model(piece, past_key_values=cache, logits_to_keep=1)
-        notes.count(piece.shape[1])
+        notes.took(piece.shape[1])
     try:
         model.generate(text, past_key_values=cache, do_sample=False, max_new_tokens=2 * LAST_TOKENS)
     except ValueError as refusal:
-        return {"position": cache.get_seq_length(), "last_position": last, "message": str(refusal)}
-    raise BenchmarkError(f"the cache went on to position {cache.get_seq_length():,}, beyond {last:,}")
-
-
-def last_position(cache: SinkWindowCache) -> int:
-    """Return the first position that the model cannot tell from its neighbours, or does not have."""
-    return min(layer.max_position for layer in cache.layers if isinstance(layer, SinkWindowLayer))
+        if cache.get_seq_length() != cache.max_position:
+            raise
+        return {"position": cache.get_seq_length(), "message": str(refusal)}
+    raise BenchmarkError(f"the cache went on to position {cache.get_seq_length():,}, beyond {cache.max_position:,}")
 
 
 def slope(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float] | None:
-    """Fit a line to what was noted, the first tenth left out: its rise over the run, its standard error, and the mean."""
+    """Fit a line to what was noted, as the module docstring says: its rise over the run, its standard error, and the mean."""
     rest = rows[math.ceil(len(rows) / 10) :]
-    if len(rest) < 4 or any(row[name] is None for row in rest):
+    values = np.array([row[name] for row in rest], dtype=np.float64)  # nan for None
+    if len(rest) < 2 * STRETCHES or not np.isfinite(values).all():
         return None
-    x, y = (np.array([row[key] for row in rest], dtype=np.float64) for key in ("tokens", name))
-    (rise, _), covariance = np.polyfit(x / rows[-1]["tokens"], y, 1, cov=True)
-    return {"rise": float(rise), "standard_error": float(np.sqrt(covariance[0, 0])), "mean": float(y.mean())}
+    mean = float(values.mean())
+    if np.ptp(values) == 0:
+        return {"rise": 0.0, "standard_error": 0.0, "mean": mean}
+    run = np.array([row["tokens"] for row in rest], dtype=np.float64) / rows[-1]["tokens"]
+    x, y = (np.array([part.mean() for part in np.array_split(one, STRETCHES)]) for one in (run, values))
+    (rise, _), covariance = np.polyfit(x, y, 1, cov=True)
+    return {"rise": float(rise), "standard_error": float(np.sqrt(covariance[0, 0])), "mean": mean}
 
 
-def rebases(cache: TimedCache, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return how many rebases there were, their median time in ms, and their share of the run, the first tenth left out."""
-    # The first ones allocate, and load kernels.
-    times = cache.rebase_ms[math.ceil(len(cache.rebase_ms) / 10) :]
-    if not times:
+def rebases(times_ms: Sequence[float], rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return how many rebases there were until the last row, their median time in ms, and their share of the time."""
+    number = rows[-1]["rebases"]
+    if not number:
         return None
-    between = statistics.median(row["ms_per_token"] for row in rows) * rows[-1]["tokens"] / len(cache.rebase_ms)
-    median = statistics.median(times)
-    return {"count": len(cache.rebase_ms), "median_ms": median, "ms_between": between, "share": median / between}
+    # The first tenth left out here, too: it allocates, and loads kernels.
+    median = statistics.median(times_ms[number // 10 : number])
+    apart = statistics.median(row["ms_per_token"] for row in rows) * rows[-1]["tokens"] / number
+    return {"count": number, "median_ms": median, "ms_apart": apart, "share": median / apart}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -193,11 +200,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gguf-file", help="a GGUF file in the model's folder or repository")
     parser.add_argument("--random-weights", metavar="SHAPE", help=", ".join(models.SHAPES))
     parser.add_argument("--offline", action="store_true", help="SmolLM2-135M: no hub is asked")
-    parser.add_argument("--tokens", type=int, default=100_000, help="to generate, or of each pass (%(default)s)")
+    parser.add_argument("--tokens", type=int, help="to generate, or of each pass (100,000)")
     parser.add_argument("--passes", type=int, help="read a text so many times")
     parser.add_argument("--text-file", help="a text in UTF-8 (Python's help topics)")
     parser.add_argument("--until-the-end", action="store_true", help="count positions up to the last one")
-    parser.add_argument("--chunk-size", type=int, default=512, help="tokens per forward when reading (%(default)s)")
+    parser.add_argument("--chunk-size", type=int, help="tokens per forward when reading and counting (512)")
     parser.add_argument("--capacity", type=int, default=1024, help="of the cache, sinks included (%(default)s)")
     parser.add_argument("--n-sink", type=int, default=4, help="(%(default)s)")
     parser.add_argument("--sdpa-backend", choices=harness.SDPA_CHOICES, default="auto", help="(auto)")
@@ -211,6 +218,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--passes and --until-the-end are different runs: give one of them")
     if args.passes is not None and args.random_weights:
         parser.error("--passes measures perplexity, which means nothing with --random-weights")
+    for option, value, is_used in (
+        ("--tokens", args.tokens, not args.until_the_end),
+        ("--text-file", args.text_file, args.passes),
+        ("--chunk-size", args.chunk_size, args.passes or args.until_the_end),
+    ):
+        if value is not None and not is_used:
+            parser.error(f"{option} would change nothing in this run: see --help for what it belongs to")
+    args.tokens = 100_000 if args.tokens is None else args.tokens
+    args.chunk_size = 512 if args.chunk_size is None else args.chunk_size
     least = {"passes": 1, "chunk_size": 1, "n_sink": 0, "capacity": args.n_sink + 1}
     for name, lowest in {**least, "tokens": 2 if args.passes else 10 * SAMPLES}.items():
         if (value := getattr(args, name)) is not None and value < lowest:
@@ -251,7 +267,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     protocol = {name: getattr(args, name) for name in ("tokens", "passes", "chunk_size", "capacity", "n_sink")}
     protocol |= {"kind": kind, "sdpa_backend": args.sdpa_backend, "sdpa_enabled": sdpa}
     result = harness.header(
-        "longrun", title, device, dtype, argv=argv, model=loaded.description, protocol=protocol, interrupted=False
+        "longrun",
+        title,
+        device,
+        dtype,
+        argv=argv,
+        model=loaded.description,
+        protocol=protocol,
+        interrupted=False,
+        slopes={},
     )
     if kind == "read":
         result["data"] = text.description
@@ -260,9 +284,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     compiled = kind == "generate" and device.type == "cuda"
     cache = TimedCache(args.n_sink, args.capacity - args.n_sink, harness.Clock(device), compileable=compiled)
     cache.prepare_for(loaded.model)
-    total = {"generate": args.tokens, "read": args.tokens * (args.passes or 0), "count": last_position(cache)}[kind]
+    total = {"generate": args.tokens, "read": args.tokens * (args.passes or 0), "count": cache.max_position}[kind]
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        harness.write_json(path, result | {"rows": rows, "interrupted": True})
+
     with torch.no_grad(), harness.garbage_collector_off(), harness.progress_bar(total, loaded.name) as bar:
-        notes = Notes(cache, total // SAMPLES, bar, lambda rows: harness.write_json(path, {**result, "rows": rows}))
+        notes = Notes(cache, math.inf if kind == "read" else total // SAMPLES, bar, keep)
         try:
             if kind == "generate":
                 generate(loaded, args, notes)
@@ -276,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise KeyboardInterrupt
     result["rows"] = notes.rows
     result["slopes"] = {name: slope(notes.rows, name) for name in SLOPES}
-    result["rebases"] = rebases(cache, notes.rows)
+    result["rebases"] = rebases(cache.rebase_ms, notes.rows)
     print(report(result))
     harness.write_json(path, result)
     for written in [path, *plots.plot(path, folder)]:
@@ -297,7 +325,7 @@ def report(result: dict[str, Any]) -> str:
             lines.append(f"{name}: mean {fitted['mean']:,.4g}, rise over the run {rise}")
     if (timed := result["rebases"]) is not None:
         lines.append(
-            f"{timed['count']:,} rebases of {timed['median_ms']:.3g} ms, one in {timed['ms_between']:,.4g} ms: "
+            f"{timed['count']:,} rebases of {timed['median_ms']:.3g} ms, one in {timed['ms_apart']:,.4g} ms: "
             f"{timed['share']:.2%} of the time"
         )
     if "end" in result:

@@ -229,10 +229,10 @@ def over_time(result: dict[str, Any], axes: Axes) -> None:
     memory = axes.twinx()
     for name, colour in {"device_bytes": "tab:blue", "host_bytes": "tab:orange"}.items():
         values = [row[name] / MIB for row in rows if row[name] is not None]
-        fitted = slopes[name]
-        if values and fitted is not None:
-            rise = round(fitted["rise"] / MIB, 3) + 0.0
-            label = f"{name.removesuffix('_bytes')} memory: {fitted['mean'] / MIB:,.1f} MiB, rising by {rise}"
+        if values:
+            label = f"{name.removesuffix('_bytes')} memory: {np.median(values):,.1f} MiB"
+            if (fitted := slopes.get(name)) is not None:
+                label += f", rising by {round(fitted['rise'] / MIB, 3) + 0.0}"
             memory.plot(tokens, values, color=colour, label=label)
     memory.set_ylabel("MiB")
     memory.set_ylim(0, 1.5 * memory.get_ylim()[1])
