@@ -20,7 +20,7 @@ from those before it, once (`--score-from P` leaves out those with fewer than P 
 `--mode chunk` (default) reads `--chunk-size` tokens per forward, through `sink_cache.stream`, and each token sees what
 it would see if read alone. `--mode step` reads one token per forward, as generating text does. Perplexities are the
 same; times are not, and are to be compared within a mode only. The speed-up of a run is a mean over all context lengths
-of its samples, from 1 to `--max-tokens`; `benchmarks.step_time` measures single points of that curve.
+of its samples, from 1 to `--max-tokens`; `benchmarks.latency` measures single points of that curve.
 
 A model has learned positions only up to its trained context. Beyond it dense collapses, and its perplexity over a
 whole sample says little: look at the perplexity by position. By default a sample is as long as the trained context.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,9 @@ from .static import StaticSinkWindowLayer
 from .twin import CannotStream, PositionScheme, position_scheme
 
 _LARGEST_TABLE = 2**20  # numbers in a buffer
+_MODEL_SIZES = ("model_type", "hidden_size", "num_attention_heads", "num_key_value_heads")
 
+_NOT_COMPILEABLE = "Leave compileable out."
 _NOT_IN_GRAPHS = "SinkWindowCache works outside of graphs: compile the model without fullgraph=True"
 
 
@@ -82,7 +85,8 @@ class SinkWindowCache(Cache):
         self.compileable = compileable
         self._scheme: PositionScheme | None = None
         self._kinds: list[tuple[type, int | None]] = []  # of layers that a DynamicCache has for the model
-        self._looks = True
+        self._model_sizes: dict[str, Any] = {}
+        self._looks, self._prepared_for = True, 0  # the id of the text model that last was looked at
         self._rings: list[SinkWindowLayer] = []  # those of the layers that are ours
         self._first = 0  # the index of the first of them
         self._calls = Calls()
@@ -93,7 +97,7 @@ class SinkWindowCache(Cache):
             if not isinstance(config, PreTrainedConfig):
                 raise TypeError(f"config must be a model's config (model.config), but is a {type(config).__name__}")
             model_class, text_config = class_for_config(config)
-            self._prepare_for(model_class, text_config, {})
+            self._make_layers(text_config, _scheme_of(model_class, text_config, {}))
 
     # The layers depend on the model, and the model shows itself only when it first uses the cache, so look then.
     @property
@@ -119,32 +123,31 @@ class SinkWindowCache(Cache):
         """Makes the layers for this model, unless they are there; what happens by itself when the model first uses the cache.
 
         Raises:
+            TypeError: if it is no model.
             NotImplementedError: if the model is refused.
         """
         text = text_model(model)
-        # Rotations live in buffers such as inv_freq; larger ones are something else.
-        buffers = {
-            name: buffer
-            for name, buffer in text.named_buffers()
-            if buffer.is_floating_point() and buffer.numel() <= _LARGEST_TABLE
-        }
-        if offloaded := [name for name, buffer in buffers.items() if buffer.is_meta]:
-            raise NotImplementedError(
-                f"SinkWindowCache cannot see how this model rotates its keys, because its buffer {offloaded[0]} is offloaded. "
-                "Offload its weights only: offload_buffers=False."
-            )
-        self._prepare_for(type(text), text.config, buffers)
+        scheme = _scheme_of(type(text), text.config, _small_buffers(text))
+        if not self._fits(text.config, scheme):
+            self._make_layers(text.config, scheme)
+        self._prepared_for = id(text)
 
-    def _prepare_for(self, model_class: Any, config: PreTrainedConfig, buffers: dict[str, torch.Tensor]) -> None:
-        try:
-            scheme = position_scheme(model_class, config, buffers)
-        except CannotStream as reason:
-            raise NotImplementedError(
-                f"SinkWindowCache does not support model type {config.model_type!r} ({model_class.__name__}): {reason}. "
-                "Use DynamicCache with this model."
-            ) from reason
-        if not self._layers or not scheme.agrees_with(self._scheme) or self._kinds != kinds_of_layers(config):
-            self._make_layers(config, scheme)
+    def _fits(self, config: PreTrainedConfig, scheme: PositionScheme) -> bool:
+        """Whether the layers are right for a model of this config and scheme."""
+        return bool(self._layers) and scheme.agrees_with(self._scheme) and self._kinds == kinds_of_layers(config)
+
+    def _refuse_another_model(self) -> None:
+        """In the middle of a text: its keys rotate in the way of the model that made them."""
+        model = calling_model() if self._looks else None
+        text = None if model is None else text_model(model)
+        if text is None or id(text) == self._prepared_for:
+            return
+        if not self._fits(text.config, _scheme_of(type(text), text.config, _small_buffers(text))):
+            raise ValueError(
+                f"this cache holds {self.get_seq_length()} tokens of another model than this {type(text).__name__}. Use one "
+                "cache for each model, or call reset()."
+            )
+        self._prepared_for = id(text)
 
     def prepare(self, config: PreTrainedConfig, scheme: PositionScheme) -> None:
         """Makes the layers for a model of this config, whose positions work as `scheme` says, whoever calls later."""
@@ -159,6 +162,7 @@ class SinkWindowCache(Cache):
         for ring in self._rings:
             ring.exact_chunks, ring.record_past = self._exact, recording
         self._scheme, self._kinds = scheme, kinds_of_layers(config)
+        self._model_sizes = {name: getattr(config, name, None) for name in _MODEL_SIZES}
         self._calls = Calls(self._layers, scheme.takes_masks, getattr(config, "max_position_embeddings", None))
 
     def update(
@@ -210,6 +214,8 @@ class SinkWindowCache(Cache):
                     "Make a new SinkWindowCache for each model."
                 )
             self._calls.set_pads(pads)
+        else:
+            self._refuse_another_model()
         offsets, self._chunk_offsets = self._chunk_offsets, {}
         self._calls.begin(new_tokens, offsets, looks=self._looks)
         if self._rings[0].record_past:
@@ -301,8 +307,8 @@ class SinkWindowCache(Cache):
         seen = self.get_seq_length() if self._layers else 0
         return f"SinkWindowCache(n_sink={self.n_sink}, window={self.window}, seen={seen}, nbytes={self.nbytes})"
 
-    def _not_supported(self, what: str) -> NotImplementedError:
-        return NotImplementedError(f"SinkWindowCache does not support {what}. Use DynamicCache for that.")
+    def _not_supported(self, what: str, instead: str = "Use DynamicCache for that.") -> NotImplementedError:
+        return NotImplementedError(f"SinkWindowCache does not support {what}. {instead}")
 
     # --- going back ---
 
@@ -312,7 +318,7 @@ class SinkWindowCache(Cache):
         For assisted decoding: candidates are checked as if they had been fed one at a time.
         """
         if self.compileable:
-            raise self._not_supported("assisted decoding with compileable=True")
+            raise self._not_supported("assisted decoding with compileable=True", _NOT_COMPILEABLE)
         if not self.layers:
             raise ValueError("activate_past_recording needs a model: pass SinkWindowCache(..., config=model.config).")
         let_masks_show_each_query_its_sinks()
@@ -351,7 +357,10 @@ class SinkWindowCache(Cache):
                 recording (`activate_past_recording`) when they came.
             NotImplementedError: for padded rows, for recurrent states, and with `compileable=True`.
         """
-        tokens_to_remove = int(tokens_to_remove)  # generate() may count them on the device
+        try:
+            tokens_to_remove = operator.index(tokens_to_remove)  # generate() may count them on the device
+        except TypeError:
+            raise TypeError(f"crop takes a number of tokens, but got {tokens_to_remove!r}") from None
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to take back, but got {tokens_to_remove}")
         if not self._rings or not self._rings[0].position:
@@ -362,7 +371,9 @@ class SinkWindowCache(Cache):
         ):
             raise self._not_supported("crop of recurrent states")
         if not first.is_croppable:
-            raise self._not_supported("crop with compileable=True" if self.compileable else "crop of padded batches")
+            if self.compileable:
+                raise self._not_supported("crop with compileable=True", _NOT_COMPILEABLE)
+            raise self._not_supported("crop of padded batches")
         seen, position = first.get_seq_length(), first.position + tokens_to_remove
         if seen + tokens_to_remove < 0:
             raise ValueError(f"crop({tokens_to_remove}) takes back more than the {seen} tokens that there are")
@@ -379,7 +390,7 @@ class SinkWindowCache(Cache):
             raise ValueError(
                 f"crop({tokens_to_remove}) cannot bring back tokens that were evicted meanwhile. Call "
                 "activate_past_recording() before feeding tokens that may have to be taken back, and feed no more than "
-                f"window = {self.window} of them."
+                f"window = {self.window} of them (in assisted decoding: fewer candidates, or a larger window)."
             )
         for other in self._layers:
             if not isinstance(other, SinkWindowLayer):
@@ -430,6 +441,7 @@ class SinkWindowCache(Cache):
 
         Raises:
             ValueError: before a model has used the cache.
+            FileNotFoundError: if there is no such folder.
             NotImplementedError: for models with layers other than attention.
         """
         saving.save(self, path)
@@ -536,6 +548,34 @@ class SinkWindowCache(Cache):
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Not supported: the cache is small and stays on its device."""
         raise self._not_supported("offloading")
+
+
+def _scheme_of(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, buffers: dict[str, torch.Tensor]
+) -> PositionScheme:
+    """`position_scheme`, with a refusal that users can read."""
+    try:
+        return position_scheme(model_class, config, buffers)
+    except CannotStream as reason:
+        raise NotImplementedError(
+            f"SinkWindowCache does not support model type {config.model_type!r} ({model_class.__name__}): {reason}. "
+            "Use DynamicCache with this model."
+        ) from reason
+
+
+def _small_buffers(text: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Rotations live in buffers such as inv_freq; larger ones are something else."""
+    buffers = {
+        name: buffer
+        for name, buffer in text.named_buffers()
+        if buffer.is_floating_point() and buffer.numel() <= _LARGEST_TABLE
+    }
+    if offloaded := [name for name, buffer in buffers.items() if buffer.is_meta]:
+        raise NotImplementedError(
+            f"SinkWindowCache cannot see how this model rotates its keys, because its buffer {offloaded[0]} is offloaded. "
+            "Offload its weights only: offload_buffers=False."
+        )
+    return buffers
 
 
 def _is_croppable(layer: Any) -> bool:

@@ -59,7 +59,15 @@ def generate_call() -> dict[str, Any]:
 
 
 def text_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The text decoder in `model`: itself, or a part of a model of several modalities."""
+    """The text decoder in `model`: itself, or a part of a model of several modalities.
+
+    Raises:
+        TypeError: if it is no transformers model.
+    """
+    if not isinstance(model, torch.nn.Module) or not hasattr(
+        model, "config"
+    ):  # which wrappers have, too (torch.compile, PEFT)
+        raise TypeError(f"model must be a transformers model, but is a {type(model).__name__}")
     config = model.config.get_text_config(decoder=True)
     parts = (module for module in model.modules() if isinstance(module, PreTrainedModel) and module.config is config)
     # Without its head, so that generate(), called on the whole, and forward(), running in the part, show the same.

@@ -24,7 +24,7 @@ from .ring import SinkWindowLayer
 if TYPE_CHECKING:
     from .cache import SinkWindowCache
 
-_FORMAT, _VERSION = "sink_cache", 1
+_FORMAT, _VERSION = "sink_cache", 2
 
 
 def save(cache: SinkWindowCache, path: str | os.PathLike[str]) -> None:
@@ -43,8 +43,11 @@ def save(cache: SinkWindowCache, path: str | os.PathLike[str]) -> None:
         "n_sink": cache.n_sink,
         "window": cache.window,
         "first_positions": cache._calls.first_positions,
+        "model": cache._model_sizes,
         "layers": layers,
     }
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {Path(path).parent} to save the cache in")
     # Under its name only when it is whole.
     unfinished = Path(f"{path}.{os.getpid()}.tmp")
     try:
@@ -84,6 +87,11 @@ def load(cache: SinkWindowCache, path: str | os.PathLike[str], model: PreTrained
         raise ValueError(
             f"{path} holds a cache of {len(header['layers'])} layers, but this model has {len(fresh.layers)}"
         )
+    for name, size in fresh._model_sizes.items():
+        if header["model"][name] != size:
+            raise ValueError(
+                f"{path} holds a cache of a model with {name}={header['model'][name]!r}, but this one has {name}={size!r}"
+            )
     devices = {}
     for module in text_model(model).modules():
         index, device = getattr(module, "layer_idx", None), device_of(module)

@@ -36,12 +36,17 @@ def stream(
         `torch.Tensor`: logits `[batch_size, q, vocab_size]` of the next `q <= chunk_size` tokens, in the order of the text.
 
     Raises:
-        TypeError: if `cache` is not a `SinkWindowCache`.
+        TypeError: if `cache` is not a `SinkWindowCache`, or `input_ids` no tensor of two dimensions.
         ValueError: if `chunk_size` is below 1, or for other attention implementations, whose masks have other forms.
         NotImplementedError: for models with linear-attention layers; not all of these go on from a state with several tokens.
     """
     if not isinstance(cache, SinkWindowCache):
         raise TypeError(f"stream needs a SinkWindowCache, but got a {type(cache).__name__}")
+    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2:
+        given = f"of shape {list(input_ids.shape)}" if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+        raise TypeError(
+            f"input_ids must be a tensor [batch_size, tokens], such as tokenizer(...).input_ids, but is {given}"
+        )
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, but is {chunk_size}")
     config = text_model(model).config

@@ -43,12 +43,14 @@ def verify(
 
     Raises:
         NotImplementedError: if the model is refused (see `SinkWindowCache`), or if the error is above the tolerance.
+        TypeError: if it is no transformers model.
         ValueError: if `tokens` is not above `n_sink + window`.
     """
     if tokens <= n_sink + window:
         raise ValueError(
             f"verify needs tokens > n_sink + window = {n_sink + window} to see an eviction, but tokens is {tokens}"
         )
+    text_model(model)  # or a TypeError
     model = getattr(model, "_orig_mod", model)  # of a compiled model, the model: it also says what its forward takes
     limit = _TOLERANCE.get(model.dtype, 1e-1) if tolerance is None else tolerance
     training = model.training

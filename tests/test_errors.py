@@ -344,6 +344,55 @@ def test_wrong_positions_of_a_loop_are_noticed_at_its_first_step(
     assert cache.get_seq_length() == prompt + 1
 
 
+@pytest.mark.parametrize("compileable", [False, True])
+@pytest.mark.parametrize(
+    "other", [{"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}, {"layers": 2}, {"layers": 4}]
+)
+def test_another_model_in_the_middle_of_a_text(
+    llama: PreTrainedModel, compileable: bool, other: dict[str, Any]
+) -> None:
+    # Its keys would be rotated in the way of the first one.
+    cache = SinkWindowCache(4, 8, compileable=compileable)
+    with torch.no_grad():
+        llama(tokens(5), past_key_values=cache)
+        for new_tokens in (1, 3):
+            with pytest.raises(ValueError, match="holds 5 tokens of another model than this LlamaModel"):
+                tiny_model("llama", **other)(tokens(new_tokens), past_key_values=cache)
+        copy.deepcopy(llama)(tokens(3), past_key_values=cache)  # one that is the same
+    assert cache.get_seq_length() == 8
+
+
+@pytest.mark.parametrize("tokens_to_remove", ["x", -2.5, None])
+def test_crop_takes_numbers_of_tokens(llama: PreTrainedModel, tokens_to_remove: Any) -> None:
+    cache = SinkWindowCache(4, 8)
+    one_by_one(llama, tokens(5), cache)
+    with pytest.raises(TypeError, match="crop takes a number of tokens, but got"):
+        cache.crop(tokens_to_remove)
+    assert cache.get_seq_length() == 5
+
+
+@pytest.mark.parametrize("input_ids, given", [("text", "str"), (torch.ones(3), r"of shape \[3\]"), ({}, "dict")])
+def test_stream_takes_a_batch_of_tokens(llama: PreTrainedModel, input_ids: Any, given: str) -> None:
+    with pytest.raises(TypeError, match=f"input_ids must be a tensor .* but is {given}"):
+        next(stream(llama, input_ids, SinkWindowCache(4, 8)))
+
+
+def test_verify_takes_a_model() -> None:
+    with pytest.raises(TypeError, match="must be a transformers model, but is a str"):
+        verify("HuggingFaceTB/SmolLM2-135M")
+
+
+def test_one_position_for_several_tokens(llama: PreTrainedModel) -> None:
+    # Models would give it to all of them.
+    cache = SinkWindowCache(4, 8)
+    for seen in (0, 3):
+        with torch.no_grad(), pytest.raises(ValueError, match=re.escape("one position for 3 tokens")):
+            llama(tokens(3), position_ids=cache.next_position_ids(), past_key_values=cache)
+        with torch.no_grad():
+            llama(tokens(3), position_ids=cache.next_position_ids(3), past_key_values=cache)
+        assert cache.get_seq_length() == seen + 3
+
+
 def test_rows_that_were_padded_do_not_stream(llama: PreTrainedModel) -> None:
     # Full rows need no attention_mask any more, but they evict at different times.
     cache, mask = SinkWindowCache(3, 5), torch.ones(2, 20, dtype=torch.long)

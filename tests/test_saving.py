@@ -100,14 +100,16 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path, llama: PreTrai
     other.save(good)
     files = {
         name: tmp_path / name
-        for name in ("truncated", "foreign", "text", "other_sizes", "other_model", "deeper", "half")
+        for name in ("truncated", "foreign", "text", "other_sizes", "other_type", "heads", "theta", "deeper", "half")
     }
     files["truncated"].write_bytes(good.read_bytes()[:-100])
     files["text"].write_text("not a cache")
     save_file({"weight": torch.ones(3)}, files["foreign"])
     for name, model, sizes in (
         ("other_sizes", llama, (3, 6)),
-        ("other_model", tiny_model("qwen3", rope_parameters={"rope_type": "default", "rope_theta": 777.0}), (3, 5)),
+        ("other_type", tiny_model("qwen3"), (3, 5)),
+        ("heads", tiny_model("llama", num_key_value_heads=4), (3, 5)),
+        ("theta", tiny_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 777.0}), (3, 5)),
         ("deeper", tiny_model("llama", layers=4), (3, 5)),
         ("half", tiny_model("llama").bfloat16(), (3, 5)),
     ):
@@ -123,7 +125,9 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path, llama: PreTrai
         "text": "damaged, or no safetensors file",
         "foreign": "not written by SinkWindowCache",
         "other_sizes": "window=6, but this one has window=5",
-        "other_model": "does not fit layer 0 of this model",
+        "other_type": "model_type='qwen3', but this one has model_type='llama'",
+        "heads": "num_key_value_heads=4, but this one has",
+        "theta": "does not fit layer 0 of this model",
         "deeper": "4 layers, but this model has 3",
         "half": "bfloat16 states, but this model works in torch.float32",
     }.items():
@@ -131,6 +135,10 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path, llama: PreTrai
             live.load(files[name], llama)
     with pytest.raises(FileNotFoundError, match="there is no file"):
         live.load(tmp_path / "nowhere", llama)
+    with pytest.raises(TypeError, match="must be a transformers model, but is a LlamaConfig"):
+        live.load(good, llama.config)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        live.save(tmp_path / "nowhere" / "cache")
     assert torch.equal(one_by_one(llama, input_ids[:, 20:], live), one_by_one(llama, input_ids[:, 20:], twin))
 
 
