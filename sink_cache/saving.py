@@ -87,7 +87,7 @@ def load(cache: SinkWindowCache, path: str | os.PathLike[str], model: PreTrained
         raise ValueError(
             f"{path} holds a cache of {len(header['layers'])} layers, but this model has {len(fresh.layers)}"
         )
-    for name, size in fresh._model_sizes.items():
+    for name, size in json.loads(json.dumps(fresh._model_sizes)).items():  # in which tuples are lists
         if header["model"][name] != size:
             raise ValueError(
                 f"{path} holds a cache of a model with {name}={header['model'][name]!r}, but this one has {name}={size!r}"
