@@ -12,7 +12,8 @@ rounds, greedy and without an end-of-text token. Arms:
 
 `step_ms` are times between tokens, taken where a streamer gets them (which waits for the device), after the first 16 tokens;
 `call_ms` is the time of a whole call of `--call-tokens` without a streamer, prompt included, per new token. The prompt of
-`static` is as long as its capacity allows.
+`static` is as long as its capacity allows. With `--profile` (CUDA) the kernels of a step follow, as `kernels`: those that a call
+of `--new-tokens` has more of than one of a quarter of that.
 
 Results: tables here, and a JSON file for each model and kind in `--output` (header: `benchmarks.harness`), with `rows`.
 """
@@ -20,9 +21,12 @@ Results: tables here, and a JSON file for each model and kind in `--output` (hea
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,7 @@ import numpy as np
 import torch
 import transformers
 from tabulate import tabulate
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from sink_cache import SinkWindowCache, endless
@@ -38,6 +42,11 @@ from sink_cache import SinkWindowCache, endless
 from . import harness, models, plots
 
 WARM_UP_TOKENS = 16
+KINDS = {
+    "matrix products": "gemm|gemv|nvjet|cutlass|splitk|cublas",
+    "attention": "flash|fmha|attention",
+    "cache": "index_copy|index_put|angles",  # writing keys and values, and moving sinks
+}
 
 
 class StepTimes(BaseStreamer):
@@ -58,54 +67,79 @@ class StepTimes(BaseStreamer):
         return [round(1e3 * t, 4) for t in np.diff(self.moments)[WARM_UP_TOKENS:]]
 
 
-def calls(loaded: models.LoadedModel, args: argparse.Namespace, keep: Callable[[Any], None]) -> list[dict[str, Any]]:
-    """Return rows, one for each arm and context, with raw times of all rounds."""
-    model, capacity, new = loaded.model, args.capacity, args.new_tokens
-    compiled = model.device.type == "cuda"
-    text = torch.randint(1, model.config.vocab_size, (1, max(*args.contexts, capacity)), device=model.device)
+@dataclass
+class Arm:
+    """A way of calling `generate()`, with a cache of its own in every call."""
+
+    name: str
+    context: int
+    make: Callable[[], Any]
+    options: dict[str, Any]
+
+    def call(self, model: PreTrainedModel, text: torch.Tensor, new_tokens: int, capacity: int, **more: Any) -> None:
+        """Generate after a prompt of `context` tokens."""
+        cache, prompt = self.make(), text[:, : self.context]
+        if self.context > 2 * capacity and self.name == "endless":
+            more["prefill_chunk_size"] = capacity
+        elif self.context > 2 * capacity and self.name == "sink":
+            # Not by generate(), which would compile the pieces, too; they are not measured here.
+            with torch.no_grad():
+                for piece in prompt[:, :-1].split(capacity, dim=1):
+                    model(piece, past_key_values=cache, logits_to_keep=1)
+        model.generate(
+            prompt, past_key_values=cache, do_sample=False, max_new_tokens=new_tokens, **self.options, **more
+        )
+
+
+def arms_of(model: PreTrainedModel, args: argparse.Namespace) -> list[Arm]:
+    """Return the arms in the order in which they take turns; see the module docstring."""
 
     def sink() -> SinkWindowCache:
-        return SinkWindowCache(args.n_sink, capacity - args.n_sink, compileable=compiled)
-
-    def static() -> StaticCache:
-        return StaticCache(config=model.config, max_cache_len=capacity)
+        return SinkWindowCache(args.n_sink, args.capacity - args.n_sink, compileable=model.device.type == "cuda")
 
     first = args.contexts[0]
-    arms: list[tuple[str, int, Callable[[], Any], dict[str, Any]]] = [
-        ("dense", first, lambda: DynamicCache(config=model.config), {}),
-        ("static", capacity - new - 1, static, {}),
-        *(("sink", context, sink, {}) for context in args.contexts),
-        ("endless", first, sink, {"custom_generate": endless}),
+    arms = [
+        Arm("dense", first, lambda: DynamicCache(config=model.config), {}),
+        Arm(
+            "static",
+            args.capacity - args.new_tokens - 1,
+            lambda: StaticCache(config=model.config, max_cache_len=args.capacity),
+            {},
+        ),
+        *(Arm("sink", context, sink, {}) for context in args.contexts),
+        Arm("endless", first, sink, {"custom_generate": endless}),
     ]
-    arms = [arm for arm in arms if arm[0] in args.arms]
+    return [arm for arm in arms if arm.name in args.arms]
+
+
+def calls(loaded: models.LoadedModel, args: argparse.Namespace, keep: Callable[[Any], None]) -> list[dict[str, Any]]:
+    """Return rows, one for each arm and context, with raw times of all rounds."""
+    model, arms = loaded.model, arms_of(loaded.model, args)
+    text = random_text(model, args)
+    compiled = model.device.type == "cuda"
     rows: list[dict[str, Any]] = [
-        {"arm": name, "compiled": compiled and name != "dense", "context": context, "capacity": capacity}
-        | {"step_ms": [], "call_ms": [], "n_sink": args.n_sink, "new_tokens": new}
-        for name, context, _, _ in arms
+        {"arm": arm.name, "compiled": compiled and arm.name != "dense", "context": arm.context}
+        | {
+            "capacity": args.capacity,
+            "step_ms": [],
+            "call_ms": [],
+            "n_sink": args.n_sink,
+            "new_tokens": args.new_tokens,
+        }
+        for arm in arms
     ]
     clock = harness.Clock(model.device)
     with harness.progress_bar((args.rounds + 1) * len(arms), loaded.name, " calls") as bar:
         for turn in range(args.rounds + 1):  # the first compiles and warms up
-            for (name, context, make, options), row in zip(arms, rows, strict=True):
-                bar.set_postfix_str(f"{name}, {context:,} tokens")
-                prompt = text[:, :context]
-                if context > 2 * capacity and name != "dense":
-                    options = {"prefill_chunk_size": capacity, **options}
-                # generate() compiles chunks of a prompt, too, which is not what is measured here.
-                options = {"do_sample": False, "max_new_tokens": new, **options}
+            for arm, row in zip(arms, rows, strict=True):
+                bar.set_postfix_str(f"{arm.name}, {arm.context:,} tokens")
                 times = StepTimes()
-                cache = make()
-                if "prefill_chunk_size" in options and name == "sink":
-                    del options["prefill_chunk_size"]
-                    with torch.no_grad():
-                        for piece in text[:, : context - 1].split(capacity, dim=1):
-                            model(piece, past_key_values=cache, logits_to_keep=1)
-                model.generate(prompt, past_key_values=cache, streamer=times, **options)
+                arm.call(model, text, args.new_tokens, args.capacity, streamer=times)
                 if turn:
                     row["step_ms"].append(times.step_ms())
-                if name in ("dense", "endless") and turn:
-                    cache, start = make(), clock.now()
-                    model.generate(prompt, past_key_values=cache, **{**options, "max_new_tokens": args.call_tokens})
+                if arm.name in ("dense", "endless") and turn:
+                    start = clock.now()
+                    arm.call(model, text, args.call_tokens, args.capacity)
                     row["call_ms"].append(1e3 * (clock.now() - start) / args.call_tokens)
                 bar.update()
             keep(rows)
@@ -116,6 +150,41 @@ def calls(loaded: models.LoadedModel, args: argparse.Namespace, keep: Callable[[
         }
         row["warning"] = harness.spread_warning(steps)
     return rows
+
+
+def random_text(model: PreTrainedModel, args: argparse.Namespace) -> torch.Tensor:
+    """Return the tokens of all prompts, `[1, tokens]`."""
+    return torch.randint(1, model.config.vocab_size, (1, max(*args.contexts, args.capacity)), device=model.device)
+
+
+def kernels_of(loaded: models.LoadedModel, args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Return for each arm but dense the kernels of a step, the longest first: what a longer call has more of than a short one."""
+    model, clock = loaded.model, harness.Clock(loaded.model.device)
+    text, found = random_text(model, args), {}
+    lengths = args.new_tokens // 4, args.new_tokens
+    steps = lengths[1] - lengths[0]
+    for arm in arms_of(model, args):
+        if arm.name == "dense" or arm.name in found:
+            continue
+        short, long = (
+            harness.kernel_times(partial(arm.call, model, text, tokens, args.capacity), clock) for tokens in lengths
+        )
+        rows = []
+        for name, (times, ms) in long.items():
+            before = short.get(name, (0, 0.0))
+            if times > before[0]:
+                per_step = {"times": (times - before[0]) / steps, "ms": (ms - before[1]) / steps}
+                rows.append({"kernel": name[:200], "kind": kind_of(name), **per_step})
+        found[arm.name] = sorted(rows, key=lambda row: -row["ms"])
+    return found
+
+
+def kind_of(kernel: str) -> str:
+    """Return what a kernel does, as far as its name tells."""
+    for kind, sign in KINDS.items():
+        if re.search(sign, kernel, re.IGNORECASE):
+            return kind
+    return "other"
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -136,6 +205,15 @@ def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def by_kind(kernels: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the time of a step's kernels in ms, summed by what they do, a row for each arm."""
+    table = []
+    for arm, rows in kernels.items():
+        sums = {kind: sum(row["ms"] for row in rows if row["kind"] == kind) for kind in (*KINDS, "other")}
+        table.append({"arm": arm, **sums, "all": sum(sums.values()), "kernels": sum(row["times"] for row in rows)})
+    return table
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = harness.Parser(prog="python -m benchmarks.endless", description=__doc__)
@@ -147,6 +225,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--call-tokens", type=int, default=1024, help="of each whole call (%(default)s)")
     parser.add_argument("--rounds", type=int, default=4, help="(%(default)s)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="(all)")
+    parser.add_argument("--profile", action="store_true", help="in the end, the kernels of a step; CUDA, one shape")
     parser.add_argument("--sdpa-backend", choices=harness.SDPA_CHOICES, default="auto", help="(auto)")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (%(default)s)")
     parser.add_argument("--dtype", help=f"{', '.join(harness.DTYPES)} (bfloat16 on CUDA, else float32)")
@@ -154,6 +233,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.n_sink < args.capacity - args.new_tokens - 1:
         parser.error(f"capacity {args.capacity} must leave room for {args.new_tokens} new tokens of a StaticCache")
+    if args.profile and len(args.random_weights) > 1:
+        parser.error("--profile is for one shape: what the profiler attaches to CUDA would slow down the next")
     for name, least in {"rounds": 1, "call_tokens": 1, "new_tokens": WARM_UP_TOKENS + 2, "capacity": 2}.items():
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, but is {getattr(args, name)}")
@@ -189,6 +270,10 @@ def measure(
     print(tabulate(table, columns, floatfmt=".3f"))
     columns = ("name", "context", "value", "low", "high", "note")
     print(tabulate([[ratio.get(name) for name in columns] for ratio in result["ratios"]], columns, floatfmt=".3f"))
+    if args.profile:
+        result["kernels"] = kernels_of(loaded, args)
+        harness.write_json(path, result)
+        print(tabulate(by_kind(result["kernels"]), "keys", floatfmt=".4f"))
     harness.write_json(path, result)
     for written in [path, *plots.plot(path, folder)]:
         print(f"wrote {written}")

@@ -245,16 +245,17 @@ def waits_for_the_gpu(step: Callable[[], Any]) -> bool:
     return any("synchroniz" in str(one.message) for one in caught)
 
 
-def kernels(step: Callable[[], Any], steps: int, clock: Clock) -> tuple[float | None, str]:
-    """Return the time of all kernels per step in ms, by torch.profiler, and which attention kernel is among them."""
+def kernel_times(work: Callable[[], Any], clock: Clock) -> dict[str, tuple[int, float]]:
+    """Return for each kernel that runs in `work` how often, and for how many ms in all, by torch.profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        for _ in range(steps):
-            step()
+        work()
         clock.now()
-    on_gpu = torch.autograd.DeviceType.CUDA
-    found = [one for one in profiler.events() if one.device_type == on_gpu and not one.is_user_annotation]
-    total = sum(kernel.time_range.elapsed_us() for kernel in found)
-    return total / 1e3 / steps or None, attention_kernel({kernel.name for kernel in found})
+    found: dict[str, tuple[int, float]] = {}
+    for one in profiler.events():
+        if one.device_type == torch.autograd.DeviceType.CUDA and not one.is_user_annotation:
+            times, ms = found.get(one.name, (0, 0.0))
+            found[one.name] = times + 1, ms + one.time_range.elapsed_us() / 1e3
+    return found
 
 
 @contextlib.contextmanager
