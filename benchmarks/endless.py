@@ -32,7 +32,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from tabulate import tabulate
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.generation.streamers import BaseStreamer
@@ -270,11 +269,11 @@ def measure(
     print(tabulate(table, columns, floatfmt=".3f"))
     columns = ("name", "context", "value", "low", "high", "note")
     print(tabulate([[ratio.get(name) for name in columns] for ratio in result["ratios"]], columns, floatfmt=".3f"))
+    harness.write_json(path, result)
     if args.profile:
         result["kernels"] = kernels_of(loaded, args)
-        harness.write_json(path, result)
         print(tabulate(by_kind(result["kernels"]), "keys", floatfmt=".4f"))
-    harness.write_json(path, result)
+        harness.write_json(path, result)
     for written in [path, *plots.plot(path, folder)]:
         print(f"wrote {written}")
 
@@ -282,12 +281,7 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure each model, print its tables, and write its result file and plots; see the module docstring."""
     args = parse(argv)
-    folder = harness.output_folder(args.output)
-    device = harness.choose_device(args.device)
-    dtype_name = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    dtype = harness.parse_dtype(dtype_name)
-    sdpa = harness.choose_sdpa(args.sdpa_backend)
-    transformers.utils.logging.set_verbosity_error()
+    folder, device, dtype, sdpa = harness.set_up(args)
     for shape in args.random_weights:
         measure(models.random_model(shape, dtype, device), args, sdpa, argv, folder)
         torch.compiler.reset()

@@ -33,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil  # type: ignore[import-untyped]
 import torch
+import transformers
 from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
@@ -168,6 +169,18 @@ def parse_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise BenchmarkError(f"unknown dtype {name!r}: choose {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def set_up(args: argparse.Namespace) -> tuple[Path, torch.device, torch.dtype, dict[str, bool]]:
+    """Return what `--output`, `--device`, `--dtype` (bfloat16 on CUDA, else float32) and `--sdpa-backend` ask for.
+
+    Raises:
+        BenchmarkError: one of them is not possible here.
+    """
+    folder, device = output_folder(args.output), choose_device(args.device)
+    dtype = parse_dtype(args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    transformers.utils.logging.set_verbosity_error()
+    return folder, device, dtype, choose_sdpa(args.sdpa_backend)
 
 
 def synchronize(device: torch.device) -> str:

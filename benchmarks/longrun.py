@@ -36,7 +36,6 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]
 import torch
 import torch.nn.functional as F
-import transformers
 from tabulate import tabulate
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -250,12 +249,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run, print the table, and write the result file and its plot; see the module docstring."""
     args = parse(argv)
     kind = "count" if args.until_the_end else "read" if args.passes else "generate"
-    folder = harness.output_folder(args.output)
-    device = harness.choose_device(args.device)
-    dtype_name = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    dtype = harness.parse_dtype(dtype_name)
-    sdpa = harness.choose_sdpa(args.sdpa_backend)
-    transformers.utils.logging.set_verbosity_error()
+    folder, device, dtype, sdpa = harness.set_up(args)
+    dtype_name = str(dtype).removeprefix("torch.")
     loaded = load(args, dtype, device)
     text = texts.text_file(args.text_file) if args.text_file else texts.embedded()
     what = {

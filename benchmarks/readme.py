@@ -6,7 +6,6 @@ of which its file says that the spread is too wide to conclude from.
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -63,23 +62,20 @@ def calls(folder: Path) -> Iterator[dict[str, str]]:
     """Yield the rows of the table of whole calls."""
     for result in results("endless", folder):
         rows, contexts = result["rows"], result["protocol"]["contexts"]
-        arms = {
-            (row["arm"], context): row
-            for row in rows
-            for context in {row["context"], contexts[0] if row["arm"] == "static" else row["context"]}
-        }
-        dense, ours = (statistics.median(arms[name, contexts[0]]["call_ms"]) for name in ("dense", "endless"))
+        first, last = contexts[0], contexts[-1]
+        static = cell(rows, arm="static")
+        dense, sink, ours = (cell(rows, arm=arm, context=first) for arm in ("dense", "sink", "endless"))
         yield {
             "shape": shape(result),
-            "dense, eager": median(arms["dense", contexts[0]]),
-            f"`StaticCache({CAPACITY:,})`": median(arms["static", contexts[0]]),
-            "sink": median(arms["sink", contexts[0]]),
-            f"sink after {contexts[-1]:,}": median(arms["sink", contexts[-1]]),
-            "endless": median(arms["endless", contexts[0]]),
-            "sink / static": ratio(result, "step: sink / static", context=contexts[0]),
-            f"after {contexts[-1]:,}": ratio(result, "step: sink / static", context=contexts[-1]),
-            "endless / static": ratio(result, "step: endless / static", context=contexts[0]),
-            "whole call: dense / endless": figure(dense / ours),
+            "dense, eager": median(dense),
+            f"`StaticCache({CAPACITY:,})`": median(static),
+            "sink": median(sink),
+            f"sink after {last:,}": median(cell(rows, arm="sink", context=last)),
+            "endless": median(ours),
+            "sink / static": ratio(result, "step: sink / static", context=first),
+            f"after {last:,}": ratio(result, "step: sink / static", context=last),
+            "endless / static": ratio(result, "step: endless / static", context=first),
+            "whole call: dense / endless": ratio(result, "whole call: dense / endless", context=first),
         }
 
 
@@ -113,20 +109,19 @@ def recomputation(folder: Path) -> Iterator[dict[str, str]]:
     """Yield the rows of the table of recomputation, the paper's baseline, at the longest context of each capacity."""
     table: dict[int, dict[str, str]] = {}
     for result in (*results("latency", folder), *results("latency", folder / "recompute")):
-        for ratio in sorted(
-            result["ratios"] if shape(result) == RECOMPUTED else [], key=lambda one: int(one["context"])
-        ):
-            if (ratio["name"], ratio["compiled"]) == ("recompute_over_sink", True):
-                capacity, context = ratio["capacity"], ratio["context"]
+        if shape(result) != RECOMPUTED:
+            continue
+        for gain in sorted(result["ratios"], key=lambda one: int(one["context"])):
+            if (gain["name"], gain["compiled"]) == ("recompute_over_sink", True):
+                capacity = gain["capacity"]
+                step = {"arm": "sink", "compiled": True, "capacity": capacity, "context": gain["context"]}
                 table[capacity] = {
                     "capacity": f"{capacity:,}",
                     "recomputed, ms": median(cell(result["rows"], arm="recompute", capacity=capacity)),
-                    "sink, compiled, ms": median(
-                        cell(result["rows"], arm="sink", compiled=True, capacity=capacity, context=context)
-                    ),
-                    "gain": figure(ratio["value"], ratio["note"]),
-                    "what this GPU allows": figure(ratio["hardware_limit"]),
-                    "reached": f"{ratio['share_of_limit']:.0%}",
+                    "sink, compiled, ms": median(cell(result["rows"], **step)),
+                    "gain": figure(gain["value"], gain["note"]),
+                    "what this GPU allows": figure(gain["hardware_limit"]),
+                    "reached": f"{gain['share_of_limit']:.0%}",
                 }
     yield from (table[capacity] for capacity in sorted(table))
 

@@ -127,14 +127,15 @@ class SinkWindowCache(Cache):
             NotImplementedError: if the model is refused.
         """
         text = text_model(model)
-        scheme = _scheme_of(type(text), text.config, _small_buffers(text))
-        if not self._fits(text.config, scheme):
+        if (scheme := self._scheme_if_other(text)) is not None:
             self._make_layers(text.config, scheme)
         self._prepared_for = id(text)
 
-    def _fits(self, config: PreTrainedConfig, scheme: PositionScheme) -> bool:
-        """Whether the layers are right for a model of this config and scheme."""
-        return bool(self._layers) and scheme.agrees_with(self._scheme) and self._kinds == kinds_of_layers(config)
+    def _scheme_if_other(self, text: PreTrainedModel) -> PositionScheme | None:
+        """How this model uses positions, if the layers are not right for it; None if they are."""
+        scheme = _scheme_of(type(text), text.config, _small_buffers(text))
+        fits = bool(self._layers) and scheme.agrees_with(self._scheme) and self._kinds == kinds_of_layers(text.config)
+        return None if fits else scheme
 
     def _refuse_another_model(self) -> None:
         """In the middle of a text: its keys rotate in the way of the model that made them."""
@@ -142,7 +143,7 @@ class SinkWindowCache(Cache):
         text = None if model is None else text_model(model)
         if text is None or id(text) == self._prepared_for:
             return
-        if not self._fits(text.config, _scheme_of(type(text), text.config, _small_buffers(text))):
+        if self._scheme_if_other(text) is not None:
             raise ValueError(
                 f"this cache holds {self.get_seq_length()} tokens of another model than this {type(text).__name__}. Use one "
                 "cache for each model, or call reset()."

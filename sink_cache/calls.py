@@ -115,12 +115,14 @@ class Calls:
 
     def _refuse_gaps(self, position_ids: torch.Tensor | None, seen: int, new_tokens: int) -> None:
         """Sinks move by the number of evicted tokens, so positions must count tokens."""
-        if position_ids is not None and position_ids.shape[-1] == 1 < new_tokens:
+        if position_ids is None:
+            return
+        if position_ids.shape[-1] == 1 < new_tokens:
             raise ValueError(
                 f"position_ids has one position for {new_tokens} tokens, and models would give it to all of them: pass "
                 f"next_position_ids({new_tokens})."
             )
-        if position_ids is None or position_ids.shape[-1] != new_tokens or position_ids.is_floating_point():
+        if position_ids.shape[-1] != new_tokens or position_ids.is_floating_point():
             return
         first = self._rings[0]
         pads = torch.tensor(first.pads or (0,))[:, None]

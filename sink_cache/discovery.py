@@ -64,9 +64,8 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         TypeError: if it is no transformers model.
     """
-    if not isinstance(model, torch.nn.Module) or not hasattr(
-        model, "config"
-    ):  # which wrappers have, too (torch.compile, PEFT)
+    # Wrappers of a model (torch.compile, PEFT) are other classes, but have these.
+    if not (isinstance(model, torch.nn.Module) and hasattr(model, "config")):
         raise TypeError(f"model must be a transformers model, but is a {type(model).__name__}")
     config = model.config.get_text_config(decoder=True)
     parts = (module for module in model.modules() if isinstance(module, PreTrainedModel) and module.config is config)
