@@ -260,7 +260,7 @@ def plot(path: Path, folder: Path) -> list[Path]:
     for name, draw in PLOTS[result["harness"]].items():
         figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
         draw(result, axes)
-        axes.set_title("\n".join(textwrap.wrap(result["title"], 80)))
+        figure.suptitle("\n".join(textwrap.wrap(result["title"], 80)))
         if axes.has_data():
             written.append(folder / f"{path.stem}-{name}.png")
             figure.savefig(written[-1], dpi=120)
