@@ -157,12 +157,10 @@ class ForwardRotation:
         )
         if not table_fits or len(evicted) != len(self._evicted):
             shifts = torch.arange(_TABLE_ROWS, device="cpu")[:, None] + torch.tensor(evicted, device="cpu")
-            # [steps, 1, rows, 1, 1, head_dim] after [steps, rows, layers, head_dim]
-            cos, sin = self._cos_sin(shifts.clamp(min=0)[..., None], self._frequency)
-            self._rows = [
-                (c.transpose(0, 1)[:, :, None, None], s.transpose(0, 1)[:, :, None, None])
-                for c, s in zip(cos.unbind(), sin.unbind(), strict=True)
-            ]
+            # [steps, layers or 1, rows, 1, 1, head_dim] of [steps, rows, layers or 1, head_dim]
+            tables = self._cos_sin(shifts.clamp(min=0)[..., None], self._frequency)
+            steps_of = [table.transpose(1, 2)[:, :, :, None, None].unbind() for table in tables]
+            self._rows = list(zip(*steps_of, strict=True))
             self._evicted, steps = evicted, 0
         cos, sin = self._rows[steps]
         torch.addcmul(pristine * cos, pristine.index_select(-1, self._partner), sin, out=out)
