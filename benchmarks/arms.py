@@ -44,7 +44,7 @@ class Bench:
     piece_tokens: int
     kept_contexts: frozenset[int]
     static_compiled_contexts: frozenset[int]
-    longest: int
+    contexts: Sequence[int]
     snapshots: dict[int, list[Any]] = field(default_factory=dict)
     statics: dict[int, StaticCache] = field(default_factory=dict)
 
@@ -54,7 +54,7 @@ class Bench:
         self.config = self.model.config.get_text_config(decoder=True)
         generator = torch.Generator().manual_seed(0)
         # As long as the text with all steps: generate() passes all tokens, and positions for all of them.
-        shape = (1, self.longest + 2**16)
+        shape = (1, max(self.contexts) + 2**16)
         self.tokens = torch.randint(self.config.vocab_size, shape, generator=generator).to(self.device)
         self.positions = torch.arange(shape[1], device=self.device)[None]
         self.ones = torch.ones_like(self.positions)
@@ -71,18 +71,21 @@ class Bench:
 
     def dense_layers(self, context: int) -> list[Any]:
         """Return the layers of a DynamicCache that has read `context` tokens; contexts must rise, or be kept ones."""
-        if context not in self.snapshots:
+        on_the_way = sorted(n for n in self.kept_contexts if self._read < n < context)
+        for stop in (*on_the_way, context):
+            if stop in self.snapshots:
+                continue
             if self._broken:
                 raise CannotMeasure(self._broken)
             try:
-                self.read(self._dense, self._read, context)
+                self.read(self._dense, self._read, stop)
             except Exception as error:
                 self._broken, self._dense = reason_for(error), DynamicCache()
                 raise
-            self._read = context
+            self._read = stop
             self.snapshots = {n: layers for n, layers in self.snapshots.items() if n in self.kept_contexts}
             # Copies of layers stay as they are: a dynamic layer makes new tensors and never writes into old ones.
-            self.snapshots[context] = [copy.copy(layer) for layer in self._dense.layers]
+            self.snapshots[stop] = [copy.copy(layer) for layer in self._dense.layers]
         return self.snapshots[context]
 
     def step_of_generate(self, cache: Cache, seen: int) -> None:
@@ -280,7 +283,8 @@ class Recompute(Arm):
 
     def applies(self, context: int) -> bool:
         """It does not depend on the context, so once is enough."""
-        return context == self.capacity
+        enough = [n for n in self.bench.contexts if n >= int(self.capacity or 0)]
+        return context == (min(enough) if enough else max(self.bench.contexts))
 
     def step(self) -> None:
         """Read the last `capacity` tokens."""

@@ -3,8 +3,8 @@
     python -m benchmarks.compare results/*.json
 
 `benchmarks.latency` measures single steps at fixed contexts; `benchmarks.ppl` measures whole runs over a text, whose steps have
-all contexts from 0 to the length of a sample. Where there are results of both for the same model, device, dtype and
-threads, the page shows for each capacity
+all contexts from 0 to the length of a sample. Where there are results of both for the same model, device, dtype, threads
+and attention backend, the page shows for each capacity
 
     per token    dense(N) / sink(N), eager, at each context N
     whole run    measured: tokens per second of sink over those of dense
@@ -158,7 +158,8 @@ def setting(result: dict[str, Any]) -> tuple[Any, ...]:
     """Return what two results must share to be compared."""
     device = result["device"]
     threads = result["threads"] if device["type"] == "cpu" else None
-    return result["model"]["type"], result["model"]["parameters"], device["name"], result["dtype"], threads
+    attention = result["protocol"].get("sdpa_backend", "auto")  # results of older versions of `ppl` do not have it
+    return result["model"]["type"], result["model"]["parameters"], device["name"], result["dtype"], threads, attention
 
 
 def comparisons(results: Sequence[dict[str, Any]]) -> list[Comparison]:
@@ -197,6 +198,10 @@ def reasons(one: Comparison) -> list[str]:
             f"**Launching.** During that step the GPU works {far['busy']:.0%} of the time: the step is {bound}"
             + (", which a smaller cache does not shorten." if far["busy"] < 0.7 else ".")
         )
+        if work := sink.rows[largest]["gpu_ms"]:
+            found[-1] += (
+                f" Its own work is {far['gpu_ms']:.2f} ms, and {work:.2f} ms with sink: {far['gpu_ms'] / work:.2f}×."
+            )
     samples = one.samples
     contexts = np.concatenate([np.arange(tokens) for tokens in samples])
     batch = one.run["protocol"]["batch_size"]
@@ -366,24 +371,28 @@ def add_run_to_run(page: Page, first: dict[str, Any], second: dict[str, Any]) ->
     both = sorted(sides[0].keys() & sides[1].keys())
     if not both:
         return
-    away = {key: sides[1][key]["value"] / sides[0][key]["value"] - 1 for key in both}
-    worst = max(both, key=lambda key: abs(away[key]))
-    within = sum(abs(one) <= RUN_TO_RUN for one in away.values())
+    values = {key: [[side[key].get(name) for side in sides] for name in ("value", "gpu_value")] for key in both}
+    away = {key: [None if None in pair else pair[1] / pair[0] - 1 for pair in pairs] for key, pairs in values.items()}
     page.heading(f"Two runs of the same: {first['model']['name']}, {first['dtype']}, {first['device']['name']}")
-    page.sentences(
-        [
-            f"{first['date']} and {second['date']}: {within} of {len(both)} median ratios agree within {RUN_TO_RUN:.0%}; "
-            f"the furthest apart is {worst[0]} at {worst[1]:,} tokens, capacity {worst[2]:,}"
-            f"{', compiled' if worst[3] else ''}, by {abs(away[worst]):.1%}."
-        ]
-    )
+    sentence = f"{first['date']} and {second['date']}"
+    for index, what in enumerate(("median ratios", "ratios of the GPU's own work")):
+        apart = {key: one[index] for key, one in away.items() if one[index] is not None}
+        if apart:
+            worst = max(apart, key=lambda key: abs(apart[key]))
+            within = sum(abs(one) <= RUN_TO_RUN for one in apart.values())
+            sentence += (
+                f"{';' if index else ':'} {within} of {len(apart)} {what} agree within {RUN_TO_RUN:.0%}, and the furthest "
+                f"apart is {worst[0]} at {worst[1]:,} tokens, capacity {worst[2]:,}{', compiled' if worst[3] else ''}, by "
+                f"{abs(apart[worst]):.1%}"
+            )
+    page.sentences([f"{sentence}."])
     body = []
     for key in both:
         arm = "sink compiled" if key[3] else "sink"
-        body.append(
-            [key[0], arm, f"{key[2]:,}", f"{key[1]:,}", *(shown(side[key]) for side in sides), f"{away[key]:+.1%}"]
-        )
-    page.table(body, ["ratio", "arm", "capacity", "context", "first", "second", "difference"])
+        differences = [None if one is None else f"{one:+.1%}" for one in away[key]]
+        line = [key[0], arm, f"{key[2]:,}", f"{key[1]:,}", *(shown(side[key]) for side in sides), *differences]
+        body.append(line)
+    page.table(body, ["ratio", "arm", "capacity", "context", "first", "second", "difference", "of the GPU's work"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -405,7 +414,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not found and all(len(same) < 2 for same in repeated):
         raise BenchmarkError(
             "nothing to compare: there must be a result of benchmarks.ppl and one of benchmarks.latency with the same model, "
-            "device, dtype, threads and a common capacity, with dense and sink measured in both"
+            "device, dtype, threads, attention backend and a common capacity, with dense and sink measured in both"
         )
     page = Page(harness.output_folder(args.output or Path(args.results[0]).parent))
     title = "Per token and whole run: two ways to measure what a bounded cache gains"

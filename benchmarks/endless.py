@@ -11,9 +11,9 @@ rounds, greedy and without an end-of-text token. Arms:
     endless    the same cache in `custom_generate=sink_cache.endless`, after a prompt of the first context
 
 `step_ms` are times between tokens, taken where a streamer gets them (which waits for the device), after the first 16 tokens;
-`call_ms` is the time of a whole call of `--call-tokens` without a streamer, prompt included, per new token. The prompt of
-`static` is as long as its capacity allows. With `--profile` (CUDA) the kernels of a step follow, as `kernels`: those that a call
-of `--new-tokens` has more of than one of a quarter of that.
+`call_ms` is the time of a whole call of `--call-tokens` without a streamer, prompt included, per new token (dense and endless,
+in the first two rounds). The prompt of `static` is as long as its capacity allows. With `--profile` (CUDA) the kernels of a step
+follow, as `kernels`: those that a call of 48 tokens (or `--new-tokens`) has more of than one of a third of that.
 
 Results: tables here, and a JSON file for each model and kind in `--output` (header: `benchmarks.harness`), with `rows`.
 """
@@ -41,6 +41,8 @@ from sink_cache import SinkWindowCache, endless
 from . import harness, models, plots
 
 WARM_UP_TOKENS = 16
+CALL_ROUNDS = 2
+PROFILED_TOKENS = 48
 KINDS = {
     "matrix products": "gemm|gemv|nvjet|cutlass|splitk|cublas",
     "attention": "flash|fmha|attention",
@@ -136,7 +138,7 @@ def calls(loaded: models.LoadedModel, args: argparse.Namespace, keep: Callable[[
                 arm.call(model, text, args.new_tokens, args.capacity, streamer=times)
                 if turn:
                     row["step_ms"].append(times.step_ms())
-                if arm.name in ("dense", "endless") and turn:
+                if arm.name in ("dense", "endless") and 1 <= turn <= CALL_ROUNDS:
                     start = clock.now()
                     arm.call(model, text, args.call_tokens, args.capacity)
                     row["call_ms"].append(1e3 * (clock.now() - start) / args.call_tokens)
@@ -160,7 +162,8 @@ def kernels_of(loaded: models.LoadedModel, args: argparse.Namespace) -> dict[str
     """Return for each arm but dense the kernels of a step, the longest first: what a longer call has more of than a short one."""
     model, clock = loaded.model, harness.Clock(loaded.model.device)
     text, found = random_text(model, args), {}
-    lengths = args.new_tokens // 4, args.new_tokens
+    longest = min(PROFILED_TOKENS, args.new_tokens)
+    lengths = longest // 3, longest
     steps = lengths[1] - lengths[0]
     for arm in arms_of(model, args):
         if arm.name == "dense" or arm.name in found:

@@ -22,7 +22,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,6 +52,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "nump
 MIB = 2**20
 SDPA_CHOICES = ("auto", "flash", "efficient", "math", "cudnn", "no-cudnn")
 SPIN_CYCLES_PER_MS = 2_000_000  # of the fastest GPUs
+MAX_MISSES = 4
 # Beyond these spreads nothing is concluded; an earlier study's ± 43% is one of them.
 WIDEST_STD, WIDEST_PERCENTILES, WIDEST_INTERVAL = 0.2, 0.5, 0.2
 
@@ -225,37 +225,44 @@ def unsynchronized_step_ms(step: Callable[[], Any], steps: int, clock: Clock) ->
     return 1e3 * (clock.now() - start) / steps
 
 
-def event_times(step: Callable[[], Any], steps: int, clock: Clock, queue_ms: float = 0.0) -> list[float]:
-    """Return the time of each step in ms by CUDA events. Around a launch-bound step they, too, see the launches.
+def event_ms(step: Callable[[], Any], clock: Clock) -> float:
+    """Return the time of a step in ms by CUDA events. Around a launch-bound step they see the launches, too."""
+    clock.now()
+    return _event_ms(step, clock)[0]
+
+
+def gpu_times(step: Callable[[], Any], steps: int, clock: Clock, queue_ms: float) -> list[float]:
+    """Return times in ms that the GPU itself works for a step, which is launched while the GPU is still spinning.
 
     Args:
-        queue_ms (`float`): let the GPU spin for at least so long first. When the CPU needs less than that to launch the step,
-            all of it is waiting in the queue, and what the events see is the GPU's own work.
+        queue_ms (`float`): how long it spins at first; longer, when the CPU has needed more than that to launch a step.
+
+    Returns:
+        `list[float]`: for `steps` steps; fewer or none of steps that wait for the GPU, as these cannot be queued.
     """
-    times = []
-    for _ in range(steps):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times: list[float] = []
+    misses = 0
+    while len(times) < steps and misses < MAX_MISSES:
         clock.now()
-        if queue_ms:
-            torch.cuda._sleep(int(queue_ms * SPIN_CYCLES_PER_MS))
-        start.record()
-        step()
-        end.record()
-        clock.now()
-        times.append(start.elapsed_time(end))
+        torch.cuda._sleep(int(queue_ms * SPIN_CYCLES_PER_MS))
+        work, launching = _event_ms(step, clock)
+        if launching < queue_ms:
+            times.append(work)
+        else:
+            queue_ms, misses = 2 * queue_ms, misses + 1
     return times
 
 
-def waits_for_the_gpu(step: Callable[[], Any]) -> bool:
-    """Return whether a step by itself waits for the GPU, so that it cannot be queued."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return any("synchroniz" in str(one.message) for one in caught)
+def _event_ms(step: Callable[[], Any], clock: Clock) -> tuple[float, float]:
+    """Return the time of a step in ms by CUDA events, and that of launching it by the clock."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before = time.perf_counter()
+    start.record()
+    step()
+    end.record()
+    launching = 1e3 * (time.perf_counter() - before)
+    clock.now()
+    return start.elapsed_time(end), launching
 
 
 def kernel_times(work: Callable[[], Any], clock: Clock) -> dict[str, tuple[int, float]]:

@@ -14,7 +14,7 @@ weights, so random ones of a named shape are the default, and no hub is asked. A
     sink                SinkWindowCache(n_sink, capacity - n_sink)
     static              StaticCache of max_cache_len = N, whose last slots are being filled
     recompute           no cache: the last `capacity` tokens are read anew for every token, the paper's baseline. It does
-                        not depend on N and is measured once, at N = capacity
+                        not depend on N and is measured once, at the first N of at least `capacity`
 
 Eager steps are plain `model(token, past_key_values=cache)`. Compiled ones (`--compile`; static and sink) are the steps of
 `generate()`: `prepare_inputs_for_generation`, which builds the mask, then `model.get_compiled_call`.
@@ -26,8 +26,9 @@ never seen is measured by itself, because some attention backends build a plan f
 synchronisation between the steps follow in every second round (not on the CPU): a device that is never waited for may be faster.
 
 What explains it: `ceiling` = dense(N) / dense(capacity) is the most that a bounded cache can win, `achieved` = dense(N) /
-sink(N), `overhead` = sink(N) / dense(capacity), each with a 95% bootstrap interval over paired rounds. `busy` is the share of
-the step in which the GPU worked: below 1 the step waits for the CPU to launch kernels. `floor_ms` is what the hardware allows:
+sink(N), `overhead` = sink(N) / dense(capacity), each with a 95% bootstrap interval over paired rounds, and as `gpu_value` that
+of the GPU's own work, which a busy CPU does not touch. `busy` is the share of the step in which the GPU worked: below 1 the
+step waits for the CPU to launch kernels. `floor_ms` is what the hardware allows:
 for a step, the bytes of weights and cache read, at the measured copy bandwidth; for recompute, its arithmetic, at the measured
 rate of a large matrix product.
 
@@ -74,7 +75,7 @@ from .harness import MIB, BenchmarkError
 
 WARM_UP_STEPS = {False: 3, True: 8}  # eager, and compiled: to compile, to record the graph, and some more
 MAX_TURN_S = 2.0  # a slower arm takes fewer steps in its turn
-PROFILED_STEPS = 5
+EVENT_STEPS = PROFILED_STEPS = 5
 NEW_LENGTHS = 8  # steps at lengths that the process has never seen
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"longest": 4096, "capacities": [256], "compile": False, "dtype": "float32", "rounds": 12},
@@ -195,11 +196,9 @@ def look_closer(arm: Arm, measured: Measurement, clock: harness.Clock) -> None:
             arm.step()
         measured.sdpa = harness.attention_kernel(operators.names)
     if clock.device.type == "cuda":
-        measured.event_ms = statistics.median(harness.event_times(arm.step, 5, clock))
-        if not harness.waits_for_the_gpu(arm.step):
-            measured.gpu_ms = statistics.median(
-                harness.event_times(arm.step, 5, clock, queue_ms=2 * measured.event_ms + 1)
-            )
+        measured.event_ms = statistics.median(harness.event_ms(arm.step, clock) for _ in range(EVENT_STEPS))
+        work = harness.gpu_times(arm.step, EVENT_STEPS, clock, queue_ms=2 * measured.event_ms + 1)
+        measured.gpu_ms = statistics.median(work) if work else None
 
 
 def profile_last(arm: Arm, measured: Measurement, clock: harness.Clock) -> None:
@@ -354,6 +353,8 @@ def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 if above is not None and below is not None:
                     ratio = {"name": name, "context": context, "capacity": capacity, "compiled": compiled}
                     found.append(ratio | harness.ratio_of_rounds(above["step_ms"], below["step_ms"]))
+                    work = above["gpu_ms"], below["gpu_ms"]
+                    found[-1]["gpu_value"] = work[0] / work[1] if all(work) else None
                     if name == "recompute_over_sink":
                         limit = above["floor_ms"] / below["floor_ms"]
                         found[-1] |= {"hardware_limit": limit, "share_of_limit": found[-1]["value"] / limit}
@@ -398,13 +399,16 @@ def tables(result: dict[str, Any]) -> str:
     for ratio in result["ratios"]:
         key = f"{ratio['context']:,}", "sink compiled" if ratio["compiled"] else "sink", ratio["capacity"]
         sign = "?" if ratio["note"].startswith("no conclusion") else ""
+        work = "" if ratio["gpu_value"] is None else f" GPU {ratio['gpu_value']:.3g}"
         cells.setdefault(key, {})[ratio["name"]] = (
-            f"{ratio['value']:.3g} [{ratio['low']:.3g}, {ratio['high']:.3g}]{sign}"
+            f"{ratio['value']:.3g} [{ratio['low']:.3g}, {ratio['high']:.3g}]{sign}{work}"
         )
     if cells:
         body = [[*key, *(of.get(name) for name in names)] for key, of in cells.items()]
         text.append(tabulate(body, ["context", "arm", "capacity", *names], disable_numparse=True, missingval="–"))
         text.append("In brackets the 95% interval; ? where the spread is too wide for a conclusion.")
+        if any(ratio["gpu_value"] for ratio in result["ratios"]):
+            text.append("GPU: the ratio of the GPU's own work.")
     for ratio in result["ratios"]:
         if ratio["name"] == "recompute_over_sink":
             arm = "sink compiled" if ratio["compiled"] else "sink"
@@ -489,7 +493,7 @@ def measure_model(
     args: argparse.Namespace, loaded: models.LoadedModel, result: dict[str, Any], keep: Callable[[], None]
 ) -> None:
     """Measure a model at all contexts; rows and ratios are added to the result as they come, and `keep` is called."""
-    contexts = sorted({*args.contexts, *args.capacities})
+    contexts = sorted(set(args.contexts))
     device = loaded.model.device
     bench = Bench(
         loaded,
@@ -499,7 +503,7 @@ def measure_model(
         static_compiled_contexts=frozenset(
             [*args.capacities, contexts[-1]] if args.compile_static_at is None else args.compile_static_at
         ),
-        longest=contexts[-1],
+        contexts=contexts,
     )
     arms = make_arms(bench, args.arms, args.capacities, args.compile)
     deadline = time.perf_counter() + args.time_limit

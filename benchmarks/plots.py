@@ -94,7 +94,7 @@ def plain_ticks(axes: Axes) -> None:
 
 
 def latency_per_token(result: dict[str, Any], axes: Axes) -> None:
-    """Draw the time of a step against the context, for all arms, with what the hardware allows as thin dotted lines."""
+    """Draw the time of a step against the context, for all arms, and of what the GPU does; what the hardware allows is dotted."""
     for (arm, compiled, capacity), rows, colour in _latency_curves(result):
         contexts, label = [row["context"] for row in rows], _latency_label(arm, compiled, capacity)
         if arm == "recompute" and len(result["protocol"]["capacities"]) > 1:
@@ -112,6 +112,11 @@ def latency_per_token(result: dict[str, Any], axes: Axes) -> None:
             axes.plot(*zip(*first, strict=True), color=colour, linestyle="", marker="^", fillstyle="none", label=label)
         if arm in ("dense", "sink") and not compiled:
             axes.plot(contexts, [row["floor_ms"] for row in rows], color=colour, linestyle=":", linewidth=1)
+            work = [(row["context"], row["gpu_ms"]) for row in rows if row["gpu_ms"]]
+            if work:
+                axes.plot(*zip(*work, strict=True), color=colour, linewidth=1)
+    if any(row["gpu_ms"] for row in result["rows"]):
+        axes.plot([], [], color="black", linewidth=1, label="thin: the GPU's own work")
     axes.plot([], [], color="black", linestyle=":", linewidth=1, label="floors: bytes read / bandwidth")
     axes.set(ylabel="ms per token, median", yscale="log")
     _context_axis(result, axes)
@@ -136,8 +141,10 @@ def latency_cache(result: dict[str, Any], axes: Axes) -> None:
 
 def latency_by_capacity(result: dict[str, Any], axes: Axes) -> None:
     """Draw recomputation and sink steps against the capacity, as the paper's figure does; empty where it has one point."""
-    rows = [row for row in result["rows"] if row["context"] == row["capacity"] and not row["reason"]]
-    if sum(row["arm"] == "recompute" for row in rows) < 2:
+    rows = [row for row in result["rows"] if not row["reason"]]
+    measured_at = {row["capacity"]: row["context"] for row in rows if row["arm"] == "recompute"}
+    rows = [row for row in rows if row["context"] == measured_at.get(row["capacity"])]
+    if len(measured_at) < 2:
         return
     for arm, compiled in (("recompute", False), ("sink", False), ("sink", True)):
         points = sorted(

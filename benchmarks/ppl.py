@@ -577,6 +577,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     how.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (%(default)s)")
     how.add_argument("--dtype", default="float32", help=f"{', '.join(harness.DTYPES)} (%(default)s)")
     how.add_argument("--attn-implementation", help="sdpa or eager (the model's default)")
+    how.add_argument("--sdpa-backend", choices=harness.SDPA_CHOICES, default="auto", help="(auto)")
     how.add_argument(
         "--position-bin", type=int, metavar="TOKENS", help="width of the bins by position (a 20th of a sample)"
     )
@@ -634,7 +635,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table, and write the result file and its plots; see the module docstring."""
     args = parse(argv)
     folder = harness.output_folder(args.output)
-    dtype = harness.parse_dtype(args.dtype)
+    dtype, sdpa = harness.parse_dtype(args.dtype), harness.choose_sdpa(args.sdpa_backend)
     transformers.utils.logging.disable_progress_bar()
     state = PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())
     device = harness.choose_device(args.device, state.local_process_index)
@@ -675,6 +676,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "batch_size": args.batch_size,
             "recompute_tokens": int(run.recompute_sample.sum()),
             "num_processes": state.num_processes,
+            "sdpa_backend": args.sdpa_backend,
+            "sdpa_enabled": sdpa,
         },
         interrupted=False,
         rows=[],

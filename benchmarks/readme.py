@@ -18,6 +18,7 @@ from .harness import MIB, Parser, read_json, run
 ROOT = Path(__file__).parents[1]
 FOLDER = Path("results/h100")
 CAPACITY = 1024  # of the tables that show one
+CONTEXTS = (1024, 4096, 16384, 32768)
 RECOMPUTED = "llama-2-7b"
 
 
@@ -79,30 +80,39 @@ def calls(folder: Path) -> Iterator[dict[str, str]]:
         }
 
 
+def step(result: dict[str, Any], context: int, capacity: int) -> dict[str, str]:
+    """Return the cells that compare a step with a bounded cache with a dense one."""
+    rows, at = result["rows"], {"context": context}
+    dense = cell(rows, arm="dense", compiled=False, **at)
+    sink, compiled = (cell(rows, arm="sink", compiled=c, capacity=capacity, **at) for c in (False, True))
+    eager = {"capacity": capacity, "compiled": False}
+    held = [one["cache_bytes"] and f"{one['cache_bytes'] / MIB:,.0f}" for one in (dense, sink)]
+    return {
+        "dense, eager": median(dense),
+        "sink, eager": median(sink),
+        **{name: ratio(result, name, **at, **eager) for name in ("achieved", "ceiling", "overhead")},
+        "sink, compiled": median(compiled),
+        "GPU's own work, dense → sink": " → ".join(figure(one.get("gpu_ms")) for one in (dense, sink)),
+        "cache, MiB": " → ".join(one or "–" for one in held),
+    }
+
+
 def steps(folder: Path) -> Iterator[dict[str, str]]:
     """Yield the rows of the table of single steps at fixed contexts."""
     for result in results("latency", folder):
+        for context in sorted({row["context"] for row in result["rows"] if not row["reason"]} & set(CONTEXTS)):
+            yield {"shape": shape(result), "context": f"{context:,}", **step(result, context, CAPACITY)}
+
+
+def capacities(folder: Path) -> Iterator[dict[str, str]]:
+    """Yield the rows of the table of single steps at several capacities, at the first context beyond all of them."""
+    for result in results("latency", folder):
         rows = result["rows"]
-        for context in sorted({row["context"] for row in rows}):
-            at = {"context": context}
-            dense = cell(rows, arm="dense", compiled=False, **at)
-            sink, compiled = (cell(rows, arm="sink", compiled=c, capacity=CAPACITY, **at) for c in (False, True))
-            if context < CAPACITY or dense["median_ms"] is sink["median_ms"] is None:
-                continue
-            held = [one["cache_bytes"] and f"{one['cache_bytes'] / MIB:,.0f}" for one in (dense, sink)]
-            eager = {"capacity": CAPACITY, "compiled": False}
-            yield {
-                "shape": shape(result),
-                "context": f"{context:,}",
-                "dense, eager": median(dense),
-                "sink, eager": median(sink),
-                "achieved": ratio(result, "achieved", **at, **eager),
-                "ceiling": ratio(result, "ceiling", **at, **eager),
-                "overhead": ratio(result, "overhead", **at, **eager),
-                "sink, compiled": median(compiled),
-                "GPU busy, dense": "–" if dense.get("busy") is None else f"{min(1.0, dense['busy']):.0%}",
-                "cache, MiB": " → ".join(one or "–" for one in held),
-            }
+        held = sorted({row["capacity"] for row in rows if row["arm"] == "sink"})
+        for capacity in held if len(held) > 1 else []:
+            context = min(row["context"] for row in rows if row["context"] > held[-1])
+            of = {"shape": shape(result), "context": f"{context:,}", "capacity": f"{capacity:,}"}
+            yield of | step(result, context, capacity)
 
 
 def recomputation(folder: Path) -> Iterator[dict[str, str]]:
@@ -129,6 +139,7 @@ def recomputation(folder: Path) -> Iterator[dict[str, str]]:
 TABLES: dict[str, Callable[[Path], Iterator[dict[str, str]]]] = {
     "whole calls": calls,
     "single steps": steps,
+    "capacities": capacities,
     "recomputation": recomputation,
 }
 

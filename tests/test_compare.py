@@ -21,7 +21,8 @@ def result(kind: str, **more: Any) -> dict[str, Any]:
 
 def step_row(arm: str, context: int, ms: float, capacity: int | None = None, **more: Any) -> dict[str, Any]:
     row = {"arm": arm, "compiled": False, "context": context, "capacity": capacity, "median_ms": ms, "reason": ""}
-    return row | {"step_ms": [[ms] * 3] * 4, "unsynchronized_ms": None, "first_time": None, "busy": None} | more
+    nothing = dict.fromkeys(("unsynchronized_ms", "first_time", "busy", "gpu_ms"))
+    return row | {"step_ms": [[ms] * 3] * 4} | nothing | more
 
 
 def latency_result(factor: float = 1.0, **more: Any) -> dict[str, Any]:
@@ -32,9 +33,10 @@ def latency_result(factor: float = 1.0, **more: Any) -> dict[str, Any]:
     keys = {"capacity": 100, "compiled": False, "note": ""}
     ratios = [
         {"name": "achieved", "context": n, "value": v * factor, "low": v * 0.9, "high": v * 1.1, **keys}
+        | {"gpu_value": v}
         for n, v in ((50, 1.0), (100, 1.0), (200, 2.0), (400, 4.0))
     ]
-    return result("latency", rows=rows, ratios=ratios) | more
+    return result("latency", rows=rows, ratios=ratios, protocol={"sdpa_backend": "auto"}) | more
 
 
 def ppl_result(dense_s: float, sink_s: float, tokens: Sequence[int] = (300,), mode: str = "step") -> dict[str, Any]:
@@ -46,7 +48,7 @@ def ppl_result(dense_s: float, sink_s: float, tokens: Sequence[int] = (300,), mo
         row = {"method": method, "capacity": capacity, "seconds": seconds, "batches": batches}
         rows.append(row | {"tokens_per_second": sum(tokens) / seconds})
     chunk = {"step": 1, "chunk": 128}[mode]
-    protocol = {"mode": mode, "chunk_size": chunk, "batch_size": 1}
+    protocol = {"mode": mode, "chunk_size": chunk, "batch_size": 1, "sdpa_backend": "auto"}
     return result("ppl", rows=rows, protocol=protocol, data={"max_tokens": max(tokens)})
 
 
@@ -139,9 +141,10 @@ def test_sentences_follow_from_the_numbers() -> None:
     assert "something else differs" in text
     latency = latency_result()
     for row in latency["rows"]:
-        row["busy"] = 0.25
+        row |= {"busy": 0.25, "gpu_ms": row["median_ms"] / 4}
     text = " ".join(compare.reasons(comparison(ppl_result(1.0, 1.0), latency)))
     assert "the GPU works 25% of the time: the step is bound by launching kernels" in text
+    assert "Its own work is 1.00 ms, and 0.25 ms with sink: 4.00×" in text
 
 
 class Reader(HTMLParser):
@@ -181,7 +184,7 @@ def test_the_page_holds_everything(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "4.00 [3.60, 4.40]" in markdown
     # Every ratio of the older file is 10% larger.
     assert "0 of 4 median ratios agree within 3%" in markdown
-    assert "by 9.1%" in markdown
+    assert "by 9.1%; 4 of 4 ratios of the GPU's own work agree within 3%" in markdown
 
 
 @pytest.mark.parametrize("present", [["ppl"], ["latency"], []])

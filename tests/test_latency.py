@@ -8,6 +8,7 @@ import functools
 import gc
 import json
 import math
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def _shapes_and_process_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 def bench(shape: str = "tiny", longest: int = 256, capacities: Sequence[int] = (32,)) -> Bench:
     loaded = models.random_model(shape, torch.float32, CPU)
-    return Bench(loaded, 4, 64, frozenset(capacities), frozenset([longest]), longest)
+    return Bench(loaded, 4, 64, frozenset(capacities), frozenset([longest]), [*capacities, longest])
 
 
 class FakeArm(Arm):
@@ -105,9 +106,9 @@ def test_the_prefill_is_that_of_one_forward() -> None:
     # Read on from context to context, in pieces; a kept one must not be touched by what is read later.
     shared = bench(capacities=(32,))
     with torch.no_grad():
-        for context in (32, 100, 256):
+        for context in (100, 256):
             shared.dense_layers(context)
-        for context in (32, 256):
+        for context in (32, 256):  # 32 is kept, although it was read over
             expected = shared.model(shared.tokens[:, :context], use_cache=True).past_key_values
             for ours, whole in zip(shared.dense_layers(context), expected.layers, strict=True):
                 torch.testing.assert_close(ours.keys, whole.keys, rtol=1e-4, atol=1e-4)
@@ -120,7 +121,10 @@ def test_recompute_reads_the_window_anew(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(arm.bench, "model", lambda ids, **options: calls.append((ids.shape, options)))
     arm.step()
     assert calls == [((1, 32), {"use_cache": False, "logits_to_keep": 1})]
-    assert [context for context in (16, 32, 64) if arm.applies(context)] == [32]
+    arm.bench.contexts = [16, 64, 128]  # the first in which the window is full
+    assert [context for context in arm.bench.contexts if arm.applies(context)] == [64]
+    arm.bench.contexts = [8, 16]
+    assert [context for context in arm.bench.contexts if arm.applies(context)] == [16]
 
 
 @pytest.mark.parametrize("kind", [arms.StaticCompiled, arms.SinkCompiled])
@@ -264,11 +268,19 @@ def test_the_work_of_the_gpu_is_seen_without_its_launches(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append(f"spin {cycles:.0e}"), raising=False)
     clock = Clock(torch.device("cuda"))
     done.clear()
-    assert harness.event_times(FakeArm(done).step, 1, clock, queue_ms=2.5) == [1.5]
-    assert done == ["wait", "spin 5e+06", "start", "step", "end", "wait"]
+    launching = [0.003, 0.001, 0.001]  # seconds of the CPU
+    monkeypatch.setattr(time, "perf_counter", lambda: sum(launching[: done.count("step")]))
+    assert harness.gpu_times(FakeArm(done).step, 2, clock, queue_ms=2.5) == [1.5, 1.5]
+    # The first launch outlasted its spinning, so that the GPU had to wait for it: that time is left out.
+    launched = ["start", "step", "end", "wait"]
+    assert done == ["wait", "spin 5e+06", *launched, *(["wait", "spin 1e+07", *launched] * 2)]
     done.clear()
-    harness.event_times(FakeArm(done).step, 1, clock)
-    assert done == ["wait", "start", "step", "end", "wait"]
+    assert harness.event_ms(FakeArm(done).step, clock) == 1.5
+    assert done == ["wait", *launched]
+    # A step that waits for the GPU takes as long as any spinning.
+    done.clear()
+    monkeypatch.setattr(time, "perf_counter", lambda: 10.0 * done.count("step"))
+    assert harness.gpu_times(FakeArm(done).step, 2, clock, queue_ms=2.5) == []
 
 
 @pytest.mark.parametrize(
@@ -343,8 +355,8 @@ def test_a_prefill_that_failed_is_not_gone_on_from(monkeypatch: pytest.MonkeyPat
 
 def fake_row(arm: str, context: int, ms: float, capacity: int | None = None, **more: Any) -> dict[str, Any]:
     turns = [[ms, ms * 1.001, ms * 0.999]] * 4
-    row = {"arm": arm, "compiled": False, "context": context, "capacity": capacity, "reason": "", "floor_ms": ms / 2}
-    return row | {"median_ms": ms, "step_ms": turns} | more
+    row = {"arm": arm, "compiled": False, "context": context, "capacity": capacity, "reason": ""}
+    return row | {"median_ms": ms, "step_ms": turns, "floor_ms": ms / 2, "gpu_ms": None} | more
 
 
 def test_ratios_written_out_by_hand() -> None:
@@ -352,8 +364,8 @@ def test_ratios_written_out_by_hand() -> None:
         fake_row("dense", 256, 1.0),
         fake_row("sink", 256, 1.25, 256),
         fake_row("recompute", 256, 20.0, 256, floor_ms=12.0),
-        fake_row("dense", 1024, 4.0),
-        fake_row("dense-at-capacity", 1024, 1.0, 256),
+        fake_row("dense", 1024, 4.0, gpu_ms=3.0),
+        fake_row("dense-at-capacity", 1024, 1.0, 256, gpu_ms=0.5),
         fake_row("sink", 1024, 2.0, 256),
         fake_row("static", 1024, 3.0),
         fake_row("sink", 4096, 2.0, 256),
@@ -369,6 +381,8 @@ def test_ratios_written_out_by_hand() -> None:
         (1024, "overhead"): 2.0,
         (1024, "static_over_sink"): 1.5,
     }
+    assert found[1024, "ceiling"]["gpu_value"] == 6.0
+    assert found[1024, "overhead"]["gpu_value"] is None
     # 12 ms of arithmetic over 0.625 ms of bytes
     assert found[256, "recompute_over_sink"]["hardware_limit"] == pytest.approx(19.2)
     assert found[256, "recompute_over_sink"]["share_of_limit"] == pytest.approx(16 / 19.2)
@@ -423,7 +437,7 @@ def _no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(plots, "plot", lambda *_: [])
 
 
-SMALL = ("--device", "cpu", "--contexts", "16", "300", "--capacities", "32", "--rounds", "2", "--steps", "2")
+SMALL = ("--device", "cpu", "--contexts", "16", "32", "300", "--capacities", "32", "--rounds", "2", "--steps", "2")
 
 
 def run(output: Path, *more: str, shape: str = "tiny") -> int:
@@ -478,7 +492,7 @@ def test_a_run_writes_tables_result_and_plots(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_several_capacities_have_plots_by_capacity(tmp_path: Path) -> None:
-    assert run(tmp_path, "--contexts", "32", "--capacities", "32", "64", "--arms", "sink", "recompute") == 0
+    assert run(tmp_path, "--contexts", "32", "64", "--capacities", "32", "64", "--arms", "sink", "recompute") == 0
     assert len(list(tmp_path.glob("*-by-capacity.png"))) == 1
     rows = result_in(tmp_path)["rows"]
     recomputed = [(row["context"], row["capacity"]) for row in rows if row["arm"] == "recompute"]
