@@ -12,7 +12,7 @@ and attention backend, the page shows for each capacity
                  were measured the curves are straight lines, below the least they are flat, and beyond the largest there
                  is no prediction. Unsynchronised times are taken where there are some, because a run does not wait for
                  the device after every step; and in the first sample, whose lengths are all new, dense pays for that
-                 as much as `latency` measured
+                 as much as `latency` measured, and so does sink until it is full
 
 and says in sentences, computed from these numbers, where the difference comes from. Only runs of one token per step and
 sample (`--mode step --batch-size 1`) are predicted, because that is what `latency` times. The same model need not have the
@@ -72,9 +72,11 @@ class Curve:
             return [row["median_ms"] for row in rows]
         return [statistics.median(row["unsynchronized_ms"]) for row in rows]
 
-    def sum_ms(self, tokens: int, factor: float = 1.0) -> float:
-        """Return the time of reading so many tokens one by one."""
-        return factor * float(np.interp(np.arange(tokens), self.contexts, self.ms(synchronized=False)).sum())
+    def sum_ms(self, tokens: int, factor: float = 1.0, until: int | None = None) -> float:
+        """Return the time of reading so many tokens one by one, of which the first `until` (all) take `factor` times as long."""
+        steps = np.interp(np.arange(tokens), self.contexts, self.ms(synchronized=False))
+        steps[:until] *= factor
+        return float(steps.sum())
 
     def new_lengths(self) -> float:
         """Return how many times longer a step is at a length never seen before: the median over contexts."""
@@ -133,9 +135,10 @@ class Comparison:
         """Return what the curves predict for the whole run with each method."""
         new = self.dense.new_lengths()
         factors = [new if new >= NEW_LENGTHS_COST and not i else 1.0 for i in range(len(self.samples))]
+        runs = list(zip(self.samples, factors, strict=True))
         return {
-            "dense": sum(map(self.dense.sum_ms, self.samples, factors)),
-            "sink": sum(map(self.sink.sum_ms, self.samples)),
+            "dense": sum(self.dense.sum_ms(tokens, factor) for tokens, factor in runs),
+            "sink": sum(self.sink.sum_ms(tokens, factor, until=self.capacity) for tokens, factor in runs),
         }
 
     @property
