@@ -286,6 +286,11 @@ class Recompute(Arm):
         enough = [n for n in self.bench.contexts if n >= int(self.capacity or 0)]
         return context == (min(enough) if enough else max(self.bench.contexts))
 
+    def fill(self, context: int) -> None:
+        """Nothing is read before."""
+        if context < int(self.capacity or 0):
+            raise CannotMeasure("no context fills its window")
+
     def step(self) -> None:
         """Read the last `capacity` tokens."""
         self.bench.model(self.bench.tokens[:, : self.capacity], use_cache=False, **self.bench.keep_last)

@@ -203,7 +203,8 @@ def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             found.append({"name": f"step: {above['arm']} / {below['arm']}", "context": context, **compared})
             if other == "dense" and row["call_ms"] and base["call_ms"]:
                 value = float(np.median(base["call_ms"]) / np.median(row["call_ms"]))
-                found.append({"name": "whole call: dense / endless", "context": context, "value": value})
+                note = compared["note"] if compared["note"].startswith(harness.NO_CONCLUSION) else ""
+                found.append({"name": "whole call: dense / endless", "context": context, "value": value, "note": note})
     return found
 
 
@@ -233,6 +234,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", help=f"{', '.join(harness.DTYPES)} (bfloat16 on CUDA, else float32)")
     parser.add_argument("--output", default="build/benchmarks", help="folder for JSON files and plots (%(default)s)")
     args = parser.parse_args(argv)
+    if min(args.contexts) < 1:
+        parser.error(f"contexts must be at least 1, but one is {min(args.contexts)}")
     if not args.n_sink < args.capacity - args.new_tokens - 1:
         parser.error(f"capacity {args.capacity} must leave room for {args.new_tokens} new tokens of a StaticCache")
     if args.profile and len(args.random_weights) > 1:

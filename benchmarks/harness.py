@@ -55,6 +55,8 @@ SPIN_CYCLES_PER_MS = 2_000_000  # of the fastest GPUs
 MAX_MISSES = 4
 # Beyond these spreads nothing is concluded; an earlier study's ± 43% is one of them.
 WIDEST_STD, WIDEST_PERCENTILES, WIDEST_INTERVAL = 0.2, 0.5, 0.2
+FEWEST_ROUNDS = 4  # for an interval that is made by resampling them
+NO_CONCLUSION = "no conclusion: "
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -541,8 +543,10 @@ def ratio_of_rounds(above: Sequence[Sequence[float]], below: Sequence[Sequence[f
     value = float(np.median(flat[0]) / np.median(flat[1]))
     low, high = ratio_interval(above, below, paired=True, resamples=1000)
     note = ""
-    if any(spread_warning(side) for side in flat) or (high - low) / value > WIDEST_INTERVAL:
-        note = "no conclusion: the spread is too wide"
+    if len(above) < FEWEST_ROUNDS:
+        note = f"{NO_CONCLUSION}{len(above)} round(s) are too few for an interval"
+    elif any(spread_warning(side) for side in flat) or (high - low) / value > WIDEST_INTERVAL:
+        note = f"{NO_CONCLUSION}the spread is too wide"
     elif low <= 1 <= high:
         note = "no difference can be told"
     return {"value": value, "low": low, "high": high, "note": note}

@@ -343,7 +343,7 @@ def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             near = far if context <= capacity else cell("dense-at-capacity", capacity)
             static, recompute = cell("static", None, compiled), cell("recompute", capacity)
             pairs = {
-                "ceiling": (far, near if context > capacity else None),
+                "ceiling": (far, near if context > capacity and not compiled else None),
                 "achieved": (far, row),
                 "overhead": (row, near),
                 "static_over_sink": (static, row),
@@ -394,11 +394,15 @@ def tables(result: dict[str, Any]) -> str:
         tabulate(lines, headers, disable_numparse=True, colalign=["right", "left", *["right"] * 10], missingval="–")
     ]
     text.append("* beyond the trained context." if any("*" in line[0] for line in lines) else "")
+    text.append(
+        "ms: median of a step. unsync.: the device is not waited for in between. new length: at lengths never seen before / "
+        "again. floor: what the hardware allows. busy: the share of a step in which the GPU works."
+    )
     names = list(dict.fromkeys(ratio["name"] for ratio in result["ratios"]))
     cells: dict[tuple[Any, ...], dict[str, str]] = {}
     for ratio in result["ratios"]:
         key = f"{ratio['context']:,}", "sink compiled" if ratio["compiled"] else "sink", ratio["capacity"]
-        sign = "?" if ratio["note"].startswith("no conclusion") else ""
+        sign = "?" if ratio["note"].startswith(harness.NO_CONCLUSION) else ""
         work = "" if ratio["gpu_value"] is None else f" GPU {ratio['gpu_value']:.3g}"
         cells.setdefault(key, {})[ratio["name"]] = (
             f"{ratio['value']:.3g} [{ratio['low']:.3g}, {ratio['high']:.3g}]{sign}{work}"
@@ -406,7 +410,7 @@ def tables(result: dict[str, Any]) -> str:
     if cells:
         body = [[*key, *(of.get(name) for name in names)] for key, of in cells.items()]
         text.append(tabulate(body, ["context", "arm", "capacity", *names], disable_numparse=True, missingval="–"))
-        text.append("In brackets the 95% interval; ? where the spread is too wide for a conclusion.")
+        text.append("In brackets the 95% interval; ? where nothing can be concluded (the file says why).")
         if any(ratio["gpu_value"] for ratio in result["ratios"]):
             text.append("GPU: the ratio of the GPU's own work.")
     for ratio in result["ratios"]:
@@ -470,6 +474,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--rounds must be at least 1, but is {args.rounds}")
     if args.profile and len(args.random_weights or [1]) > 1:
         parser.error("--profile is for one model: what the profiler attaches to CUDA would slow down the next")
+    if args.profile and args.device in ("cpu", "mps"):
+        parser.error(f"--profile is for CUDA, but --device is {args.device}")
     if args.steps > BLOCK_LIMIT:
         parser.error(f"--steps must be at most {BLOCK_LIMIT}, but is {args.steps}: take more --rounds")
     for capacity in args.capacities or []:

@@ -177,12 +177,15 @@ def random_model(
         shape (`str`): one of `SHAPES`.
 
     Raises:
-        BenchmarkError: the shape is unknown.
+        BenchmarkError: the shape is unknown, or it cannot be made with this attention.
     """
     config = shape_config(shape)
     torch.manual_seed(seed)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    try:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    except (ValueError, ImportError) as error:
+        raise BenchmarkError(f"--attn-implementation {attn_implementation}: {error}") from error
     return LoadedModel(model.eval(), None, f"{shape} (random weights)")
 
 

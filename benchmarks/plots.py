@@ -104,7 +104,7 @@ def latency_per_token(result: dict[str, Any], axes: Axes) -> None:
             continue
         style: dict[str, Any] = {"linestyle": "--" if compiled else "-", "marker": "x" if compiled else "o"}
         if arm == "dense-at-capacity":
-            style, label = {"linestyle": "-.", "linewidth": 1}, f"dense, {capacity:,} tokens: the ceiling of sink"
+            style, label = {"linestyle": "-.", "linewidth": 1}, f"dense, {capacity:,} tokens: what bounding can reach"
         axes.plot(contexts, [row["median_ms"] for row in rows], color=colour, label=label, markersize=5, **style)
         first = [(row["context"], row["first_time"]["median_ms"]) for row in rows if row["first_time"]]
         if first:
@@ -239,7 +239,7 @@ def over_time(result: dict[str, Any], axes: Axes) -> None:
         if values:
             label = f"{name.removesuffix('_bytes')} memory: {np.median(values):,.1f} MiB"
             if (fitted := slopes.get(name)) is not None:
-                label += f", rising by {round(fitted['rise'] / MIB, 3) + 0.0}"
+                label += f", rising by {round(fitted['rise'] / MIB, 3) + 0.0} MiB"
             memory.plot(tokens, values, color=colour, label=label)
     memory.set_ylabel("MiB")
     memory.set_ylim(0, 1.5 * memory.get_ylim()[1])

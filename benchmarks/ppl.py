@@ -529,12 +529,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             [
                 row["method"],
                 row["capacity"],
-                f"{row['perplexity']:,.3f} ± {spread['perplexity']['std']:,.3f}",
+                spread_of(row["perplexity"], spread["perplexity"], ",.3f"),
                 f"{row['same_tokens']['perplexity']:,.3f}" if row["same_tokens"] else None,
-                f"{row['accuracy']:.2%} ± {spread['accuracy']['std']:.2%}",
+                spread_of(row["accuracy"], spread["accuracy"], ".2%"),
                 f"{row['tokens']:,}",
                 f"{row['seconds']:.2f}",
-                f"{row['tokens_per_second']:,.1f} ± {spread['tokens_per_second']['std']:,.1f}",
+                spread_of(row["tokens_per_second"], spread["tokens_per_second"], ",.1f"),
                 None if speedup is None else f"{speedup:.3g}",
                 f"{row['cache_bytes'] / MIB:,.2f}",
                 f"{row['peak_bytes'] / MIB:,.0f}",
@@ -543,6 +543,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         )
     text = tabulate(lines, headers, disable_numparse=True, colalign=["left", *["right"] * 11], missingval="–")
     return "\n".join([text, *(f"[{number}] {note}." for number, note in enumerate(notes, 1))])
+
+
+def spread_of(value: float, summary: dict[str, float], style: str) -> str:
+    """Return a value with its standard deviation, if there is more than one sample or batch to have one."""
+    return f"{value:{style}}" + (f" ± {summary['std']:{style}}" if summary["n"] > 1 else "")
 
 
 # --- command line ----------------------------------------------------------------------------------------------------
@@ -589,8 +594,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, value in (OFFLINE_DEFAULTS if args.offline else DEFAULTS).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.chunk_size = 1 if args.mode == "step" else args.chunk_size or 128
-    args.batch_size = args.batch_size or (1 if args.mode == "step" else 8)
+    if args.gguf_file is not None and (args.random_weights is not None or args.offline):
+        parser.error("--gguf-file is for --model: leave out --random-weights and --offline")
+    defaults = {"chunk_size": 1, "batch_size": 1} if args.mode == "step" else {"chunk_size": 128, "batch_size": 8}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     least = {"max_tokens": 1, "num_samples": 1, "score_from": 1, "n_sink": 0, "recompute_tokens": 1, "chunk_size": 1}
     for name, lowest in {**least, "batch_size": 1, "position_bin": 1}.items():
         if (value := getattr(args, name)) is not None and value < lowest:
@@ -605,27 +614,26 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def load(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> tuple[models.LoadedModel, texts.Text]:
     """Load what the command line asks for."""
-    if args.text_file is not None:
-        text = texts.text_file(args.text_file)
-    elif args.offline:
-        text = texts.embedded()
-    else:
-        text = texts.wikitext(args.dataset, args.dataset_config, args.split)
-    if not text.text.strip():
-        raise BenchmarkError(f"{text.name} is empty: there is nothing to predict")
+    text = texts.text_file(args.text_file) if args.text_file is not None else None
     attention = args.attn_implementation
     if args.random_weights is not None:
-        return models.random_model(args.random_weights, dtype, device, attn_implementation=attention), text
-    if args.offline:
-        return models.load_offline(dtype, device, attn_implementation=attention), text
-    return models.load(args.model, dtype, device, gguf_file=args.gguf_file, attn_implementation=attention), text
+        loaded = models.random_model(args.random_weights, dtype, device, attn_implementation=attention)
+    elif args.offline:
+        loaded = models.load_offline(dtype, device, attn_implementation=attention)
+    else:
+        loaded = models.load(args.model, dtype, device, gguf_file=args.gguf_file, attn_implementation=attention)
+    if text is None:
+        text = texts.embedded() if args.offline else texts.wikitext(args.dataset, args.dataset_config, args.split)
+    if not text.text.strip():
+        raise BenchmarkError(f"{text.name} is empty: there is nothing to predict")
+    return loaded, text
 
 
 def title(args: argparse.Namespace, loaded: models.LoadedModel, text: texts.Text) -> str:
     """Return the title of the results: what was measured, and what it must not be taken for."""
     remarks = []
     if args.offline:
-        remarks.append("offline run: neither Pythia nor WikiText")
+        remarks.append("offline run: " + ("not WikiText" if args.random_weights else "neither Pythia nor WikiText"))
     if loaded.tokenizer is None:
         remarks.append("random weights: only times and memory mean anything")
     return f"{loaded.name} on {text.name}" + (f" ({'; '.join(remarks)})" if remarks else "")

@@ -1,7 +1,7 @@
 """The README's tables of times, written from the result files: `python -m benchmarks.readme`.
 
 Each table stands between two comments that name it, and is made anew from the files below. A figure with a question mark is one
-of which its file says that the spread is too wide to conclude from.
+of which its file says that nothing can be concluded from it, mostly because the spread is too wide.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from .harness import MIB, Parser, read_json, run
+from .harness import MIB, NO_CONCLUSION, Parser, read_json, run
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path("results/h100")
@@ -50,13 +50,13 @@ def cell(rows: Sequence[dict[str, Any]], **what: Any) -> dict[str, Any]:
 
 def median(row: dict[str, Any]) -> str:
     """Return the median of a row's steps."""
-    return figure(row["median_ms"], row["warning"])
+    return figure(row["median_ms"], "too wide" in row["warning"])
 
 
 def ratio(result: dict[str, Any], name: str, **what: Any) -> str:
     """Return one of a result's ratios."""
     found = [one for one in result["ratios"] if one["name"] == name and all(one[n] == v for n, v in what.items())]
-    return figure(found[0]["value"], found[0].get("note")) if found else "–"
+    return figure(found[0]["value"], found[0]["note"].startswith(NO_CONCLUSION)) if found else "–"
 
 
 def calls(folder: Path) -> Iterator[dict[str, str]]:
@@ -92,7 +92,7 @@ def step(result: dict[str, Any], context: int, capacity: int) -> dict[str, str]:
         "sink, eager": median(sink),
         **{name: ratio(result, name, **at, **eager) for name in ("achieved", "ceiling", "overhead")},
         "sink, compiled": median(compiled),
-        "GPU's own work, dense → sink": " → ".join(figure(one.get("gpu_ms")) for one in (dense, sink)),
+        "GPU's own work of these": " / ".join(figure(one.get("gpu_ms")) for one in (dense, sink, compiled)),
         "cache, MiB": " → ".join(one or "–" for one in held),
     }
 
@@ -129,9 +129,9 @@ def recomputation(folder: Path) -> Iterator[dict[str, str]]:
                     "capacity": f"{capacity:,}",
                     "recomputed, ms": median(cell(result["rows"], arm="recompute", capacity=capacity)),
                     "sink, compiled, ms": median(cell(result["rows"], **step)),
-                    "gain": figure(gain["value"], gain["note"]),
-                    "what this GPU allows": figure(gain["hardware_limit"]),
-                    "reached": f"{gain['share_of_limit']:.0%}",
+                    "gain": figure(gain["value"], gain["note"].startswith(NO_CONCLUSION)),
+                    "its arithmetic / a step's bytes": figure(gain["hardware_limit"]),
+                    "gain over that": f"{gain['share_of_limit']:.0%}",
                 }
     yield from (table[capacity] for capacity in sorted(table))
 

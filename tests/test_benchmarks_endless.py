@@ -134,6 +134,7 @@ def test_kernels_are_those_of_the_steps(monkeypatch: pytest.MonkeyPatch, tmp_pat
     "arguments, message",
     [
         (["--capacity", "40", "--new-tokens", "38"], "capacity 40 must leave room for 38 new tokens"),
+        (["--contexts", "9", "0"], "contexts must be at least 1, but one is 0"),
         (["--rounds", "0"], "--rounds must be at least 1, but is 0"),
         (["--new-tokens", "9"], "--new-tokens must be at least 18, but is 9"),
         (["--profile", "--random-weights", "pythia-70m", "pythia-410m"], "--profile is for one shape"),

@@ -133,20 +133,30 @@ def test_the_newest_latency_result_is_taken() -> None:
 
 def test_sentences_follow_from_the_numbers() -> None:
     text = " ".join(compare.reasons(comparison(ppl_result(DENSE_MS / 1e3, SINK_MS / 1e3))))
-    assert "A step after 400 tokens gains 4.00×, the whole run 1.66×" in text
-    assert "takes 4.00 ms, and 1.00 ms (25%) with 100 tokens" in text
+    # 400 tokens are beyond the run of 300.
+    assert "A step after 200 tokens gains 2.00×, the whole run 1.66×" in text
+    assert "takes 2.00 ms, and 1.00 ms (50%) with 100 tokens" in text
     assert "0 to 299 tokens before them, 150 on average; 33% of them" in text
-    assert "no part of the difference here" in text  # no new lengths
-    assert "both regimes measure one thing" in text
+    assert "not counted as a part of the difference" in text  # no new lengths
+    assert "within 15%, as it must be if both regimes measure one thing at different places. Per token" in text
     assert "works" not in text  # no share of a GPU on a CPU
     text = " ".join(compare.reasons(comparison(ppl_result(1.5 * DENSE_MS / 1e3, SINK_MS / 1e3))))
     assert "something else differs" in text
+    twice_as_slow = ppl_result(2 * DENSE_MS / 1e3, 2 * SINK_MS / 1e3)
+    assert "the times themselves are further off, and cancel" in " ".join(compare.reasons(comparison(twice_as_slow)))
+    flat = latency_result()
+    for row in flat["rows"]:
+        row["median_ms"] = 1.0
+    flat["ratios"][2]["note"] = "no conclusion: the spread is too wide"
+    text = " ".join(compare.reasons(comparison(ppl_result(0.3, 0.3), flat)))
+    assert "a gain so close to 1 would be predicted by chance, too" in text
+    assert "after 200 tokens gains 1.00× (no conclusion: the spread is too wide), the whole run 1.00×" in text
     latency = latency_result()
     for row in latency["rows"]:
         row |= {"busy": 0.25, "gpu_ms": row["median_ms"] / 4}
     text = " ".join(compare.reasons(comparison(ppl_result(1.0, 1.0), latency)))
     assert "the GPU works 25% of the time: the step is bound by launching kernels" in text
-    assert "Its own work is 1.00 ms, and 0.25 ms with sink: 4.00×" in text
+    assert "Its own work is 0.50 ms, and 0.25 ms with sink: 2.00×" in text
 
 
 class Reader(HTMLParser):
@@ -198,5 +208,17 @@ def test_nothing_to_compare_is_an_error(
         content = {"ppl": ppl_result(1.0, 1.0), "latency": latency_result()}[name]
         harness.write_json(tmp_path / f"{name}.json", content)
     assert harness.run(compare.main, [str(path) for path in tmp_path.glob("*.json")]) == 2
-    assert "nothing to compare" in capsys.readouterr().err
+    complaints = capsys.readouterr().err
+    assert "nothing to compare" in complaints
+    assert "none.json is not a result file" in complaints
     assert not list(tmp_path.glob("report*"))
+
+
+def test_a_file_is_not_compared_with_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "latency.json"
+    harness.write_json(path, latency_result())
+    assert harness.run(compare.main, [str(path), str(tmp_path / "." / "latency.json")]) == 2
+    del (cut := latency_result())["device"]
+    harness.write_json(tmp_path / "cut.json", cut)
+    assert harness.run(compare.main, [str(tmp_path / "cut.json")]) == 2
+    assert "cut.json is not complete: it has no device" in capsys.readouterr().err

@@ -87,6 +87,10 @@ def test_a_ratio_says_what_cannot_be_concluded() -> None:
     # One round in two is disturbed, although the medians of all look well.
     noisy = [[3 * ms for ms in turn] if i % 2 else turn for i, turn in enumerate(one)]
     assert harness.ratio_of_rounds(noisy, one)["note"].startswith("no conclusion")
+    assert (
+        harness.ratio_of_rounds(double[:3], one[:3])["note"] == "no conclusion: 3 round(s) are too few for an interval"
+    )
+    assert harness.ratio_of_rounds(double[:4], one[:4])["note"] == ""
     assert harness.spread_warning([1.0] * 99 + [1.2]) == ""
 
 

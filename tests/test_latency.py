@@ -499,6 +499,12 @@ def test_several_capacities_have_plots_by_capacity(tmp_path: Path) -> None:
     assert recomputed == [(32, 32), (64, 64)]
 
 
+def test_a_window_that_no_context_fills_is_not_recomputed(tmp_path: Path) -> None:
+    assert run(tmp_path, "--contexts", "16", "--capacities", "32", "--arms", "sink", "recompute") == 0
+    reasons = {row["arm"]: row["reason"] for row in result_in(tmp_path)["rows"]}
+    assert reasons == {"sink": "", "recompute": "no context fills its window"}
+
+
 def test_what_is_not_measured_says_why_and_the_rest_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "--contexts", "80", "--arms", "dense", "sink", shape="gpt2") == 0
     rows = {row["arm"]: row for row in result_in(tmp_path)["rows"] if row["context"] == 80}
@@ -562,6 +568,8 @@ def test_the_default_needs_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--device", "tpu"], "unknown device 'tpu'"),
         (["--sdpa-backend", "fast"], "'fast'"),
         (["--random-weights", "tiny", "gpt2", "--profile"], "--profile is for one model"),
+        (["--profile"], "--profile is for CUDA, but --device is cpu"),
+        (["--attn-implementation", "fast"], "--attn-implementation fast: "),
         (["--random-weights", "tiny", "gpt-5"], "unknown shape 'gpt-5'"),
         (["--model", "here"], "--model is for a model with weights"),
         (["--output", "{file}"], "cannot make the folder"),
