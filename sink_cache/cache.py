@@ -292,6 +292,11 @@ class SinkWindowCache(Cache):
             vars(copied).update(copy.deepcopy(vars(self), memo))
         return copied
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for storage in self._storages():  # pickle makes two tensors of one that has two views
+            storage.hold_again()
+
     def __bool__(self) -> bool:
         return True  # although it has no layers before a model has used it
 
@@ -387,14 +392,21 @@ class SinkWindowCache(Cache):
             ),
             default=position + 1,
         )
-        if tokens_to_remove and seen > self.capacity and recorded > position:
+        # Of transformers' own sliding layers: that what they show after it is there.
+        too_short = any(
+            isinstance(layer, DynamicSlidingWindowLayer)
+            and layer.keys is not None
+            and layer.keys.shape[2] + tokens_to_remove < min(layer.sliding_window - 1, seen + tokens_to_remove)
+            for layer in self._layers
+        )
+        if tokens_to_remove and (too_short or (seen > self.capacity and recorded > position)):
             raise ValueError(
                 f"crop({tokens_to_remove}) cannot bring back tokens that were evicted meanwhile. Call "
                 "activate_past_recording() before feeding tokens that may have to be taken back, and feed no more than "
                 f"window = {self.window} of them (in assisted decoding: fewer candidates, or a larger window)."
             )
         for other in self._layers:
-            if not isinstance(other, SinkWindowLayer):
+            if not isinstance(other, SinkWindowLayer) and (tokens_to_remove or getattr(other, "record_past", True)):
                 other.crop(tokens_to_remove)
         for storage in self._storages():
             storage.bring_back(position)
@@ -477,21 +489,25 @@ class SinkWindowCache(Cache):
 
     def tokens_until_full(self) -> int:
         """How many more tokens until every row of every bounded layer is full, and one-token calls need no mask."""
-        return max(0, -min(min(ring.evicted_before_query()) for ring in self._rings))
+        self._need_a_model("tokens_until_full()")
+        return self._calls.tokens_until_full()
 
     def tokens_between_rebases(self) -> int:
         """How many tokens may at most be fed from one `rebase()` to the next, before positions go beyond the model's last one."""
+        self._need_a_model("tokens_between_rebases()")
         furthest = max(ring.capacity for ring in self._rings) + max((0, *self._rings[0].pads))
         return self.max_position - furthest - self.rebase_step
 
     @property
     def max_position(self) -> int:
         """How many positions the model can tell apart."""
+        self._need_a_model("max_position")
         return min(ring.max_position for ring in self._rings)
 
     @property
     def rebase_step(self) -> int:
         """By a multiple of this many positions `rebase` moves; and that many tokens should lie between two calls."""
+        self._need_a_model("rebase_step")
         return math.lcm(*{ring.window for ring in self._rings})
 
     def rebase(self) -> int:
@@ -509,14 +525,11 @@ class SinkWindowCache(Cache):
             ValueError: before a model has used the cache.
             NotImplementedError: for models with layers whose keys it cannot move.
         """
-        if not self.layers:
-            raise ValueError("rebase() needs a cache that a model has used")
+        self._need_a_model("rebase()")
+        self.refuse_rebasing()
         assert self._scheme is not None
         first = self._rings[0]
         others = [i for i, layer in enumerate(self._layers) if isinstance(layer, DynamicSlidingWindowLayer)]
-        unknown = [i for i in others if i not in self._scheme.sliding]
-        if unknown:
-            raise NotImplementedError(f"rebase() cannot move the keys of the sliding layers {unknown} of this model")
         furthest = max(ring.capacity for ring in self._rings)
         by = max(0, first.position - furthest - max((*first.pads, 0))) // self.rebase_step * self.rebase_step
         if by:
@@ -531,6 +544,19 @@ class SinkWindowCache(Cache):
                 storage.forget_steps()
             self._calls.positions_moved = True
         return by
+
+    def refuse_rebasing(self) -> None:
+        """Raises NotImplementedError for models with layers whose keys `rebase` cannot move."""
+        sliding = [i for i, layer in enumerate(self._layers) if isinstance(layer, DynamicSlidingWindowLayer)]
+        unknown = [index for index in sliding if self._scheme is None or index not in self._scheme.sliding]
+        if unknown:
+            raise NotImplementedError(f"rebase() cannot move the keys of the sliding layers {unknown} of this model")
+
+    def _need_a_model(self, what: str) -> None:
+        if not self.layers:
+            raise ValueError(
+                f"{what} needs a cache that a model has used, or SinkWindowCache(..., config=model.config)"
+            )
 
     def reset(self) -> None:
         """Forgets all tokens."""

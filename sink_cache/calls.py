@@ -43,6 +43,7 @@ class Calls:
         self._takes_masks, self._trained_context = takes_masks, trained_context
         attention = [layer for layer in layers if isinstance(layer, (SinkWindowLayer, DynamicSlidingWindowLayer))]
         self._rings = [layer for layer in attention if isinstance(layer, SinkWindowLayer)]
+        self._sliding = [layer for layer in attention if isinstance(layer, DynamicSlidingWindowLayer)]
         self._ends = attention[:1] + attention[-1:]
         self._masks_unread = self._positions_unread = 0
         self.reset()
@@ -152,6 +153,15 @@ class Calls:
         often = self._positions_unread >= _READ_EVERY or (first.rebased and first.device.type == "cpu")
         return bool(self.positions_moved or often)
 
+    def tokens_until_full(self) -> int:
+        """How many more tokens until every row of every ring is full, and no layer shows pads any more."""
+        until_full = [-min(ring.evicted_before_query()) for ring in self._rings]
+        # transformers' own sliding layers may be longer than ours.
+        if pads := max((0, *self._rings[0].pads)):
+            seen = self._rings[0].get_seq_length()
+            until_full += [pads + layer.sliding_window - 1 - seen for layer in self._sliding]
+        return max(0, *until_full)
+
     def begin_masks(self, mask: torch.Tensor | None, new_tokens: int) -> None:
         """A call begins, and masks are made first; `mask`: the caller's `attention_mask` `[batch_size, length]`."""
         # To read it means to wait for a GPU, and steps only add a one to what was read before.
@@ -163,10 +173,10 @@ class Calls:
         if first.is_compileable and new_tokens == 1:
             return  # what follows would wait, too
         self.refuse_interrupted(0)
-        if mask is None and first.pads and min(first.evicted_before_query()) < 0:
+        if mask is None and first.pads and self.tokens_until_full():
             raise ValueError(
-                "rows of this cache began with padding and are not full yet, so that every call needs the attention_mask "
-                "of the whole text, as the first one did."
+                "rows of this cache began with padding that is not yet out of sight, so that every call needs the "
+                "attention_mask of the whole text, as the first one did."
             )
 
     def _note_padding(self, mask: torch.Tensor | None) -> None:
@@ -187,7 +197,7 @@ class Calls:
                 "Set tokenizer.padding_side = 'left'."
             )
         seen = first.get_seq_length()
-        if zeros == pads or (not any(zeros) and min(first.evicted_before_query()) >= 0):
+        if zeros == pads or (not any(zeros) and not self.tokens_until_full()):
             return
         if first.is_compileable:
             raise NotImplementedError(

@@ -42,8 +42,8 @@ def padding_mask_of_caller() -> torch.Tensor | None:
 
 def shows_blocks_of_tokens() -> bool:
     """Whether that mask is one in which blocks of tokens (images) also see what comes after them."""
-    caller = sys._getframe(3)
-    return caller.f_locals.get("block_sequence_ids") is not None
+    caller = sys._getframe(2).f_back
+    return caller is not None and caller.f_locals.get("block_sequence_ids") is not None
 
 
 def generate_call() -> dict[str, Any]:

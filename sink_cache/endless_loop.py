@@ -9,8 +9,9 @@ compiled step needs no mask, because every slot is visible to the one query.
 from __future__ import annotations
 
 import math
+import threading
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
@@ -52,7 +53,8 @@ def endless(
     Greedy decoding and sampling, with all of `generate()`'s logits processors and stopping criteria, and a `streamer`. It stops
     at an `eos_token_id` (if the model or the call has one), when a stopping criterion says so, after `max_new_tokens` or
     at `max_length`, if given; otherwise never. With `SinkWindowCache(..., compileable=True)`, steps of a full cache are
-    compiled where `generate()` would compile them, and run without masks.
+    compiled where `generate()` would compile them, and run without masks. Meanwhile another thread must not use the
+    same model: its config says for the time of a step that there are no masks.
 
     Args:
         keep_tokens (`int`, *optional*): how many of the last tokens logits processors and stopping criteria see, and are
@@ -81,7 +83,9 @@ def endless(
     _check(cache, generation_config, input_ids, model_kwargs, keep_tokens)
     call = generate_call()
     streamer = model_kwargs.pop("streamer", None) or call.get("streamer")
-    steps_left = _steps_left(generation_config, input_ids, call.get("has_default_max_length", False))
+    # generate() adds a MaxLengthCriteria of its own, also where nobody has asked for one.
+    asked_for = call.get("stopping_criteria", stopping_criteria) or ()
+    steps_left = _steps_left(generation_config, input_ids, call.get("has_default_max_length", False), asked_for)
     _check_what_counts_tokens(generation_config, input_ids.shape[1], steps_left, keep_tokens or cache.capacity)
     criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria))
     has_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
@@ -145,6 +149,7 @@ def _check_what_counts_tokens(config: GenerationConfig, prompt: int, steps_left:
     needed = {
         "min_new_tokens or min_length": config.min_length or 0,  # generate() makes the second of the first
         "begin_suppress_tokens": prompt + 1 if config.begin_suppress_tokens else 0,
+        "forced_bos_token_id": 2 if config.forced_bos_token_id is not None else 0,
         "forced_eos_token_id": end if config.forced_eos_token_id is not None else 0,
         "exponential_decay_length_penalty": end if config.exponential_decay_length_penalty is not None else 0,
     }
@@ -156,13 +161,17 @@ def _check_what_counts_tokens(config: GenerationConfig, prompt: int, steps_left:
             )
 
 
-def _steps_left(config: GenerationConfig, input_ids: torch.Tensor, has_default_max_length: bool) -> int:
+def _steps_left(
+    config: GenerationConfig, input_ids: torch.Tensor, has_default_max_length: bool, asked_for: Sequence[Any]
+) -> int:
     """How many tokens to generate; negative for no end."""
+    lengths = [criterion.max_length for criterion in asked_for if isinstance(criterion, MaxLengthCriteria)]
     if config.max_new_tokens is not None:
-        return int(config.max_new_tokens)
-    if has_default_max_length or config.max_length is None:
-        return -1
-    return int(config.max_length) - input_ids.shape[1]
+        lengths.append(input_ids.shape[1] + config.max_new_tokens)
+    elif not has_default_max_length and config.max_length is not None:
+        lengths.append(config.max_length)
+    # As generate() does, at least one.
+    return max(1, min(lengths) - input_ids.shape[1]) if lengths else -1
 
 
 class _RecentTokens:
@@ -215,6 +224,7 @@ def _next_logits(
         chunk_mask = None if mask is None else mask[:, :stop]
         outputs = model(chunk, attention_mask=chunk_mask, position_ids=positions, **kwargs)
         start = stop
+    cache.refuse_rebasing()  # and not when the cache is full
     if cache.tokens_between_rebases() < cache.rebase_step:
         raise ValueError(
             f"this cache moves by {cache.rebase_step:,} positions at a time, which takes it beyond the last one that the model "
@@ -305,6 +315,10 @@ class _Step:
             )
 
 
+_lock = threading.Lock()
+_switched: dict[int, tuple[int, Any]] = {}  # for the id of a config: how many steps are in it, and what to go back to
+
+
 @contextmanager
 def _maskless(config: PreTrainedConfig) -> Iterator[None]:
     """Within, attention is the same without masks: transformers makes none for attention functions that have no mask function.
@@ -312,9 +326,16 @@ def _maskless(config: PreTrainedConfig) -> Iterator[None]:
     The attribute is the one that `set_attn_implementation` sets, which takes a millisecond. Around each step, and not around
     the loop, because streamers and stopping criteria may call the same model.
     """
-    before = config._attn_implementation_internal
-    config._attn_implementation_internal = _MASKLESS
+    with _lock:
+        steps, before = _switched.get(id(config), (0, config._attn_implementation_internal))
+        _switched[id(config)] = steps + 1, before
+        config._attn_implementation_internal = _MASKLESS
     try:
         yield
     finally:
-        config._attn_implementation_internal = before
+        with _lock:
+            steps, before = _switched.pop(id(config))
+            if steps > 1:
+                _switched[id(config)] = steps - 1, before
+            else:
+                config._attn_implementation_internal = before

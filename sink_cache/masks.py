@@ -26,7 +26,7 @@ class ChunkOffset(int):
     @classmethod
     def of(cls, layer: SinkWindowLayer) -> ChunkOffset:
         """The offset for the next call on this layer."""
-        offset = cls(layer.get_seq_length())
+        offset = cls(layer.query_offset())
         offset.layer, offset.used = layer, False
         return offset
 

@@ -256,7 +256,7 @@ class SinkWindowLayer(CacheLayerMixin):
             return
         (batch_size, num_heads, _, head_dim), held = key_states.shape, self.keys.shape
         given = (batch_size, num_heads, head_dim, key_states.dtype, value_states.dtype, key_states.device)
-        expected = (held[0], held[1], held[3], self.dtype, self.dtype, self.device)
+        expected = (held[0], held[1], held[3], self.dtype, self.values.dtype, self.device)
         if given != expected:
             names = ("batch size", "number of key-value heads", "head_dim", "dtype", "value dtype", "device")
             wrong = next(i for i in range(len(names)) if given[i] != expected[i])
@@ -300,6 +300,10 @@ class SinkWindowLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         """Tokens seen, ever: `generate()` slices the prompt with it, and models number positions from it."""
         return self.position + self.rebased
+
+    def query_offset(self) -> int:
+        """The index of the next token in masks; see `get_mask_sizes`."""
+        return self.get_seq_length()
 
     def get_max_length(self) -> int:
         """-1: a stream has no maximum length."""
@@ -381,6 +385,10 @@ class SharedStorage:
         self.shifts: tuple[int, ...] | None = None  # of the presented sinks, if known
         self.step = -1
 
+    def hold_again(self) -> None:
+        """Makes the layers' tensors views of those here again, after something has torn them apart."""
+        self._hold(self.keys, self.values, self.sink_keys)
+
     def begin_step(self, position: int, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
         """Gets ready for one token at `position`, with which the first layer of the step comes, for all layers.
 
@@ -390,7 +398,7 @@ class SharedStorage:
         layer = self.layers[0]
         fits = (
             (key_states.shape, value_states.shape) == self.token_shapes
-            and key_states.dtype == value_states.dtype == self.keys.dtype
+            and (key_states.dtype, value_states.dtype) == (self.keys.dtype, self.values.dtype)
             and key_states.device == self.keys.device
             and not (key_states.requires_grad or value_states.requires_grad)
             and (not layer.pads or position >= max(layer.pads))

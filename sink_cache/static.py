@@ -216,6 +216,10 @@ class StaticSinkWindowLayer(SinkWindowLayer):
         """The position of the next token, as a tensor that masks can be built from without waiting."""
         return self.counter[0] if self.is_initialized else 0
 
+    def query_offset(self) -> int:
+        """As in the base class; indices count from the last `rebase` on, as `get_query_offset` does."""
+        return self.position
+
     def replace(self, tensors: dict[str, torch.Tensor]) -> None:
         """Holds these instead, in the same memory if their shape allows."""
         held = self.tensors()
@@ -238,6 +242,9 @@ class StaticSinkWindowLayer(SinkWindowLayer):
         """Forgets all tokens; the memory stays where it is, as a captured graph knows its address."""
         if not self.is_initialized:
             super().reset()
+        with torch.inference_mode():  # in which any tensor can be written to
+            for tensor in self.tensors().values():
+                tensor.zero_()  # empty slots are masked, but a mask does not hide what is not finite
         self.position = self.rebased = 0
         self.sinks_complete = False
 

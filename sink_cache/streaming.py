@@ -47,6 +47,8 @@ def stream(
         raise TypeError(
             f"input_ids must be a tensor [batch_size, tokens], such as tokenizer(...).input_ids, but is {given}"
         )
+    if not isinstance(chunk_size, int):
+        raise TypeError(f"chunk_size must be an integer, but is {chunk_size!r}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, but is {chunk_size}")
     config = text_model(model).config

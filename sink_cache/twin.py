@@ -368,10 +368,16 @@ def _randomise(model: PreTrainedModel) -> None:
 
 @contextmanager
 def _quiet_and_apart() -> Iterator[None]:
-    """Leaves the caller's random numbers, default device and dtype, grad mode and log alone."""
+    """Leaves the caller's random numbers, default device and dtype, autocast, grad mode and log alone."""
     dtype, log = torch.get_default_dtype(), logging.getLogger("transformers")
     level = log.level
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+    ):
         torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs as well
         torch.set_default_dtype(torch.float32)
         log.setLevel(logging.CRITICAL)

@@ -53,7 +53,7 @@ def verify(
     text_model(model)  # or a TypeError
     model = getattr(model, "_orig_mod", model)  # of a compiled model, the model: it also says what its forward takes
     limit = _TOLERANCE.get(model.dtype, 1e-1) if tolerance is None else tolerance
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
@@ -63,7 +63,8 @@ def verify(
             f"SinkWindowCache does not support model type {model.config.model_type!r}: {reason}. Use DynamicCache."
         ) from reason
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
     if not error <= limit:
         raise NotImplementedError(
             f"SinkWindowCache is not exact on this {type(model).__name__} (model type {model.config.model_type!r}): relative "

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
 
@@ -10,12 +11,15 @@ import torch
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
+    MaxLengthCriteria,
     NoRepeatNGramLogitsProcessor,
     PreTrainedModel,
     StoppingCriteria,
+    StoppingCriteriaList,
 )
 
 from sink_cache import SinkWindowCache, endless
+from sink_cache.endless_loop import _maskless
 from sink_cache.rotary import ForwardRotation
 
 from .families import tiny_model
@@ -113,6 +117,34 @@ def test_padded_rows(model: PreTrainedModel) -> None:
     assert torch.equal(texts[0], texts[1][:, -11:])
 
 
+@pytest.mark.parametrize("model_type", ["gemma3_text", "gpt_oss", "cohere2"])
+def test_pads_in_sliding_layers_that_are_longer_than_the_cache(model_type: str) -> None:
+    # Ours are full after 5 tokens of a row, and transformers' own layers of 8 still hold pads then.
+    model, mask = tiny_model(model_type), torch.ones(2, 8, dtype=torch.long)
+    model.generation_config.eos_token_id = None
+    mask[0, :6] = 0
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 20, "return_dict_in_generate": True}
+    plain = go_on(model, tokens(8, 2), SinkWindowCache(2, 3), output_logits=True, custom_generate=None, **options)
+    cache, logits = SinkWindowCache(2, 3), []
+
+    def note(_: Any, scores: torch.Tensor) -> torch.Tensor:
+        logits.append(scores)
+        return scores
+
+    go_on(model, tokens(8, 2), cache, logits_processor=LogitsProcessorList([note]), **options)
+    assert relative_error(torch.stack(logits), torch.stack(plain.logits)) <= 1e-5
+    cache = SinkWindowCache(2, 3)
+    with torch.no_grad():
+        model(tokens(8, 2), attention_mask=mask, past_key_values=cache)
+        while until := cache.tokens_until_full():
+            mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
+            if until == 1:
+                with pytest.raises(ValueError, match="padding that is not yet out of sight"):
+                    model(tokens(1, 2), past_key_values=cache)
+            model(tokens(1, 2), attention_mask=mask, past_key_values=cache)
+        model(tokens(1, 2), past_key_values=cache)
+
+
 class After(StoppingCriteria):
     """Stops after so many calls."""
 
@@ -131,6 +163,9 @@ def test_stops_only_when_told(model: PreTrainedModel) -> None:
     assert cache.get_seq_length() == 5 + 70 - 1
     assert criterion.widest == text.shape[1] == 11  # the recent tokens, as many as the cache holds
     assert go_on(model, tokens(5), SinkWindowCache(2, 60), max_length=30).shape[1] == 30
+    lengths = StoppingCriteriaList([MaxLengthCriteria(12), After(99)])
+    assert go_on(model, tokens(5), SinkWindowCache(2, 60), stopping_criteria=lengths).shape[1] == 12
+    assert go_on(model, tokens(5), SinkWindowCache(2, 60), stopping_criteria=[MaxLengthCriteria(3)]).shape[1] == 6
     assert go_on(model, tokens(5), SinkWindowCache(2, 9), max_new_tokens=30, keep_tokens=20).shape[1] == 20
     eos = int(go_on(model, tokens(5), SinkWindowCache(2, 60), max_new_tokens=9)[0, -1])
     stopped = go_on(model, tokens(5), SinkWindowCache(2, 60), eos_token_id=eos)
@@ -189,6 +224,24 @@ def test_the_model_is_left_as_it_was(model: PreTrainedModel) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_loops_of_several_threads_leave_the_model_as_it_was(model: PreTrainedModel) -> None:
+    # The steps of two overlap so that each begins in the other's: what the later one found is not what was there.
+    config = model.config
+    with ExitStack() as first, ExitStack() as second:
+        first.enter_context(_maskless(config))
+        second.enter_context(_maskless(config))
+        first.close()
+        assert config._attn_implementation == "sdpa_maskless"
+    assert config._attn_implementation == "sdpa"
+
+
+def test_models_that_cannot_be_rebased_are_refused_before_the_cache_is_full() -> None:
+    model, cache, streamer = tiny_model("llama4_text"), SinkWindowCache(2, 60), Collect()
+    with pytest.raises(NotImplementedError, match=r"rebase\(\) cannot move the keys of the sliding layers"):
+        go_on(model, tokens(5), cache, max_new_tokens=9, streamer=streamer)
+    assert len(streamer.text) == 5
+
+
 def test_who_calls_the_model_between_steps_has_its_masks(model: PreTrainedModel) -> None:
     input_ids, mask, logits = tokens(6, 2), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6]), []
 
@@ -238,6 +291,7 @@ def test_a_table_of_positions_does_not_end_the_text(compileable: bool) -> None:
         (lambda: SinkWindowCache(2, 9), {"keep_tokens": 0}, ValueError, "keep_tokens must be"),
         (lambda: SinkWindowCache(2, 6), {"min_new_tokens": 6}, ValueError, "endless keeps only the last 8. Pass"),
         (lambda: SinkWindowCache(2, 3), {"begin_suppress_tokens": [9]}, ValueError, "Pass keep_tokens=6"),
+        (lambda: SinkWindowCache(0, 1), {"forced_bos_token_id": 9}, ValueError, "Pass keep_tokens=2"),
     ],
 )
 def test_bad_input(model: PreTrainedModel, cache: Any, more: Any, error: type[Exception], message: str) -> None:

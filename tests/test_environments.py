@@ -12,7 +12,7 @@ import accelerate
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, pipeline
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, pipeline
 
 from sink_cache import SinkWindowCache, endless, stream, verify
 
@@ -118,6 +118,23 @@ def test_each_query_has_its_own_sinks_in_compiled_models(
     out = model.generate(tokens(6, seed=3), past_key_values=cache, **lookup, **PLAIN)
     greedy = streamed_logits(llama, out, N_SINK, WINDOW)[:, 5:-1].argmax(-1)
     assert torch.equal(out[:, 6:], greedy)
+
+
+# --- autocast ---
+
+
+@pytest.mark.parametrize("compileable", [False, True])
+def test_autocast_makes_values_of_another_dtype_than_keys(compileable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sink_cache.twin._remembered", {})  # what is learned of positions has to be learned without it
+    model, input_ids = tiny_model("qwen2"), tokens(30)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        dense = model(input_ids[:, :8], past_key_values=DynamicCache(config=model.config)).logits
+        cache, other = (SinkWindowCache(N_SINK, WINDOW, compileable=compileable) for _ in range(2))
+        ours = torch.cat([model(input_ids[:, t : t + 1], past_key_values=cache).logits for t in range(30)], dim=1)
+        chunks = torch.cat(list(stream(model, input_ids, other, chunk_size=7)), dim=1)
+    assert (cache.layers[0].keys.dtype, cache.layers[0].values.dtype) == (torch.float32, torch.bfloat16)
+    assert relative_error(ours[:, :8].float(), dense.float()) <= 0.05
+    assert relative_error(chunks.float(), ours.float()) <= 0.05
 
 
 # --- without gradients ---

@@ -286,6 +286,35 @@ def test_capacity_beyond_a_native_sliding_window() -> None:
         model(tokens(3), past_key_values=SinkWindowCache(4, 4))
 
 
+@pytest.mark.parametrize(
+    "name", ["tokens_until_full", "tokens_between_rebases", "max_position", "rebase_step", "rebase"]
+)
+def test_before_a_model_has_used_it(name: str) -> None:
+    with pytest.raises(ValueError, match="needs a cache that a model has used"):
+        getattr(SinkWindowCache(4, 8), name)()
+
+
+def test_sliding_layers_take_back_only_what_they_still_have() -> None:
+    # The rings of 64 are not full, but transformers' own layers of 8 have let go of tokens.
+    model, cache = tiny_model("gemma3_text"), SinkWindowCache(4, 60)
+    with torch.no_grad():
+        model(tokens(20), past_key_values=cache)
+        with pytest.raises(ValueError, match="cannot bring back tokens that were evicted"):
+            cache.crop(-3)
+        cache.activate_past_recording()
+        model(tokens(2), past_key_values=cache)
+        with pytest.raises(ValueError, match="cannot bring back tokens that were evicted"):
+            cache.crop(-5)
+        cache.crop(-2)
+        with pytest.raises(ValueError, match="cannot bring back tokens that were evicted"):
+            cache.crop(-2)
+        cache.crop(0)
+        dense = DynamicCache(config=model.config)
+        model(tokens(20), past_key_values=dense)
+        logits, expected = (model(tokens(4), past_key_values=one).logits for one in (cache, dense))
+    assert torch.allclose(logits, expected, atol=1e-5)
+
+
 def test_outside_of_a_model() -> None:
     cache = SinkWindowCache(4, 8)
     with pytest.raises(ValueError, match=r"cannot see a transformers model.*config=model\.config"):
@@ -545,5 +574,7 @@ def test_verify_and_stream_arguments(llama: PreTrainedModel) -> None:
         verify(llama, tokens=16)
     with pytest.raises(TypeError, match="DynamicCache"):
         next(stream(llama, tokens(3), DynamicCache()))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"chunk_size must be an integer, but is 2\.5"):
+        next(stream(llama, tokens(3), SinkWindowCache(4, 8), chunk_size=2.5))  # type: ignore[arg-type]
     with pytest.raises(NotImplementedError, match="linear-attention"):
         next(stream(tiny_model("jamba"), tokens(3), SinkWindowCache(4, 8)))

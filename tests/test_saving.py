@@ -1,5 +1,6 @@
 """A saved cache goes on as if nothing had happened, and a file that does not fit changes nothing."""
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,15 @@ def test_positions_of_a_rebased_file_are_looked_at(tmp_path: Path, llama: PreTra
     cache.load(tmp_path / "cache", llama)
     with pytest.raises(NotImplementedError, match="use next_position_ids"):
         one_by_one(llama, tokens(1), cache)
+
+
+@pytest.mark.parametrize("compileable", [False, True])
+def test_pickle(llama: PreTrainedModel, compileable: bool) -> None:
+    # The layers' tensors are views of one, which pickle makes two of.
+    input_ids, cache = tokens(30), SinkWindowCache(3, 5, compileable=compileable)
+    one_by_one(llama, input_ids[:, :15], cache)
+    copied = pickle.loads(pickle.dumps(cache))
+    assert torch.equal(one_by_one(llama, input_ids[:, 15:], copied), one_by_one(llama, input_ids[:, 15:], cache))
 
 
 def test_goes_on_in_another_process(tmp_path: Path, llama: PreTrainedModel) -> None:

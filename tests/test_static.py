@@ -227,6 +227,25 @@ def test_exact_chunks_where_full_attention_comes_first(chunk_size: int) -> None:
     assert relative_error(logits, streamed_logits(model, tokens(30), 2, 3)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("chunk_size", [1, 7])
+def test_exact_chunks_of_single_tokens_after_a_rebase(chunk_size: int) -> None:
+    model, cache = tiny_model("gemma3_text"), SinkWindowCache(3, 8, compileable=True)
+    logits = list(stream(model, tokens(80)[:, :51], cache, chunk_size=7))
+    assert cache.rebase() > 0
+    logits += stream(model, tokens(80)[:, 51:], cache, chunk_size=chunk_size)  # 29 tokens: a last chunk of one
+    assert relative_error(torch.cat(logits, dim=1), streamed_logits(model, tokens(80), 3, 8)) <= TOLERANCE
+
+
+def test_what_is_not_finite_is_forgotten(llama: PreTrainedModel) -> None:
+    # A step is shown empty slots, too, and masks hide numbers only.
+    cache = SinkWindowCache(3, 8, compileable=True)
+    with torch.no_grad():
+        llama(inputs_embeds=torch.full((1, 12, llama.config.hidden_size), torch.nan), past_key_values=cache)
+    cache.reset()
+    expected = streamed_logits(llama, tokens(9), 3, 8)
+    assert relative_error(one_by_one(llama, tokens(9), cache), expected) <= TOLERANCE
+
+
 def test_the_last_position_is_the_last(llama: PreTrainedModel) -> None:
     # The position is on the device, and nobody looks at it at every step; the limit has to hold all the same.
     cache = SinkWindowCache(3, 9, compileable=True)
