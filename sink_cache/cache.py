@@ -18,7 +18,7 @@ from . import saving
 from .calls import Calls
 from .discovery import calling_model, class_for_config, padding_mask_of_caller, shows_blocks_of_tokens, text_model
 from .layers import kinds_of_layers, layers_for
-from .masks import ChunkOffset, let_masks_show_each_query_its_sinks
+from .masks import NO_MASK, ChunkOffset, NoMask, register_mask_functions
 from .ring import SharedStorage, SinkWindowLayer, share_storage
 from .rotary import move_in_place
 from .static import StaticSinkWindowLayer
@@ -91,6 +91,7 @@ class SinkWindowCache(Cache):
         self._first = 0  # the index of the first of them
         self._calls = Calls()
         self._exact = False
+        self.without_masks = False  # set for a step of a full cache by those who know that it is one
         self._chunk_offsets: dict[bool, ChunkOffset] = {}  # of layers that are sliding, and that are not
         super().__init__(layers=[])
         if config is not None:
@@ -244,8 +245,10 @@ class SinkWindowCache(Cache):
                 )
         return super().get_mask_sizes(query_length, layer_idx)
 
-    def get_query_offset(self, layer_idx: int = 0) -> int | torch.Tensor:  # type: ignore[override]
+    def get_query_offset(self, layer_idx: int = 0) -> int | torch.Tensor | NoMask:  # type: ignore[override]
         """The index of the next token in masks."""
+        if self.without_masks:
+            return NO_MASK
         layer = self.layers[layer_idx] if self.layers else None
         if isinstance(layer, SinkWindowLayer) and (layer.exact_chunks or layer.record_past):
             if torch.compiler.is_compiling():
@@ -272,7 +275,7 @@ class SinkWindowCache(Cache):
     @contextmanager
     def exact_chunks(self) -> Iterator[None]:
         """Within, each token of a call with several sees exactly what it would see if fed alone; see `streaming.stream`."""
-        let_masks_show_each_query_its_sinks()
+        register_mask_functions()
         self._set_exact(True)
         try:
             yield
@@ -327,7 +330,7 @@ class SinkWindowCache(Cache):
             raise self._not_supported("assisted decoding with compileable=True", _NOT_COMPILEABLE)
         if not self.layers:
             raise ValueError("activate_past_recording needs a model: pass SinkWindowCache(..., config=model.config).")
-        let_masks_show_each_query_its_sinks()
+        register_mask_functions()
         for ring in self._rings:
             ring.record_past = True
         for other in self._layers:

@@ -9,32 +9,28 @@ compiled step needs no mask, because every slot is visible to the one query.
 from __future__ import annotations
 
 import math
-import threading
 import warnings
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
 from transformers import (
-    AttentionInterface,
     CompileConfig,
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
-    PreTrainedConfig,
     PreTrainedModel,
     StoppingCriteriaList,
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .cache import SinkWindowCache
 from .discovery import generate_call, text_model
+from .masks import KNOWN_TO, register_mask_functions
 
 # Rebasing costs a few small kernels a layer; a small window need not pay for them every few tokens.
 _REBASE_EVERY = 1024
-_MASKLESS = "sdpa_maskless"
 
 
 @torch.no_grad()
@@ -53,8 +49,7 @@ def endless(
     Greedy decoding and sampling, with all of `generate()`'s logits processors and stopping criteria, and a `streamer`. It stops
     at an `eos_token_id` (if the model or the call has one), when a stopping criterion says so, after `max_new_tokens` or
     at `max_length`, if given; otherwise never. With `SinkWindowCache(..., compileable=True)`, steps of a full cache are
-    compiled where `generate()` would compile them, and run without masks. Meanwhile another thread must not use the
-    same model: its config says for the time of a step that there are no masks.
+    compiled where `generate()` would compile them, and run without masks.
 
     Args:
         keep_tokens (`int`, *optional*): how many of the last tokens logits processors and stopping criteria see, and are
@@ -268,13 +263,10 @@ class _Step:
         config: GenerationConfig,
         kwargs: dict[str, Any],
     ) -> None:
-        self.positions, self.kwargs = positions, kwargs
-        text = text_model(model)
-        self.config = text.config
-        self.needs_masks = not cache.compileable or text.config._attn_implementation != "sdpa"
-        self.needs_masks |= not text._can_set_attn_implementation()
-        if not self.needs_masks:
-            AttentionInterface.register(_MASKLESS, sdpa_attention_forward)
+        self.cache, self.positions, self.kwargs = cache, positions, kwargs
+        self.without_masks = cache.compileable and text_model(model).config._attn_implementation in KNOWN_TO
+        if self.without_masks:
+            register_mask_functions()
         self.tokens = torch.empty_like(positions)
         self.forward: Any = model.__call__
         self.warm_up = -1  # steps until the graph is captured; negative for never
@@ -297,8 +289,11 @@ class _Step:
         return self.logits
 
     def _run(self) -> torch.Tensor:
-        with nullcontext() if self.needs_masks else _maskless(self.config):
+        self.cache.without_masks = self.without_masks
+        try:
             outputs = self.forward(input_ids=self.tokens, position_ids=self.positions, **self.kwargs)
+        finally:
+            self.cache.without_masks = False
         self.positions += 1
         logits: torch.Tensor = outputs.logits[:, -1]
         return logits
@@ -313,29 +308,3 @@ class _Step:
             warnings.warn(
                 f"this model's step cannot be captured in a CUDA graph ({reason}); it runs without", stacklevel=2
             )
-
-
-_lock = threading.Lock()
-_switched: dict[int, tuple[int, Any]] = {}  # for the id of a config: how many steps are in it, and what to go back to
-
-
-@contextmanager
-def _maskless(config: PreTrainedConfig) -> Iterator[None]:
-    """Within, attention is the same without masks: transformers makes none for attention functions that have no mask function.
-
-    The attribute is the one that `set_attn_implementation` sets, which takes a millisecond. Around each step, and not around
-    the loop, because streamers and stopping criteria may call the same model.
-    """
-    with _lock:
-        steps, before = _switched.get(id(config), (0, config._attn_implementation_internal))
-        _switched[id(config)] = steps + 1, before
-        config._attn_implementation_internal = _MASKLESS
-    try:
-        yield
-    finally:
-        with _lock:
-            steps, before = _switched.pop(id(config))
-            if steps > 1:
-                _switched[id(config)] = steps - 1, before
-            else:
-                config._attn_implementation_internal = before

@@ -1,9 +1,9 @@
-"""The mask of a call with several tokens in which each query has its own copy of the sinks.
+"""Masks that indices cannot express: each query sees its own copy of the sinks; or one query sees every key.
 
 transformers builds masks from indices, and no index says that a query sees one copy of a token and not another. Masks are
 built by functions that transformers lets users register (`AttentionMaskInterface`), and these ask the cache for the offset of
-the queries: so a cache that gives each query its own sinks answers with a `ChunkOffset`, which knows the mask. Everybody
-else's masks are built as before.
+the queries: so a cache that gives each query its own sinks answers with a `ChunkOffset`, which knows the mask, and one
+that knows that none is needed with `NO_MASK`. Everybody else's masks are built as before.
 """
 
 from __future__ import annotations
@@ -47,10 +47,18 @@ def chunk_mask(layer: SinkWindowLayer, queries: int) -> torch.Tensor:
     return torch.cat([owner == shift, (token <= position) & ((shift <= 0) | in_window)], dim=1)
 
 
-def let_masks_show_each_query_its_sinks() -> None:
-    """Registers mask functions for sdpa and eager attention that know `ChunkOffset`; once for the process."""
+class NoMask:
+    """In place of the offset of a query that sees every key. (transformers itself leaves out masks where nothing is compiled.)"""
+
+
+NO_MASK = NoMask()
+KNOWN_TO = ("sdpa", "eager")  # attention functions
+
+
+def register_mask_functions() -> None:
+    """Registers mask functions that know `ChunkOffset` and `NO_MASK`; once for the process."""
     interface: Any = AttentionMaskInterface()
-    for attention in ("sdpa", "eager"):
+    for attention in KNOWN_TO:
         if not isinstance(interface[attention], _MaskFunction):
             AttentionMaskInterface.register(attention, _MaskFunction(interface[attention], attention == "eager"))
 
@@ -61,6 +69,8 @@ class _MaskFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         offset = kwargs.get("q_offset")
+        if isinstance(offset, NoMask):
+            return None
         if not isinstance(offset, ChunkOffset) or not offset.layer.evicts_within(kwargs["q_length"]):
             return self.build(*args, **kwargs)
         offset.used = True

@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Iterator
-from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +18,6 @@ from transformers import (
 )
 
 from sink_cache import SinkWindowCache, endless
-from sink_cache.endless_loop import _maskless
 from sink_cache.rotary import ForwardRotation
 
 from .families import tiny_model
@@ -224,15 +222,46 @@ def test_the_model_is_left_as_it_was(model: PreTrainedModel) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_loops_of_several_threads_leave_the_model_as_it_was(model: PreTrainedModel) -> None:
-    # The steps of two overlap so that each begins in the other's: what the later one found is not what was there.
-    config = model.config
-    with ExitStack() as first, ExitStack() as second:
-        first.enter_context(_maskless(config))
-        second.enter_context(_maskless(config))
-        first.close()
-        assert config._attn_implementation == "sdpa_maskless"
-    assert config._attn_implementation == "sdpa"
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "gemma3_text"]
+)  # the sliding layers of the second are full after 8 tokens
+def test_steps_of_a_full_cache_have_no_mask(model_type: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(model_type)
+    model.generation_config.eos_token_id = None
+    model.set_attn_implementation(attention)
+    masked = []
+    for layer in model.model.layers:
+        note = lambda module, arguments, kwargs: masked.append(kwargs["attention_mask"] is not None)  # noqa: E731
+        layer.self_attn.register_forward_pre_hook(note, with_kwargs=True)
+    go_on(model, tokens(5), SinkWindowCache(2, 8, compileable=True), max_new_tokens=20)
+    until_full = 3 * (1 + 4)  # layers; the prompt and 4 tokens more: the next query takes the last slot
+    assert all(masked[3:until_full])
+    assert not any(masked[until_full:])
+    assert len(masked) == 3 * 20
+
+
+def test_who_uses_the_model_during_a_step_has_its_masks(model: PreTrainedModel) -> None:
+    # As another thread may: a step has no masks, and the model of all others has.
+    input_ids, mask = tokens(6, 2), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    alone, meanwhile = model(input_ids, attention_mask=mask).logits[:, -1], []
+
+    def another_user(*_: Any) -> None:
+        hook.remove()
+        meanwhile.append(model(input_ids, attention_mask=mask).logits[:, -1])
+        watch()
+
+    def watch() -> None:
+        nonlocal hook
+        hook = model.model.layers[1].register_forward_hook(another_user)
+
+    hook: Any = None
+    watch()
+    text = go_on(model, tokens(5), SinkWindowCache(2, 6, compileable=True), max_new_tokens=20, keep_tokens=99)
+    hook.remove()
+    assert len(meanwhile) == 20
+    assert all(torch.allclose(one, alone, atol=1e-6) for one in meanwhile)
+    assert torch.equal(text, go_on(model, tokens(5), SinkWindowCache(2, 6), max_new_tokens=20, custom_generate=None))
 
 
 def test_models_that_cannot_be_rebased_are_refused_before_the_cache_is_full() -> None:
