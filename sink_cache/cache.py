@@ -18,7 +18,7 @@ from . import saving
 from .calls import Calls
 from .discovery import calling_model, class_for_config, padding_mask_of_caller, shows_blocks_of_tokens, text_model
 from .layers import kinds_of_layers, layers_for
-from .masks import NO_MASK, ChunkOffset, NoMask, register_mask_functions
+from .masks import KNOWN_TO, NO_MASK, ChunkOffset, NoMask, register_mask_functions
 from .ring import SharedStorage, SinkWindowLayer, share_storage
 from .rotary import move_in_place
 from .static import StaticSinkWindowLayer
@@ -128,6 +128,12 @@ class SinkWindowCache(Cache):
             NotImplementedError: if the model is refused.
         """
         text = text_model(model)
+        attention = text.config._attn_implementation
+        if self.compileable and attention not in KNOWN_TO:
+            raise NotImplementedError(
+                f"compileable=True is not possible with attn_implementation {attention!r}: a cache that is not full has empty "
+                f"slots, which the masks of {' and '.join(KNOWN_TO)} attention hide. Use one of these, or leave compileable out."
+            )
         if (scheme := self._scheme_if_other(text)) is not None:
             self._make_layers(text.config, scheme)
         self._prepared_for = id(text)
@@ -165,7 +171,12 @@ class SinkWindowCache(Cache):
             ring.exact_chunks, ring.record_past = self._exact, recording
         self._scheme, self._kinds = scheme, kinds_of_layers(config)
         self._model_sizes = {name: getattr(config, name, None) for name in _MODEL_SIZES}
-        self._calls = Calls(self._layers, scheme.takes_masks, getattr(config, "max_position_embeddings", None))
+        self._calls = Calls(
+            self._layers,
+            scheme.takes_masks,
+            getattr(config, "max_position_embeddings", None),
+            in_chunks=getattr(config, "attention_chunk_size", None) is not None,
+        )
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any

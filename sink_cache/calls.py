@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from .discovery import calling_tensor, generate_call
 from .masks import ChunkOffset
-from .ring import SinkWindowLayer
+from .ring import POSITION_LIMIT, SinkWindowLayer
 from .static import StaticSinkWindowLayer
 
 _READ_EVERY = 64  # steps
@@ -30,6 +30,7 @@ class Calls:
         layers (`Sequence[Any]`): all of them, the rings and transformers' own; none before a model is known.
         takes_masks (`bool`): see `PositionScheme`.
         trained_context (`int`, *optional*): the positions that the model was trained on.
+        in_chunks (`bool`): some layers attend within chunks of a text, which begin where a row's padding ends.
 
     Attributes:
         begun (`bool`): there are tokens in the layers, or have been since `reset`; known without waiting for a device.
@@ -38,9 +39,13 @@ class Calls:
     """
 
     def __init__(
-        self, layers: Sequence[Any] = (), takes_masks: bool = True, trained_context: int | None = None
+        self,
+        layers: Sequence[Any] = (),
+        takes_masks: bool = True,
+        trained_context: int | None = None,
+        in_chunks: bool = False,
     ) -> None:
-        self._takes_masks, self._trained_context = takes_masks, trained_context
+        self._takes_masks, self._trained_context, self._in_chunks = takes_masks, trained_context, in_chunks
         attention = [layer for layer in layers if isinstance(layer, (SinkWindowLayer, DynamicSlidingWindowLayer))]
         self._rings = [layer for layer in attention if isinstance(layer, SinkWindowLayer)]
         self._sliding = [layer for layer in attention if isinstance(layer, DynamicSlidingWindowLayer)]
@@ -62,7 +67,7 @@ class Calls:
             looks (`bool`): whether this may be a call of `generate()`.
         """
         seen = self._rings[0].get_seq_length()
-        self._note_padding(calling_tensor("attention_mask", {2}))
+        self._note_padding(calling_tensor("attention_mask", {2}, of_models=True))
         if seen == 0:
             config = generate_call().get("generation_config") if looks else None
             if config is not None and not config.use_cache:
@@ -158,6 +163,8 @@ class Calls:
         until_full = [-min(ring.evicted_before_query()) for ring in self._rings]
         # transformers' own sliding layers may be longer than ours.
         if pads := max((0, *self._rings[0].pads)):
+            if self._in_chunks:
+                return POSITION_LIMIT  # never
             seen = self._rings[0].get_seq_length()
             until_full += [pads + layer.sliding_window - 1 - seen for layer in self._sliding]
         return max(0, *until_full)

@@ -24,10 +24,14 @@ def calling_model() -> PreTrainedModel | None:
     return None
 
 
-def calling_tensor(name: str, dimensions: set[int]) -> torch.Tensor | None:
-    """What the calling model was given as `attention_mask`, `position_ids` or the like: the innermost such tensor."""
-    for _, frame in _calling_modules():
-        if name in frame.f_code.co_varnames:
+def calling_tensor(name: str, dimensions: set[int], *, of_models: bool = False) -> torch.Tensor | None:
+    """What the calling model was given as `attention_mask`, `position_ids` or the like: the innermost such tensor.
+
+    Args:
+        of_models (`bool`): not what their layers were given. (Flash attention's padding masks are cut to the keys there.)
+    """
+    for owner, frame in _calling_modules():
+        if name in frame.f_code.co_varnames and (not of_models or isinstance(owner, PreTrainedModel)):
             value = frame.f_locals.get(name)
             if isinstance(value, torch.Tensor) and value.ndim in dimensions:
                 return value

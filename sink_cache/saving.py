@@ -103,10 +103,10 @@ def load(cache: SinkWindowCache, path: str | os.PathLike[str], model: PreTrained
             for name, tensor in tensors.items()
             if name.startswith(f"{index}.")
         }
-        if any(tensor.dtype != model.dtype for tensor in held.values()):
-            raise ValueError(
-                f"{path} holds {next(iter(held.values())).dtype} states, but this model works in {model.dtype}"
-            )
+        # Under autocast the values have a dtype of their own.
+        others = {str(one.dtype) for name, one in held.items() if name != "values" and one.dtype != model.dtype}
+        if others:
+            raise ValueError(f"{path} holds {others.pop()} states, but this model works in {model.dtype}")
         try:
             _fill(layer, state, held)
         except (KeyError, RuntimeError, TypeError) as error:

@@ -144,7 +144,8 @@ class StaticSinkWindowLayer(SinkWindowLayer):
             if self.is_last:
                 self.positions.host, self.positions.unfinished = None, False
             return attended
-        if (key_states.shape[:2], key_states.dtype) != (self.keys.shape[:2], self.keys.dtype):
+        given, held = (key_states, value_states), (self.keys, self.values)
+        if any((new.shape[:2], new.dtype) != (old.shape[:2], old.dtype) for new, old in zip(given, held, strict=True)):
             self._check(key_states, value_states)  # all of that is free to change after a reset
             self.lazy_initialization(key_states, value_states)
         turn, (n_sink, capacity) = self.turn, self.sizes
@@ -180,7 +181,8 @@ class StaticSinkWindowLayer(SinkWindowLayer):
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if self.is_initialized and self.position == 0:
-            self.is_initialized = (self.dtype, self.device) == (key_states.dtype, key_states.device)
+            given = key_states.dtype, value_states.dtype, key_states.device
+            self.is_initialized = (self.dtype, self.values.dtype, self.device) == given
             self.is_initialized &= self.keys.shape[:2] == key_states.shape[:2]
         super()._check(key_states, value_states)
 

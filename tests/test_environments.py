@@ -137,6 +137,21 @@ def test_autocast_makes_values_of_another_dtype_than_keys(compileable: bool, mon
     assert relative_error(chunks.float(), ours.float()) <= 0.05
 
 
+@pytest.mark.parametrize("new_tokens", [1, 6])
+@BOTH_KINDS
+def test_after_autocast_without_it(llama: PreTrainedModel, compileable: bool, new_tokens: int, tmp_path: Path) -> None:
+    cache, resumed = (SinkWindowCache(N_SINK, WINDOW, compileable=compileable) for _ in range(2))
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            llama(tokens(4), past_key_values=cache)
+            cache.save(tmp_path / "cache")
+            resumed.load(tmp_path / "cache", llama)
+            assert torch.equal(one_by_one(llama, tokens(20), resumed), one_by_one(llama, tokens(20), cache))
+        cache.reset()
+        logits = llama(tokens(new_tokens), past_key_values=cache).logits
+        assert torch.allclose(logits, llama(tokens(new_tokens)).logits, atol=1e-5)
+
+
 # --- without gradients ---
 
 

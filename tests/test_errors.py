@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sink_cache import SinkWindowCache, stream, verify
 
@@ -292,6 +293,32 @@ def test_capacity_beyond_a_native_sliding_window() -> None:
 def test_before_a_model_has_used_it(name: str) -> None:
     with pytest.raises(ValueError, match="needs a cache that a model has used"):
         getattr(SinkWindowCache(4, 8), name)()
+
+
+@pytest.mark.parametrize("compileable", [False, True])
+def test_attention_whose_masks_do_not_hide_empty_slots(compileable: bool) -> None:
+    model, cache = tiny_model("llama"), SinkWindowCache(3, 9, compileable=compileable)
+    AttentionInterface.register("no_masks", sdpa_attention_forward)
+    expected = streamed_logits(model, tokens(20), 3, 9)
+    model.set_attn_implementation("no_masks")
+    if compileable:
+        with pytest.raises(NotImplementedError, match="not possible with attn_implementation 'no_masks'"):
+            one_by_one(model, tokens(20), cache)
+    else:
+        assert relative_error(one_by_one(model, tokens(20), cache), expected) <= 1e-5
+
+
+def test_padded_rows_of_chunked_attention_need_their_mask_for_ever() -> None:
+    model, cache = tiny_model("llama4_text"), SinkWindowCache(1, 2)
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[1, :3] = 0
+    with torch.no_grad():
+        model(tokens(6, 2), attention_mask=mask, past_key_values=cache)
+        for _ in range(40):
+            with pytest.raises(ValueError, match="padding that is not yet out of sight"):
+                model(tokens(1, 2), past_key_values=cache)
+            mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
+            model(tokens(1, 2), attention_mask=mask, position_ids=cache.next_position_ids(), past_key_values=cache)
 
 
 def test_sliding_layers_take_back_only_what_they_still_have() -> None:

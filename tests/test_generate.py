@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.generation import utils as generation_utils
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import flash_attention_mask
 
 from sink_cache import SinkWindowCache, stream
 
@@ -107,6 +109,28 @@ def test_padded_rows_of_other_families(model_type: str) -> None:
     for i, row in enumerate(rows):
         expected = alone(model, [row], out.sequences[i : i + 1, 7:], 2, 5)
         assert relative_error(logits[i : i + 1], expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt_neox"])
+def test_padded_rows_with_masks_as_flash_attention_has_them(model_type: str) -> None:
+    # Layers are given a padding mask that is cut to the keys, and not that of the whole text.
+    def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
+        queries, keys = query.shape[2], key.shape[2]
+        seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)[None, None]
+        if attention_mask is not None:
+            seen = seen & attention_mask[:, None, None].bool()
+            seen = seen | ~seen.any(-1, keepdim=True)  # queries of pads see anything
+        return sdpa_attention_forward(module, query, key, value, seen, **options | {"is_causal": False})
+
+    AttentionInterface.register("cut_masks", attention)
+    AttentionMaskInterface.register("cut_masks", flash_attention_mask)
+    model = tiny_model(model_type)
+    written = []
+    for name in ("sdpa", "cut_masks"):
+        model.set_attn_implementation(name)
+        cache = SinkWindowCache(3, 5)
+        written.append(model.generate(**left_padded(texts(8, 1, 3)), past_key_values=cache, max_new_tokens=25, **PLAIN))
+    assert torch.equal(*written)
 
 
 def test_padded_prefill_in_chunks_and_a_second_turn(llama: PreTrainedModel) -> None:
