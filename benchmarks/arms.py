@@ -283,8 +283,8 @@ class Recompute(Arm):
 
     def applies(self, context: int) -> bool:
         """It does not depend on the context, so once is enough."""
-        enough = [n for n in self.bench.contexts if n >= int(self.capacity or 0)]
-        return context == (min(enough) if enough else max(self.bench.contexts))
+        contexts, capacity = self.bench.contexts, int(self.capacity or 0)
+        return context == min((n for n in contexts if n >= capacity), default=max(contexts))
 
     def fill(self, context: int) -> None:
         """Nothing is read before."""

@@ -343,7 +343,7 @@ def shown(ratio: dict[str, Any] | None) -> str | None:
     if ratio is None:
         return None
     return f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" + (
-        " ?" if ratio["note"].startswith(harness.NO_CONCLUSION) else ""
+        " ?" if harness.is_inconclusive(ratio) else ""
     )
 
 

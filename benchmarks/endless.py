@@ -203,7 +203,7 @@ def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             found.append({"name": f"step: {above['arm']} / {below['arm']}", "context": context, **compared})
             if other == "dense" and row["call_ms"] and base["call_ms"]:
                 value = float(np.median(base["call_ms"]) / np.median(row["call_ms"]))
-                note = compared["note"] if compared["note"].startswith(harness.NO_CONCLUSION) else ""
+                note = compared["note"] if harness.is_inconclusive(compared) else ""
                 found.append({"name": "whole call: dense / endless", "context": context, "value": value, "note": note})
     return found
 

@@ -552,6 +552,12 @@ def ratio_of_rounds(above: Sequence[Sequence[float]], below: Sequence[Sequence[f
     return {"value": value, "low": low, "high": high, "note": note}
 
 
+def is_inconclusive(ratio: dict[str, Any]) -> bool:
+    """Whether nothing can be concluded from a ratio of a result file; its note says why."""
+    note: str = ratio["note"]
+    return note.startswith(NO_CONCLUSION)
+
+
 # --- result files ----------------------------------------------------------------------------------------------------
 
 

@@ -402,7 +402,7 @@ def tables(result: dict[str, Any]) -> str:
     cells: dict[tuple[Any, ...], dict[str, str]] = {}
     for ratio in result["ratios"]:
         key = f"{ratio['context']:,}", "sink compiled" if ratio["compiled"] else "sink", ratio["capacity"]
-        sign = "?" if ratio["note"].startswith(harness.NO_CONCLUSION) else ""
+        sign = "?" if harness.is_inconclusive(ratio) else ""
         work = "" if ratio["gpu_value"] is None else f" GPU {ratio['gpu_value']:.3g}"
         cells.setdefault(key, {})[ratio["name"]] = (
             f"{ratio['value']:.3g} [{ratio['low']:.3g}, {ratio['high']:.3g}]{sign}{work}"

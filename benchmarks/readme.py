@@ -13,7 +13,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from .harness import MIB, NO_CONCLUSION, Parser, read_json, run
+from .harness import MIB, Parser, is_inconclusive, read_json, run
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path("results/h100")
@@ -56,7 +56,7 @@ def median(row: dict[str, Any]) -> str:
 def ratio(result: dict[str, Any], name: str, **what: Any) -> str:
     """Return one of a result's ratios."""
     found = [one for one in result["ratios"] if one["name"] == name and all(one[n] == v for n, v in what.items())]
-    return figure(found[0]["value"], found[0]["note"].startswith(NO_CONCLUSION)) if found else "–"
+    return figure(found[0]["value"], is_inconclusive(found[0])) if found else "–"
 
 
 def calls(folder: Path) -> Iterator[dict[str, str]]:
@@ -124,12 +124,12 @@ def recomputation(folder: Path) -> Iterator[dict[str, str]]:
         for gain in sorted(result["ratios"], key=lambda one: int(one["context"])):
             if (gain["name"], gain["compiled"]) == ("recompute_over_sink", True):
                 capacity = gain["capacity"]
-                step = {"arm": "sink", "compiled": True, "capacity": capacity, "context": gain["context"]}
+                compiled = {"arm": "sink", "compiled": True, "capacity": capacity, "context": gain["context"]}
                 table[capacity] = {
                     "capacity": f"{capacity:,}",
                     "recomputed, ms": median(cell(result["rows"], arm="recompute", capacity=capacity)),
-                    "sink, compiled, ms": median(cell(result["rows"], **step)),
-                    "gain": figure(gain["value"], gain["note"].startswith(NO_CONCLUSION)),
+                    "sink, compiled, ms": median(cell(result["rows"], **compiled)),
+                    "gain": figure(gain["value"], is_inconclusive(gain)),
                     "its arithmetic / a step's bytes": figure(gain["hardware_limit"]),
                     "gain over that": f"{gain['share_of_limit']:.0%}",
                 }

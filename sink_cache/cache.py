@@ -540,10 +540,8 @@ class SinkWindowCache(Cache):
             NotImplementedError: for models with layers whose keys it cannot move.
         """
         self._need_a_model("rebase()")
-        self.refuse_rebasing()
         assert self._scheme is not None
-        first = self._rings[0]
-        others = [i for i, layer in enumerate(self._layers) if isinstance(layer, DynamicSlidingWindowLayer)]
+        first, others = self._rings[0], self.other_layers_to_move()
         furthest = max(ring.capacity for ring in self._rings)
         by = max(0, first.position - furthest - max((*first.pads, 0))) // self.rebase_step * self.rebase_step
         if by:
@@ -559,12 +557,17 @@ class SinkWindowCache(Cache):
             self._calls.positions_moved = True
         return by
 
-    def refuse_rebasing(self) -> None:
-        """Raises NotImplementedError for models with layers whose keys `rebase` cannot move."""
+    def other_layers_to_move(self) -> list[int]:
+        """The indices of transformers' own sliding layers, whose keys `rebase` moves, too.
+
+        Raises:
+            NotImplementedError: if it cannot move the keys of some of them.
+        """
         sliding = [i for i, layer in enumerate(self._layers) if isinstance(layer, DynamicSlidingWindowLayer)]
         unknown = [index for index in sliding if self._scheme is None or index not in self._scheme.sliding]
         if unknown:
             raise NotImplementedError(f"rebase() cannot move the keys of the sliding layers {unknown} of this model")
+        return sliding
 
     def _need_a_model(self, what: str) -> None:
         if not self.layers:

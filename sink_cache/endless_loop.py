@@ -219,7 +219,7 @@ def _next_logits(
         chunk_mask = None if mask is None else mask[:, :stop]
         outputs = model(chunk, attention_mask=chunk_mask, position_ids=positions, **kwargs)
         start = stop
-    cache.refuse_rebasing()  # and not when the cache is full
+    cache.other_layers_to_move()  # which raises here, and not when the cache is full
     if cache.tokens_between_rebases() < cache.rebase_step:
         raise ValueError(
             f"this cache moves by {cache.rebase_step:,} positions at a time, which takes it beyond the last one that the model "

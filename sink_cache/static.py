@@ -144,9 +144,8 @@ class StaticSinkWindowLayer(SinkWindowLayer):
             if self.is_last:
                 self.positions.host, self.positions.unfinished = None, False
             return attended
-        given, held = (key_states, value_states), (self.keys, self.values)
-        if any((new.shape[:2], new.dtype) != (old.shape[:2], old.dtype) for new, old in zip(given, held, strict=True)):
-            self._check(key_states, value_states)  # all of that is free to change after a reset
+        if _kind_of(key_states, value_states) != _kind_of(self.keys, self.values):
+            self._check(key_states, value_states)
             self.lazy_initialization(key_states, value_states)
         turn, (n_sink, capacity) = self.turn, self.sizes
         slot = self.slots_of(self.counter)
@@ -181,9 +180,8 @@ class StaticSinkWindowLayer(SinkWindowLayer):
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if self.is_initialized and self.position == 0:
-            given = key_states.dtype, value_states.dtype, key_states.device
-            self.is_initialized = (self.dtype, self.values.dtype, self.device) == given
-            self.is_initialized &= self.keys.shape[:2] == key_states.shape[:2]
+            self.is_initialized = _kind_of(key_states, value_states) == _kind_of(self.keys, self.values)
+            self.is_initialized &= key_states.device == self.device
         super()._check(key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
@@ -249,6 +247,11 @@ class StaticSinkWindowLayer(SinkWindowLayer):
                 tensor.zero_()  # empty slots are masked, but a mask does not hide what is not finite
         self.position = self.rebased = 0
         self.sinks_complete = False
+
+
+def _kind_of(keys: torch.Tensor, values: torch.Tensor) -> tuple[Any, ...]:
+    """What is free to change after a reset, and calls for other slots."""
+    return keys.shape[:2], keys.dtype, values.shape[:2], values.dtype
 
 
 def _static(tensor: torch.Tensor) -> torch.Tensor:

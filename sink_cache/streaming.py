@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .cache import SinkWindowCache
 from .discovery import text_model
+from .masks import KNOWN_TO
 
 
 @torch.no_grad()
@@ -52,7 +53,7 @@ def stream(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, but is {chunk_size}")
     config = text_model(model).config
-    if config._attn_implementation not in ("sdpa", "eager"):
+    if config._attn_implementation not in KNOWN_TO:
         raise ValueError(
             f"stream needs attn_implementation 'sdpa' or 'eager', but this model has {config._attn_implementation!r}"
         )
