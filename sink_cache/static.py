@@ -66,11 +66,10 @@ class DevicePositions:
 
 # An operator of its own, because the compiler would fuse these float64 cosines into the kernels of every layer, and they would
 # take 9 us for each layer of an H100's step instead of 2.
-@torch.library.custom_op("sink_cache::angles", mutates_args=("cos_sin",))
-def _angles(position: torch.Tensor, frequency: torch.Tensor, capacity: int, cos_sin: torch.Tensor) -> None:
-    """Writes the cos and sin of the angles by which sinks move at `position`."""
-    angle = (position + (1 - capacity)).clamp(min=0) * frequency  # float64: positions are up to 2**24
-    cos_sin.copy_(torch.stack([angle.cos(), angle.sin()]))
+@torch.library.custom_op("sink_cache::cos_sin", mutates_args=("out",))
+def _cos_sin(angle: torch.Tensor, out: torch.Tensor) -> None:
+    torch.cos(angle, out=out[0])
+    torch.sin(angle, out=out[1])
 
 
 class StaticSinkWindowLayer(SinkWindowLayer):
@@ -155,7 +154,8 @@ class StaticSinkWindowLayer(SinkWindowLayer):
                 is_now = turn.slots[:, None] == self.counter
                 self.sink_keys.copy_(torch.where(is_now, key_states, self.sink_keys))
             if self.computes_angles:
-                _angles(self.counter, turn.frequency, capacity, turn.cos_sin)
+                shift = (self.counter + (1 - capacity)).clamp(min=0)
+                _cos_sin(shift * turn.frequency, turn.cos_sin)  # float64: positions are up to 2**24
             moved = self.sink_keys * turn.cos_sin[0] + self.sink_keys[..., turn.partner] * turn.cos_sin[1]
             # In one write with the sinks, as each write is a kernel. While the token is a sink itself, both write the same.
             slot = torch.cat([turn.slots, slot])
