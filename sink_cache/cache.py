@@ -18,7 +18,7 @@ from . import saving
 from .calls import Calls
 from .discovery import calling_model, class_for_config, padding_mask_of_caller, shows_blocks_of_tokens, text_model
 from .layers import kinds_of_layers, layers_for
-from .masks import KNOWN_TO, NO_MASK, ChunkOffset, NoMask, register_mask_functions
+from .masks import KNOWN_TO, ChunkOffset, NoMask, register_mask_functions
 from .ring import SharedStorage, SinkWindowLayer, share_storage
 from .rotary import move_in_place
 from .static import StaticSinkWindowLayer
@@ -49,9 +49,10 @@ class SinkWindowCache(Cache):
         window (`int`): how many of the last tokens to keep, at least 1. It does *not* include the sinks: the cache holds
             `capacity = n_sink + window` tokens.
         compileable (`bool`): keep all shapes constant and positions on the device, so that decoding steps can be compiled;
-            `generate()` then does so by itself on CUDA. Each pair of sizes, batch size and dtype is compiled by itself, and
-            torch keeps eight of them for a model (`torch._dynamo.config.recompile_limit`); further ones run uncompiled. No
-            padded batches, no `crop`.
+            `generate()` then does so by itself on CUDA. Where a prompt (or another call with several tokens) fills the
+            cache, the steps that follow have no masks, and a graph of their own. Each pair of sizes, batch size and dtype is
+            compiled by itself, too, and torch keeps eight graphs for a model (`torch._dynamo.config.recompile_limit`); what
+            is beyond runs uncompiled. No padded batches, no `crop`.
         config (`PreTrainedConfig`, *optional*): the model's config. Only needed where the calling model cannot be
             seen, as in a compiled first call.
 
@@ -91,7 +92,7 @@ class SinkWindowCache(Cache):
         self._first = 0  # the index of the first of them
         self._calls = Calls()
         self._exact = False
-        self.without_masks = False  # set for a step of a full cache by those who know that it is one
+        self._no_mask: NoMask | None = None  # see `leave_out_masks_if_full`
         self._chunk_offsets: dict[bool, ChunkOffset] = {}  # of layers that are sliding, and that are not
         super().__init__(layers=[])
         if config is not None:
@@ -169,6 +170,7 @@ class SinkWindowCache(Cache):
         self._first = self._layers.index(self._rings[0])
         for ring in self._rings:
             ring.exact_chunks, ring.record_past = self._exact, recording
+        self._no_mask = None
         self._scheme, self._kinds = scheme, kinds_of_layers(config)
         self._model_sizes = {name: getattr(config, name, None) for name in _MODEL_SIZES}
         self._calls = Calls(
@@ -231,8 +233,20 @@ class SinkWindowCache(Cache):
             self._refuse_another_model()
         offsets, self._chunk_offsets = self._chunk_offsets, {}
         self._calls.begin(new_tokens, offsets, looks=self._looks)
+        if new_tokens > 1:
+            self.leave_out_masks_if_full(new_tokens)
         if self._rings[0].record_past:
             self._record(new_tokens)
+
+    def leave_out_masks_if_full(self, new_tokens: int = 0) -> None:
+        """With `compileable=True`: once these tokens are in, and until `reset`, make steps without masks if every slot is filled.
+
+        A mask costs attention its fast kernel. Not decided anew at every step, or a graph would be compiled twice in the middle
+        of a text: where steps begin before the cache is full, all of them have masks.
+        """
+        if self.compileable and self._calls.tokens_until_full() <= new_tokens:
+            register_mask_functions()
+            self._no_mask = NoMask(self._rings[0])
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, Any]:
         """Returns `(kv_length, kv_offset)` for a layer; called by the mask-building code before any layer runs."""
@@ -258,8 +272,6 @@ class SinkWindowCache(Cache):
 
     def get_query_offset(self, layer_idx: int = 0) -> int | torch.Tensor | NoMask:  # type: ignore[override]
         """The index of the next token in masks."""
-        if self.without_masks:
-            return NO_MASK
         layer = self.layers[layer_idx] if self.layers else None
         if isinstance(layer, SinkWindowLayer) and (layer.exact_chunks or layer.record_past):
             if torch.compiler.is_compiling():
@@ -267,6 +279,8 @@ class SinkWindowCache(Cache):
                 return offset
             self._chunk_offsets[layer.is_sliding] = ChunkOffset.of(layer)
             return self._chunk_offsets[layer.is_sliding]
+        if self._no_mask is not None:
+            return self._no_mask
         if isinstance(layer, StaticSinkWindowLayer):
             return layer.get_query_offset()
         return super().get_query_offset(layer_idx)
@@ -579,7 +593,7 @@ class SinkWindowCache(Cache):
         """Forgets all tokens."""
         super().reset()  # type: ignore[no-untyped-call]
         self._calls.reset()
-        self._chunk_offsets = {}
+        self._chunk_offsets, self._no_mask = {}, None
         self._set_exact(False)
         for layer in self._layers:
             if hasattr(layer, "record_past"):

@@ -26,8 +26,7 @@ from transformers import (
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .cache import SinkWindowCache
-from .discovery import generate_call, text_model
-from .masks import KNOWN_TO, register_mask_functions
+from .discovery import generate_call
 
 # Rebasing costs a few small kernels a layer; a small window need not pay for them every few tokens.
 _REBASE_EVERY = 1024
@@ -263,10 +262,8 @@ class _Step:
         config: GenerationConfig,
         kwargs: dict[str, Any],
     ) -> None:
-        self.cache, self.positions, self.kwargs = cache, positions, kwargs
-        self.without_masks = cache.compileable and text_model(model).config._attn_implementation in KNOWN_TO
-        if self.without_masks:
-            register_mask_functions()
+        self.positions, self.kwargs = positions, kwargs
+        cache.leave_out_masks_if_full()
         self.tokens = torch.empty_like(positions)
         self.forward: Any = model.__call__
         self.warm_up = -1  # steps until the graph is captured; negative for never
@@ -289,11 +286,7 @@ class _Step:
         return self.logits
 
     def _run(self) -> torch.Tensor:
-        self.cache.without_masks = self.without_masks
-        try:
-            outputs = self.forward(input_ids=self.tokens, position_ids=self.positions, **self.kwargs)
-        finally:
-            self.cache.without_masks = False
+        outputs = self.forward(input_ids=self.tokens, position_ids=self.positions, **self.kwargs)
         self.positions += 1
         logits: torch.Tensor = outputs.logits[:, -1]
         return logits

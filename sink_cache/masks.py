@@ -3,7 +3,7 @@
 transformers builds masks from indices, and no index says that a query sees one copy of a token and not another. Masks are
 built by functions that transformers lets users register (`AttentionMaskInterface`), and these ask the cache for the offset of
 the queries: so a cache that gives each query its own sinks answers with a `ChunkOffset`, which knows the mask, and one
-that knows that none is needed with `NO_MASK`. Everybody else's masks are built as before.
+whose single tokens need none with a `NoMask`. Everybody else's masks are built as before.
 """
 
 from __future__ import annotations
@@ -48,15 +48,21 @@ def chunk_mask(layer: SinkWindowLayer, queries: int) -> torch.Tensor:
 
 
 class NoMask:
-    """In place of the offset of a query that sees every key. (transformers itself leaves out masks where nothing is compiled.)"""
+    """In place of the offset: a single query sees every key. (transformers itself leaves out masks where nothing is compiled.)
+
+    Args:
+        layer (`SinkWindowLayer`): knows the offset, which calls with several tokens still need.
+    """
+
+    def __init__(self, layer: SinkWindowLayer) -> None:
+        self.layer = layer
 
 
-NO_MASK = NoMask()
 KNOWN_TO = ("sdpa", "eager")  # attention functions
 
 
 def register_mask_functions() -> None:
-    """Registers mask functions that know `ChunkOffset` and `NO_MASK`; once for the process."""
+    """Registers mask functions that know `ChunkOffset` and `NoMask`; once for the process."""
     interface: Any = AttentionMaskInterface()
     for attention in KNOWN_TO:
         if not isinstance(interface[attention], _MaskFunction):
@@ -70,7 +76,10 @@ class _MaskFunction:
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         offset = kwargs.get("q_offset")
         if isinstance(offset, NoMask):
-            return None
+            if kwargs["q_length"] == 1:
+                return None
+            offset = offset.layer.get_query_offset()
+            kwargs["q_offset"] = offset.to(kwargs["device"]) if isinstance(offset, torch.Tensor) else offset
         if not isinstance(offset, ChunkOffset) or not offset.layer.evicts_within(kwargs["q_length"]):
             return self.build(*args, **kwargs)
         offset.used = True

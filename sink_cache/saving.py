@@ -114,6 +114,7 @@ def load(cache: SinkWindowCache, path: str | os.PathLike[str], model: PreTrained
     calls = fresh._calls
     calls.first_positions, calls.begun = tuple(header["first_positions"]), fresh.get_seq_length() > 0
     calls.positions_moved = True  # perhaps, and the next caller may not know
+    fresh.leave_out_masks_if_full()
     vars(cache).update(vars(fresh))
 
 

@@ -52,22 +52,27 @@ def examine(model_type: str) -> dict[str, Any]:
     expected = streamed_logits(model, input_ids, N_SINK, WINDOW)
     family = _judge(logits, expected)
     try:
-        logits = one_by_one(model, input_ids, SinkWindowCache(N_SINK, WINDOW, compileable=True))
-        family["compileable"] = _judge(logits, expected)
+        # Steps of a cache that is filling up have masks; after a first call that fills it they have none.
+        static = [
+            one_by_one(model, input_ids, SinkWindowCache(N_SINK, WINDOW, compileable=True), first)
+            for first in (1, N_SINK + WINDOW)
+        ]
+        outcomes = [_judge(logits, expected[:, -logits.shape[1] :]) for logits in static]
+        family["compileable"] = max(outcomes, key=lambda one: one["error"])
     except NotImplementedError as refusal:
         family["compileable"] = {"outcome": "refused", "reason": str(refusal)}
     return family
 
 
 @torch.no_grad()
-def one_by_one(model: PreTrainedModel, input_ids: torch.Tensor, cache: SinkWindowCache) -> torch.Tensor:
-    """Logits `[batch, tokens, vocab]`."""
+def one_by_one(model: PreTrainedModel, input_ids: torch.Tensor, cache: SinkWindowCache, first: int = 1) -> torch.Tensor:
+    """Logits `[batch, tokens - first + 1, vocab]`, after a first call of so many tokens, and of single tokens."""
     # As in generate(): position_ids are given to models that take them. (Without them, Bamba starts anew at every call.)
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     logits = []
-    for t in range(input_ids.shape[1]):
-        kwargs = {"position_ids": torch.tensor([[t]]).expand(len(input_ids), 1)} if takes_positions else {}
-        logits.append(model(input_ids[:, t : t + 1], past_key_values=cache, **kwargs).logits[:, -1])
+    for call in torch.arange(input_ids.shape[1]).split([first] + [1] * (input_ids.shape[1] - first)):
+        kwargs = {"position_ids": call.expand(len(input_ids), -1)} if takes_positions else {}
+        logits.append(model(input_ids[:, call], past_key_values=cache, **kwargs).logits[:, -1])
     return torch.stack(logits, dim=1)
 
 

@@ -94,6 +94,51 @@ def test_sizes_are_constants_of_a_graph(model_type: str) -> None:
     assert all(isinstance(one, torch.Tensor) for some in inputs for one in some)
 
 
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("prompt", [5, 10, 11, 30])
+@pytest.mark.parametrize("model_type", MODELS)
+def test_after_a_prompt_that_fills_the_cache_no_step_has_a_mask(model_type: str, prompt: int) -> None:
+    # Decided once: a text that fills the cache as it is decoded keeps its masks, and its graph.
+    model, masks = tiny_model(model_type), []
+
+    def backend(module: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        attention = [n for n in module.graph.nodes if n.target is torch.nn.functional.scaled_dot_product_attention]
+        masks.append([node.kwargs["attn_mask"] is not None for node in attention])
+        return module
+
+    config = compiling("eager")
+    config.backend = backend
+    cache = SinkWindowCache(3, 9, compileable=True)
+    text = greedy(model, tokens(prompt), cache, 40, compile_config=config)
+    assert masks == [[prompt < 11] * len(cache.layers)]
+    assert text == greedy(model, tokens(prompt), SinkWindowCache(3, 9), 40)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_calls_with_several_tokens_keep_their_masks(model_type: str, tmp_path: Path) -> None:
+    model, input_ids = tiny_model(model_type), tokens(60)
+    caches = [SinkWindowCache(3, 9, compileable=compileable) for compileable in (False, True)]
+
+    @torch.no_grad()
+    def same(*lengths: int) -> None:
+        start = 0
+        for length in lengths:
+            call = input_ids[:, start : start + length]
+            expected, logits = (model(call, past_key_values=cache).logits for cache in caches)
+            assert relative_error(logits, expected) <= TOLERANCE
+            start += length
+
+    same(20, 1, 1, 7, 1, 1, 15, 1)
+    caches[1].save(tmp_path / "cache")
+    caches[1] = SinkWindowCache(3, 9, compileable=True)
+    caches[1].load(tmp_path / "cache", model)
+    same(1, 1, 5, 1)
+    caches[0] = SinkWindowCache(3, 9)
+    caches[1].reset()
+    same(4, 1, 1, 3, 1, 1, 1, 1, 1)  # and steps have theirs again
+    same(9, 1, 1)
+
+
 def test_copies_stay_at_their_address_too() -> None:
     model, cache = tiny_model("llama"), SinkWindowCache(2, 4, compileable=True)
     with torch.no_grad():
