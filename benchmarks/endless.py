@@ -143,14 +143,20 @@ def calls(loaded: models.LoadedModel, args: argparse.Namespace, keep: Callable[[
                     arm.call(model, text, args.call_tokens, args.capacity)
                     row["call_ms"].append(1e3 * (clock.now() - start) / args.call_tokens)
                 bar.update()
-            keep(rows)
+            if turn:
+                summarize(rows)
+                keep(rows)
+    return rows
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> None:
+    """Add what the raw times of each row amount to."""
     for row in rows:
         steps = [one for turn in row["step_ms"] for one in turn]
         row |= {
             f"{name}_ms": value for name, value in harness.summary(steps).items() if name in ("median", "p5", "p95")
         }
         row["warning"] = harness.spread_warning(steps)
-    return rows
 
 
 def random_text(model: PreTrainedModel, args: argparse.Namespace) -> torch.Tensor:
@@ -202,10 +208,18 @@ def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             compared = harness.ratio_of_rounds(above["step_ms"], below["step_ms"])
             found.append({"name": f"step: {above['arm']} / {below['arm']}", "context": context, **compared})
             if other == "dense" and row["call_ms"] and base["call_ms"]:
-                value = float(np.median(base["call_ms"]) / np.median(row["call_ms"]))
-                note = compared["note"] if harness.is_inconclusive(compared) else ""
-                found.append({"name": "whole call: dense / endless", "context": context, "value": value, "note": note})
+                name = {"name": "whole call: dense / endless", "context": context}
+                found.append(name | ratio_of_calls(base["call_ms"], row["call_ms"]))
     return found
+
+
+def ratio_of_calls(above: Sequence[float], below: Sequence[float]) -> dict[str, Any]:
+    """Compare whole calls, too few for an interval: `low` and `high` are of the calls that are furthest apart."""
+    value = float(np.median(above) / np.median(below))
+    low, high = min(above) / max(below), max(above) / min(below)
+    doubtful = len(above) < 2 or (high - low) / value > harness.WIDEST_INTERVAL
+    note = f"{harness.NO_CONCLUSION}the spread is too wide" if doubtful else ""
+    return {"value": value, "low": low, "high": high, "note": note}
 
 
 def by_kind(kernels: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -266,7 +280,11 @@ def measure(
     result = harness.header("endless", title, device, dtype, argv=argv, model=loaded.description, protocol=protocol)
     path = folder / f"{harness.file_stem('endless', loaded.name, device.type, dtype_name)}.json"
     print(title, flush=True)
-    result["rows"] = calls(loaded, args, lambda rows: harness.write_json(path, {**result, "rows": rows}))
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        harness.write_json(path, result | {"rows": rows, "ratios": ratios(rows)})
+
+    result |= {"rows": calls(loaded, args, keep)}
     result["ratios"] = ratios(result["rows"])
     columns = ("arm", "compiled", "context", "median_ms", "p5_ms", "p95_ms", "call_ms", "warning")
     table = [[row[name] for name in columns] for row in result["rows"]]

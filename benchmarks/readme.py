@@ -13,6 +13,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from .endless import by_kind
 from .harness import MIB, Parser, is_inconclusive, read_json, run
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +81,28 @@ def calls(folder: Path) -> Iterator[dict[str, str]]:
         }
 
 
+def kernels(folder: Path) -> Iterator[dict[str, str]]:
+    """Yield the rows of the table of what the GPU does in a step of `generate()`; floors are of the same shape's single steps."""
+    floors = {
+        shape(result): 1e3 * machine["step_weight_bytes"] / machine["copy_bytes_per_s"]
+        for result in results("latency", folder)
+        if (machine := result["machine"])
+    }
+    for result in results("endless", folder):
+        for sums in by_kind(result.get("kernels", {})):
+            whole = next(row for row in result["rows"] if row["arm"] == sums["arm"])
+            numbers = {name: figure(sums[name]) for name in ("attention", "matrix products", "cache", "other")}
+            yield {
+                "shape": shape(result),
+                "step": sums["arm"],
+                "kernels": f"{sums['kernels']:.0f}",
+                **numbers,
+                "all kernels": figure(sums["all"]),
+                "whole step": median(whole),
+                "reading the weights": figure(floors.get(shape(result))),
+            }
+
+
 def step(result: dict[str, Any], context: int, capacity: int) -> dict[str, str]:
     """Return the cells that compare a step with a bounded cache with a dense one."""
     rows, at = result["rows"], {"context": context}
@@ -138,6 +161,7 @@ def recomputation(folder: Path) -> Iterator[dict[str, str]]:
 
 TABLES: dict[str, Callable[[Path], Iterator[dict[str, str]]]] = {
     "whole calls": calls,
+    "kernels": kernels,
     "single steps": steps,
     "capacities": capacities,
     "recomputation": recomputation,

@@ -82,6 +82,31 @@ def test_ratios_are_of_what_they_say() -> None:
     }
 
 
+def test_whole_calls_are_too_few_for_an_interval() -> None:
+    compared = endless.ratio_of_calls([10.0, 11.0], [2.0, 2.1])
+    assert compared == {"value": 10.5 / 2.05, "low": 10 / 2.1, "high": 5.5, "note": ""}
+    for calls in ([10.0], [10.0, 13.0]):
+        assert harness.is_inconclusive(endless.ratio_of_calls(calls, [2.0, 2.1]))
+
+
+def test_interrupted_runs_keep_their_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, calls = endless.Arm.call, []
+
+    def interrupted(*args: Any, **more: Any) -> None:
+        calls.append(1)
+        if len(calls) == 5 + 7 + 2:  # in the second round: five calls warm up, seven are the first
+            raise KeyboardInterrupt
+        call(*args, **more)
+
+    monkeypatch.setattr(endless.Arm, "call", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measured(tmp_path)
+    (path,) = tmp_path.glob("*.json")
+    result = harness.read_json(path)
+    assert all(len(row["step_ms"]) == 1 and row["median_ms"] > 0 for row in result["rows"])
+    assert all("too few" in ratio["note"] for ratio in result["ratios"] if ratio["name"].startswith("step"))
+
+
 @pytest.mark.parametrize("name", ["sink", "endless", "dense"])
 def test_long_prompts_go_in_in_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = endless.models.random_model("tiny", torch.float32, torch.device("cpu"))
