@@ -244,9 +244,10 @@ class SinkWindowCache(Cache):
         A mask costs attention its fast kernel. Not decided anew at every step, or a graph would be compiled twice in the middle
         of a text: where steps begin before the cache is full, all of them have masks.
         """
-        if self.compileable and self._calls.tokens_until_full() <= new_tokens:
+        first = self._rings[0]
+        if isinstance(first, StaticSinkWindowLayer) and self._calls.tokens_until_full() <= new_tokens:
             register_mask_functions()
-            self._no_mask = NoMask(self._rings[0])
+            self._no_mask = NoMask(first)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, Any]:
         """Returns `(kv_length, kv_offset)` for a layer; called by the mask-building code before any layer runs."""

@@ -15,6 +15,7 @@ import torch
 from transformers import AttentionMaskInterface
 
 from .ring import SinkWindowLayer
+from .static import StaticSinkWindowLayer
 
 
 class ChunkOffset(int):
@@ -51,10 +52,10 @@ class NoMask:
     """In place of the offset: a single query sees every key. (transformers itself leaves out masks where nothing is compiled.)
 
     Args:
-        layer (`SinkWindowLayer`): knows the offset, which calls with several tokens still need.
+        layer (`StaticSinkWindowLayer`): knows the offset, which calls with several tokens still need.
     """
 
-    def __init__(self, layer: SinkWindowLayer) -> None:
+    def __init__(self, layer: StaticSinkWindowLayer) -> None:
         self.layer = layer
 
 
