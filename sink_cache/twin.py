@@ -123,11 +123,27 @@ def position_scheme(
         try:
             _remembered[key] = _learn(model_class, config, buffers)
         except CannotStream as reason:
-            _remembered[key] = str(reason)  # not the exception: its traceback would keep the live model in memory
+            # Not the exception: its traceback would keep the live model in memory.
+            _remembered[key] = f"{reason}{_of_rounding(model_class, config, buffers)}"
     answer = _remembered[key]
     if isinstance(answer, str):
         raise CannotStream(answer)
     return answer
+
+
+def _of_rounding(model_class: type[PreTrainedModel], config: PreTrainedConfig, buffers: dict[str, torch.Tensor]) -> str:
+    """Whether a model is refused only because its buffers were rounded, in words."""
+    rounded = [name for name, buffer in buffers.items() if buffer.itemsize < 4]
+    if rounded:
+        try:
+            _learn(model_class, config, {})
+        except CannotStream:
+            return ""
+        dtype = str(buffers[rounded[0]].dtype)
+        return (
+            f", since its {rounded[0]} was rounded to {dtype}: load it with dtype={dtype}, which casts the weights only"
+        )
+    return ""
 
 
 _remembered: dict[tuple[type, str], PositionScheme | str] = {}

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -277,6 +278,17 @@ def test_a_table_of_positions_ends() -> None:
         assert layer.max_position == 512
     with torch.no_grad(), pytest.raises(ValueError, match="more than the 512 positions"):
         one_by_one(model, tokens(513), cache)
+
+
+def test_a_table_of_angles_that_was_rounded(tmp_path: Path) -> None:
+    model = tiny_model("gptj")
+    model.save_pretrained(tmp_path)
+    message = "embed_positions was rounded to torch.bfloat16: load it with dtype=torch.bfloat16"
+    with torch.no_grad(), pytest.raises(NotImplementedError, match=message):
+        model.to(torch.bfloat16)(tokens(9), past_key_values=SinkWindowCache(4, 8))
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    with torch.no_grad():
+        loaded(tokens(9), past_key_values=SinkWindowCache(4, 8))
 
 
 def test_capacity_beyond_a_native_sliding_window() -> None:
