@@ -50,9 +50,10 @@ class SinkWindowCache(Cache):
             `capacity = n_sink + window` tokens.
         compileable (`bool`): keep all shapes constant and positions on the device, so that decoding steps can be compiled;
             `generate()` then does so by itself on CUDA. Where a prompt (or another call with several tokens) fills the
-            cache, the steps that follow have no masks, and a graph of their own. Each pair of sizes, batch size and dtype is
-            compiled by itself, too, and torch keeps eight graphs for a model (`torch._dynamo.config.recompile_limit`); what
-            is beyond runs uncompiled. No padded batches, no `crop`.
+            cache, the steps that follow have no masks (with `sdpa`), and a graph of their own, as those have that follow a
+            prompt of less than `n_sink` tokens. Each pair of sizes, batch size and dtype is compiled by itself, too, and
+            torch keeps eight graphs for a model (`torch._dynamo.config.recompile_limit`); what is beyond runs uncompiled.
+            No padded batches, no `crop`.
         config (`PreTrainedConfig`, *optional*): the model's config. Only needed where the calling model cannot be
             seen, as in a compiled first call.
 
@@ -171,6 +172,8 @@ class SinkWindowCache(Cache):
         for ring in self._rings:
             ring.exact_chunks, ring.record_past = self._exact, recording
         self._no_mask = None
+        if self.compileable:
+            register_mask_functions()  # before there are graphs, which would be made anew
         self._scheme, self._kinds = scheme, kinds_of_layers(config)
         self._model_sizes = {name: getattr(config, name, None) for name in _MODEL_SIZES}
         self._calls = Calls(
@@ -209,6 +212,8 @@ class SinkWindowCache(Cache):
             if layer.storage is None and layer.position and not self.compileable:
                 share_storage(self._rings)
         attended = layer.update(key_states, value_states, *args, **kwargs)
+        if key_states.shape[2] > 1 and layer is self._rings[-1]:
+            self.leave_out_masks_if_full()
         return attended
 
     def _begin_call(self, new_tokens: int) -> None:
@@ -233,20 +238,17 @@ class SinkWindowCache(Cache):
             self._refuse_another_model()
         offsets, self._chunk_offsets = self._chunk_offsets, {}
         self._calls.begin(new_tokens, offsets, looks=self._looks)
-        if new_tokens > 1:
-            self.leave_out_masks_if_full(new_tokens)
         if self._rings[0].record_past:
             self._record(new_tokens)
 
-    def leave_out_masks_if_full(self, new_tokens: int = 0) -> None:
-        """With `compileable=True`: once these tokens are in, and until `reset`, make steps without masks if every slot is filled.
+    def leave_out_masks_if_full(self) -> None:
+        """With `compileable=True`: until `reset`, steps are made without masks, if every slot is filled.
 
         A mask costs attention its fast kernel. Not decided anew at every step, or a graph would be compiled twice in the middle
         of a text: where steps begin before the cache is full, all of them have masks.
         """
         first = self._rings[0]
-        if isinstance(first, StaticSinkWindowLayer) and self._calls.tokens_until_full() <= new_tokens:
-            register_mask_functions()
+        if isinstance(first, StaticSinkWindowLayer) and not self._calls.tokens_until_full():
             self._no_mask = NoMask(first)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, Any]:
@@ -323,6 +325,8 @@ class SinkWindowCache(Cache):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        if self.compileable:
+            register_mask_functions()  # perhaps in another process
         for storage in self._storages():  # pickle makes two tensors of one that has two views
             storage.hold_again()
 

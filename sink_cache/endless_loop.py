@@ -48,7 +48,7 @@ def endless(
     Greedy decoding and sampling, with all of `generate()`'s logits processors and stopping criteria, and a `streamer`. It stops
     at an `eos_token_id` (if the model or the call has one), when a stopping criterion says so, after `max_new_tokens` or
     at `max_length`, if given; otherwise never. With `SinkWindowCache(..., compileable=True)`, steps of a full cache are
-    compiled where `generate()` would compile them, and run without masks.
+    compiled where `generate()` would compile them, and run without masks (with `sdpa` attention).
 
     Args:
         keep_tokens (`int`, *optional*): how many of the last tokens logits processors and stopping criteria see, and are

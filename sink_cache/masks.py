@@ -49,10 +49,10 @@ def chunk_mask(layer: SinkWindowLayer, queries: int) -> torch.Tensor:
 
 
 class NoMask:
-    """In place of the offset: a single query sees every key. (transformers itself leaves out masks where nothing is compiled.)
+    """In place of the offset: a single query sees every key, and needs no mask. (transformers does so where nothing is compiled.)
 
     Args:
-        layer (`StaticSinkWindowLayer`): knows the offset, which calls with several tokens still need.
+        layer (`StaticSinkWindowLayer`): knows the offset, for calls with several tokens and attention that has to have masks.
     """
 
     def __init__(self, layer: StaticSinkWindowLayer) -> None:
@@ -77,7 +77,9 @@ class _MaskFunction:
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         offset = kwargs.get("q_offset")
         if isinstance(offset, NoMask):
-            if kwargs["q_length"] == 1:
+            if (
+                kwargs["q_length"] == 1 and not self.additive
+            ):  # some models add to their scores what eager attention is given
                 return None
             offset = offset.layer.get_query_offset()
             kwargs["q_offset"] = offset.to(kwargs["device"]) if isinstance(offset, torch.Tensor) else offset

@@ -43,6 +43,7 @@ def save(cache: SinkWindowCache, path: str | os.PathLike[str]) -> None:
         "n_sink": cache.n_sink,
         "window": cache.window,
         "first_positions": cache._calls.first_positions,
+        "without_masks": not cache.compileable or cache._no_mask is not None,
         "model": cache._model_sizes,
         "layers": layers,
     }
@@ -114,7 +115,8 @@ def load(cache: SinkWindowCache, path: str | os.PathLike[str], model: PreTrained
     calls = fresh._calls
     calls.first_positions, calls.begun = tuple(header["first_positions"]), fresh.get_seq_length() > 0
     calls.positions_moved = True  # perhaps, and the next caller may not know
-    fresh.leave_out_masks_if_full()
+    if header.get("without_masks", True):  # or a graph that is there already would be of no use
+        fresh.leave_out_masks_if_full()
     vars(cache).update(vars(fresh))
 
 

@@ -58,7 +58,7 @@ class DevicePositions:
         if key not in self._turns:
             frequency = torch.tensor(rotation.frequency, dtype=torch.float64, device=device)
             partner = torch.tensor(rotation.partner, device=device)
-            cos_sin = torch.empty(2, len(partner), device=device)
+            cos_sin = torch.empty(2, len(partner), dtype=torch.float32, device=device)
             slots = torch.arange(layer.n_sink, device=device)
             self._turns[key] = Turn(_static(frequency), _static(partner), _static(cos_sin), _static(slots), layer)
         return self._turns[key]

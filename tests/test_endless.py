@@ -237,7 +237,8 @@ def test_steps_of_a_full_cache_have_no_mask(model_type: str, attention: str, mon
     go_on(model, tokens(5), SinkWindowCache(2, 8, compileable=True), max_new_tokens=20)
     until_full = 3 * (1 + 4)  # layers; the prompt and 4 tokens more: the next query takes the last slot
     assert all(masked[3:until_full])
-    assert not any(masked[until_full:])
+    # Eager attention has no faster kernel to win, and some models cannot do without.
+    assert set(masked[until_full:]) == {attention == "eager"}
     assert len(masked) == 3 * 20
 
 

@@ -2,13 +2,14 @@
 
 import copy
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
-from transformers import CompileConfig, PreTrainedModel
+from transformers import AttentionMaskInterface, CompileConfig, PreTrainedModel
 
 from sink_cache import SinkWindowCache, endless, stream
 from sink_cache.static import StaticSinkWindowLayer
@@ -137,6 +138,78 @@ def test_calls_with_several_tokens_keep_their_masks(model_type: str, tmp_path: P
     caches[1].reset()
     same(4, 1, 1, 3, 1, 1, 1, 1, 1)  # and steps have theirs again
     same(9, 1, 1)
+
+
+@pytest.fixture
+def _masks_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process in which there was no cache yet."""
+    for attention in ("sdpa", "eager"):
+        built = AttentionMaskInterface._global_mapping[attention]
+        monkeypatch.setitem(AttentionMaskInterface._global_mapping, attention, getattr(built, "build", built))
+
+
+@pytest.mark.usefixtures("_fresh_compiler", "_masks_of_transformers")
+def test_graphs_with_masks_outlive_those_without(llama: PreTrainedModel) -> None:
+    # Compiled by hand, a step makes its mask inside of the graph, which knows the function that makes it.
+    counter = CompileCounter()
+    compiled, graphs = torch.compile(llama, backend=counter, fullgraph=True), []
+    for prompt in (5, 20, 5):
+        cache = SinkWindowCache(3, 9, compileable=True)
+        with torch.no_grad():
+            llama(tokens(prompt), past_key_values=cache)
+            for _ in range(12):
+                compiled(tokens(1), past_key_values=cache)
+        graphs.append(counter.frame_count)
+    assert graphs == [1, 2, 2]
+
+
+def test_a_pickled_full_cache_in_another_process(llama: PreTrainedModel, request: pytest.FixtureRequest) -> None:
+    cache, expected = SinkWindowCache(3, 9, compileable=True), SinkWindowCache(3, 9)
+    with torch.no_grad():
+        for one in (cache, expected):
+            llama(tokens(20), past_key_values=one)
+    pickled = pickle.dumps(cache)
+    request.getfixturevalue("_masks_of_transformers")
+    logits = [one_by_one(llama, tokens(20), one) for one in (pickle.loads(pickled), expected)]
+    assert relative_error(*logits) <= TOLERANCE
+
+
+@pytest.mark.parametrize("first", [0, 5])
+def test_a_refused_call_does_not_fill_the_cache(llama: PreTrainedModel, first: int) -> None:
+    # Steps without masks would see the empty slots.
+    cache, input_ids = SinkWindowCache(3, 9, compileable=True), tokens(40)
+    with torch.no_grad():
+        for t in range(first):
+            llama(input_ids[:, t : t + 1], past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="inference only"):
+        llama(input_ids[:, first : first + 20], past_key_values=cache)
+    with torch.no_grad():
+        llama(input_ids[:, first:7], past_key_values=cache)
+    logits = one_by_one(llama, input_ids[:, 7:], cache)
+    assert relative_error(logits, streamed_logits(llama, input_ids, 3, 9)[:, 7:]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("model_type", ["modernbert-decoder", "gemma3_text"])
+@pytest.mark.parametrize("how", [{}, {"custom_generate": endless}])
+def test_eager_attention_has_its_mask(model_type: str, how: dict[str, Any]) -> None:
+    # Some models add it to their scores without asking whether there is one.
+    model = tiny_model(model_type)
+    model.set_attn_implementation("eager")
+    texts = [
+        greedy(model, tokens(20), SinkWindowCache(3, 4, compileable=compileable), 15, **how)
+        for compileable in (False, True)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_angles_are_float32_whatever_the_default(llama: PreTrainedModel) -> None:
+    cache = SinkWindowCache(3, 9, compileable=True)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        logits = one_by_one(llama, tokens(40), cache)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert relative_error(logits, streamed_logits(llama, tokens(40), 3, 9)) <= TOLERANCE
 
 
 def test_copies_stay_at_their_address_too() -> None:
