@@ -113,8 +113,8 @@ def arms_of(model: PreTrainedModel, args: argparse.Namespace) -> list[Arm]:
     return [arm for arm in arms if arm.name in args.arms]
 
 
-def calls(loaded: models.LoadedModel, args: argparse.Namespace, keep: Callable[[Any], None]) -> list[dict[str, Any]]:
-    """Return rows, one for each arm and context, with raw times of all rounds."""
+def calls(loaded: models.LoadedModel, args: argparse.Namespace, keep: Callable[[Any], None]) -> None:
+    """After each round, hand the rows to `keep`: one for each arm and context, with raw times of all rounds so far."""
     model, arms = loaded.model, arms_of(loaded.model, args)
     text = random_text(model, args)
     compiled = model.device.type == "cuda"
@@ -146,7 +146,6 @@ def calls(loaded: models.LoadedModel, args: argparse.Namespace, keep: Callable[[
             if turn:
                 summarize(rows)
                 keep(rows)
-    return rows
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> None:
@@ -282,10 +281,10 @@ def measure(
     print(title, flush=True)
 
     def keep(rows: list[dict[str, Any]]) -> None:
-        harness.write_json(path, result | {"rows": rows, "ratios": ratios(rows)})
+        result.update(rows=rows, ratios=ratios(rows))
+        harness.write_json(path, result)
 
-    result |= {"rows": calls(loaded, args, keep)}
-    result["ratios"] = ratios(result["rows"])
+    calls(loaded, args, keep)
     columns = ("arm", "compiled", "context", "median_ms", "p5_ms", "p95_ms", "call_ms", "warning")
     table = [[row[name] for name in columns] for row in result["rows"]]
     for line in table:
@@ -293,7 +292,6 @@ def measure(
     print(tabulate(table, columns, floatfmt=".3f"))
     columns = ("name", "context", "value", "low", "high", "note")
     print(tabulate([[ratio.get(name) for name in columns] for ratio in result["ratios"]], columns, floatfmt=".3f"))
-    harness.write_json(path, result)
     if args.profile:
         result["kernels"] = kernels_of(loaded, args)
         print(tabulate(by_kind(result["kernels"]), "keys", floatfmt=".4f"))

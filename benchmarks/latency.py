@@ -17,7 +17,7 @@ weights, so random ones of a named shape are the default, and no hub is asked. A
                         not depend on N and is measured once, at the first N of at least `capacity`
 
 Eager steps are plain `model(token, past_key_values=cache)`. Compiled ones (`--compile`; static and sink) are the steps of
-`generate()`: `prepare_inputs_for_generation`, which builds the mask, then `model.get_compiled_call`.
+`generate()`: `prepare_inputs_for_generation`, which builds the mask if there is one, then `model.get_compiled_call`.
 
 How it is measured: each arm is warmed up by count and by time; then, at each N, all arms take turns, a few steps each, in
 `--rounds` rounds, so that drift of the machine hits all alike. The garbage collector is off. Before each turn an arm goes back to

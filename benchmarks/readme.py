@@ -90,7 +90,6 @@ def kernels(folder: Path) -> Iterator[dict[str, str]]:
     }
     for result in results("endless", folder):
         for sums in by_kind(result.get("kernels", {})):
-            whole = next(row for row in result["rows"] if row["arm"] == sums["arm"])
             numbers = {name: figure(sums[name]) for name in ("attention", "matrix products", "cache", "other")}
             yield {
                 "shape": shape(result),
@@ -98,7 +97,7 @@ def kernels(folder: Path) -> Iterator[dict[str, str]]:
                 "kernels": f"{sums['kernels']:.0f}",
                 **numbers,
                 "all kernels": figure(sums["all"]),
-                "whole step": median(whole),
+                "whole step": median(cell(result["rows"], arm=sums["arm"])),
                 "reading the weights": figure(floors.get(shape(result))),
             }
 

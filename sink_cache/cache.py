@@ -212,7 +212,7 @@ class SinkWindowCache(Cache):
             if layer.storage is None and layer.position and not self.compileable:
                 share_storage(self._rings)
         attended = layer.update(key_states, value_states, *args, **kwargs)
-        if key_states.shape[2] > 1 and layer is self._rings[-1]:
+        if self.compileable and key_states.shape[2] > 1 and layer is self._rings[-1]:
             self.leave_out_masks_if_full()
         return attended
 

@@ -77,9 +77,8 @@ class _MaskFunction:
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         offset = kwargs.get("q_offset")
         if isinstance(offset, NoMask):
-            if (
-                kwargs["q_length"] == 1 and not self.additive
-            ):  # some models add to their scores what eager attention is given
+            # Some models add to their scores whatever eager attention is given.
+            if kwargs["q_length"] == 1 and not self.additive:
                 return None
             offset = offset.layer.get_query_offset()
             kwargs["q_offset"] = offset.to(kwargs["device"]) if isinstance(offset, torch.Tensor) else offset

@@ -223,10 +223,9 @@ def test_the_model_is_left_as_it_was(model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(
-    "model_type", ["llama", "gemma3_text"]
-)  # the sliding layers of the second are full after 8 tokens
-def test_steps_of_a_full_cache_have_no_mask(model_type: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_steps_of_a_full_cache_have_no_mask(model_type: str, attention: str) -> None:
+    # The sliding layers of the second are full after 8 tokens.
     model = tiny_model(model_type)
     model.generation_config.eos_token_id = None
     model.set_attn_implementation(attention)
