@@ -164,14 +164,14 @@ def random_text(model: PreTrainedModel, args: argparse.Namespace) -> torch.Tenso
 
 
 def kernels_of(loaded: models.LoadedModel, args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Return for each arm but dense the kernels of a step, the longest first: what a longer call has more of than a short one."""
+    """Return by `label`, for each arm but dense, the kernels of a step, the longest first: what a longer call has more of."""
     model, clock = loaded.model, harness.Clock(loaded.model.device)
     text, found = random_text(model, args), {}
     longest = min(PROFILED_TOKENS, args.new_tokens)
     lengths = longest // 3, longest
     steps = lengths[1] - lengths[0]
     for arm in arms_of(model, args):
-        if arm.name == "dense" or arm.name in found:
+        if arm.name == "dense":
             continue
         short, long = (
             harness.kernel_times(partial(arm.call, model, text, tokens, args.capacity), clock) for tokens in lengths
@@ -182,8 +182,13 @@ def kernels_of(loaded: models.LoadedModel, args: argparse.Namespace) -> dict[str
             if times > before[0]:
                 per_step = {"times": (times - before[0]) / steps, "ms": (ms - before[1]) / steps}
                 rows.append({"kernel": name[:200], **per_step})
-        found[arm.name] = sorted(rows, key=lambda row: -row["ms"])
+        found[label(arm.name, arm.context, args.contexts[0])] = sorted(rows, key=lambda row: -row["ms"])
     return found
+
+
+def label(arm: str, context: int, first: int) -> str:
+    """Return the name of an arm, with its context if that is another than the `first`."""
+    return f"{arm} after {context:,}" if arm == "sink" and context != first else arm
 
 
 def kind_of(kernel: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from .endless import by_kind
+from .endless import by_kind, label
 from .harness import MIB, Parser, is_inconclusive, read_json, run
 
 ROOT = Path(__file__).parents[1]
@@ -82,22 +82,31 @@ def calls(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def kernels(folder: Path) -> Iterator[dict[str, str]]:
-    """Yield the rows of the table of what the GPU does in a step of `generate()`; floors are of the same shape's single steps."""
+    """Yield the rows of the table of what the GPU does in a step of `generate()`.
+
+    Floors are of the same shape's single steps. Shapes whose kernels are known only of a version that built masks follow.
+    """
     floors = {
         shape(result): 1e3 * machine["step_weight_bytes"] / machine["copy_bytes_per_s"]
         for result in results("latency", folder)
         if (machine := result["machine"])
     }
-    for result in results("endless", folder):
-        for sums in by_kind(result.get("kernels", {})):
+    profiled = [result for result in results("endless", folder) if "kernels" in result]
+    known = {shape(result) for result in profiled}
+    masked = [result for result in results("endless", folder / "with-masks") if shape(result) not in known]
+    for result in profiled + [result for result in masked if "kernels" in result]:
+        first = result["protocol"]["contexts"][0]
+        rows = {label(row["arm"], row["context"], first): row for row in result["rows"]}
+        for sums in by_kind(result["kernels"]):
             numbers = {name: figure(sums[name]) for name in ("attention", "matrix products", "cache", "other")}
+            with_mask = result in masked and sums["arm"] == "sink"
             yield {
                 "shape": shape(result),
-                "step": sums["arm"],
+                "step": sums["arm"] + (" with masks" if with_mask else ""),
                 "kernels": f"{sums['kernels']:.0f}",
                 **numbers,
                 "all kernels": figure(sums["all"]),
-                "whole step": median(cell(result["rows"], arm=sums["arm"])),
+                "whole step": median(rows[sums["arm"]]),
                 "reading the weights": figure(floors.get(shape(result))),
             }
 
