@@ -90,7 +90,7 @@ class SinkWindowCache(Cache):
         self._model_sizes: dict[str, Any] = {}
         self._looks, self._prepared_for = True, 0  # the id of the text model that last was looked at
         self._rings: list[SinkWindowLayer] = []  # those of the layers that are ours
-        self._first = 0  # the index of the first of them
+        self._first = 0  # the index of the first layer that takes in tokens: of ours, or natively sliding
         self._calls = Calls()
         self._exact = False
         self._no_mask: NoMask | None = None  # see `leave_out_masks_if_full`
@@ -168,7 +168,6 @@ class SinkWindowCache(Cache):
         recording = any(ring.record_past for ring in self._rings)
         self._layers = layers_for(config, scheme, self.n_sink, self.window, compileable=self.compileable)
         self._rings = [layer for layer in self._layers if isinstance(layer, SinkWindowLayer)]
-        self._first = self._layers.index(self._rings[0])
         for ring in self._rings:
             ring.exact_chunks, ring.record_past = self._exact, recording
         self._no_mask = None
@@ -182,6 +181,7 @@ class SinkWindowCache(Cache):
             getattr(config, "max_position_embeddings", None),
             in_chunks=getattr(config, "attention_chunk_size", None) is not None,
         )
+        self._first = self._layers.index(self._calls.ends[0])
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -204,34 +204,32 @@ class SinkWindowCache(Cache):
                 "this SinkWindowCache cannot see a transformers model among its callers. Pass "
                 "SinkWindowCache(..., config=model.config)."
             )
+        if layer_idx == self._first or not self._calls.begun:
+            self._begin_call(key_states.shape[2])
         layer = self._layers[layer_idx]
-        if isinstance(layer, SinkWindowLayer):
-            if layer_idx == self._first:
-                self._begin_call(key_states.shape[2])
-                layer = self._layers[layer_idx]
-            if layer.storage is None and layer.position and not self.compileable:
-                share_storage(self._rings)
+        if not self.compileable and isinstance(layer, SinkWindowLayer) and layer.storage is None and layer.position:
+            share_storage(self._rings)
         attended = layer.update(key_states, value_states, *args, **kwargs)
         if self.compileable and key_states.shape[2] > 1 and layer is self._rings[-1]:
             self.leave_out_masks_if_full()
         return attended
 
     def _begin_call(self, new_tokens: int) -> None:
-        """All that has to be right before the first of our layers takes in the tokens of a call."""
+        """All that has to be right before the first layer takes in the tokens of a call."""
         first = self._rings[0]
         seen = first.get_seq_length()
-        self._calls.refuse_interrupted(new_tokens)
+        self._calls.refuse_interrupted()
         is_step = seen > max((0, *first.pads)) and new_tokens == 1
         if is_step and not self.compileable and not self._calls.must_read_positions():  # else `update` has asked
             return
         if seen == 0:
             # The cache may have been prepared for another model: by config=, or in its life before a reset.
-            prepared, pads, layers_before = self._layers, first.pads, self._first
+            prepared, pads = self._layers, first.pads
             self._look_for_the_model()
-            if self._layers is not prepared and max(layers_before, self._first) > 0:
+            if self._layers is not prepared and self._first > 0:
                 raise ValueError(
-                    "this cache was made for another model, and layers before the first of ours have used it already. "
-                    "Make a new SinkWindowCache for each model."
+                    "this cache was made for another model, and recurrent layers of this one have used it already. Make a new "
+                    "SinkWindowCache for each model."
                 )
             self._calls.set_pads(pads)
         else:
@@ -564,7 +562,7 @@ class SinkWindowCache(Cache):
         furthest = max(ring.capacity for ring in self._rings)
         by = max(0, first.position - furthest - max((*first.pads, 0))) // self.rebase_step * self.rebase_step
         if by:
-            self._calls.refuse_interrupted(0)
+            self._calls.refuse_interrupted()
             windows = [(ring.keys[:, :, ring.n_sink :], ring.rotation) for ring in self._rings]
             windows += [(self._layers[index].keys, self._scheme.sliding[index]) for index in others]
             with self._calls.changing_layers(), torch.inference_mode():  # in which any tensor can be written to

@@ -49,7 +49,7 @@ class Calls:
         attention = [layer for layer in layers if isinstance(layer, (SinkWindowLayer, DynamicSlidingWindowLayer))]
         self._rings = [layer for layer in attention if isinstance(layer, SinkWindowLayer)]
         self._sliding = [layer for layer in attention if isinstance(layer, DynamicSlidingWindowLayer)]
-        self._ends = attention[:1] + attention[-1:]
+        self.ends = attention[:1] + attention[-1:]
         self._masks_unread = self._positions_unread = 0
         self.reset()
 
@@ -59,7 +59,7 @@ class Calls:
         self.first_positions: tuple[int, ...] = (0,)
 
     def begin(self, new_tokens: int, offsets: dict[bool, ChunkOffset], *, looks: bool) -> None:
-        """Tokens are about to go into the first of the rings.
+        """Tokens are about to go into the first layer.
 
         Args:
             new_tokens (`int`): how many.
@@ -94,16 +94,14 @@ class Calls:
                     "each query sees its own copy of the sinks, and only these masks can say so."
                 )
 
-    def refuse_interrupted(self, new_tokens: int) -> None:
-        """Wherever a forward was interrupted, one end of the cache shows it; `new_tokens`: what rings have not yet seen."""
-        first, (head, tail) = self._rings[0], self._ends
-        seen = first.get_seq_length()
-        if (
-            self._half_done
-            or (isinstance(first, StaticSinkWindowLayer) and first.positions.unfinished)
-            or head.get_seq_length() != (seen if head is first else seen + new_tokens)
-            or tail.get_seq_length() != seen
-        ):
+    def refuse_interrupted(self) -> None:
+        """Wherever a forward was interrupted, one end of the cache shows it."""
+        first, (head, tail) = self._rings[0], self.ends
+        if isinstance(first, StaticSinkWindowLayer):
+            half_way = first.positions.unfinished  # as one position is that of all
+        else:
+            half_way = not head.get_seq_length() == first.get_seq_length() == tail.get_seq_length()
+        if self._half_done or half_way:
             raise ValueError(
                 "the layers of this cache have seen different numbers of tokens: a forward was interrupted. Call reset()."
             )
@@ -160,7 +158,10 @@ class Calls:
 
     def tokens_until_full(self) -> int:
         """How many more tokens until every row of every ring is full, and no layer shows pads any more."""
-        until_full = [-min(ring.evicted_before_query()) for ring in self._rings]
+        # A compileable ring waits for the device here, and those of one size would answer the same.
+        until_full = [
+            -min(ring.evicted_before_query()) for ring in {ring.capacity: ring for ring in self._rings}.values()
+        ]
         # transformers' own sliding layers may be longer than ours.
         if pads := max((0, *self._rings[0].pads)):
             if self._in_chunks:
@@ -179,7 +180,7 @@ class Calls:
             self._note_padding(mask)
         if first.is_compileable and new_tokens == 1:
             return  # what follows would wait, too
-        self.refuse_interrupted(0)
+        self.refuse_interrupted()
         if mask is None and first.pads and self.tokens_until_full():
             raise ValueError(
                 "rows of this cache began with padding that is not yet out of sight, so that every call needs the "

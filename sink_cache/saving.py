@@ -31,7 +31,7 @@ def save(cache: SinkWindowCache, path: str | os.PathLike[str]) -> None:
     """See `SinkWindowCache.save`."""
     if not any(isinstance(layer, SinkWindowLayer) and layer.is_initialized for layer in cache.layers):
         raise ValueError("there is nothing to save: no model has used this cache yet")
-    cache._calls.refuse_interrupted(0)
+    cache._calls.refuse_interrupted()
     tensors: dict[str, torch.Tensor] = {}
     layers = []
     for index, layer in enumerate(cache.layers):

@@ -137,6 +137,7 @@ class StaticSinkWindowLayer(SinkWindowLayer):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             self._at_most += key_states.shape[2]
+            self.positions.host = self.position  # or all layers would wait for the device, time and again
             self.sinks_complete = self.position + key_states.shape[2] >= self.n_sink
             self.positions.unfinished = True
             attended = self._update_several(key_states, value_states)

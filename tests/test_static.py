@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionMaskInterface, CompileConfig, PreTrainedModel
 
 from sink_cache import SinkWindowCache, endless, stream
@@ -295,6 +296,31 @@ def test_other_shapes_after_reset(llama: PreTrainedModel) -> None:
         logits = torch.cat([first, one_by_one(llama, input_ids[:, 4:], cache)], dim=1)
         assert relative_error(logits, streamed_logits(llama, input_ids, 3, 5)) <= TOLERANCE
         cache.reset()
+
+
+class _Waits(TorchDispatchMode):
+    """Counts how often the value of a tensor is asked for, which waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("new", [1, 7])
+def test_more_layers_wait_no_more_often(new: int) -> None:
+    counts = []
+    for layers in (2, 5):
+        model, cache = tiny_model("llama", layers=layers), SinkWindowCache(4, 8, compileable=True)
+        with torch.no_grad():
+            model(tokens(20), past_key_values=cache)
+            with _Waits() as waits:
+                model(tokens(new), past_key_values=cache)
+        counts.append(waits.count)
+    assert counts[0] == counts[1] <= 10
 
 
 @pytest.mark.parametrize("retry", [4, 1])
