@@ -544,8 +544,8 @@ def test_a_model_of_another_kind_after_reset(model_type: str, other_type: str) -
         model(tokens(20), past_key_values=cache)
         cache.reset()
         if other_type == "qwen3_next":
-            # The first says transformers, of layers that are not recurrent.
-            with pytest.raises(ValueError, match=r"Cannot get conv state|Make a new SinkWindowCache for each model"):
+            ours = model_type == other_type  # else transformers finds that the layers are not recurrent
+            with pytest.raises(ValueError, match="Make a new SinkWindowCache for each model" if ours else None):
                 other(tokens(20), past_key_values=cache)
         else:
             found = other(tokens(20), past_key_values=cache).logits
