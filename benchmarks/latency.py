@@ -78,8 +78,8 @@ MAX_TURN_S = 2.0  # a slower arm takes fewer steps in its turn
 EVENT_STEPS = PROFILED_STEPS = 5
 NEW_LENGTHS = 8  # steps at lengths that the process has never seen
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {"longest": 4096, "capacities": [256], "compile": False, "dtype": "float32", "rounds": 12},
-    "cuda": {"longest": 32768, "capacities": [1024], "compile": True, "dtype": "bfloat16", "rounds": 8},
+    "cpu": {"longest": 4096, "capacities": [256], "compile": False, "rounds": 12},
+    "cuda": {"longest": 32768, "capacities": [1024], "compile": True, "rounds": 8},
 }
 
 
@@ -532,14 +532,11 @@ def measure_model(
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure each model, print its tables, and write its result file and plots; see the module docstring."""
     args = parse(argv)
-    folder = harness.output_folder(args.output)
-    device = harness.choose_device(args.device)
+    folder, device, dtype, sdpa = harness.set_up(args)
     fill_in_defaults(args, device)
-    dtype = harness.parse_dtype(args.dtype)
     for shape in args.random_weights:
         models.shape_config(shape)  # refuse a wrong name before the first is measured
     transformers.utils.logging.disable_progress_bar()
-    sdpa = harness.choose_sdpa(args.sdpa_backend)
     # Each length is compiled by itself, as in a process that has only this one; and none falls back to eager silently.
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.config.recompile_limit = 1000
@@ -551,7 +548,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             loaded = models.load(name, dtype, device, attn_implementation=attention)
         else:
             loaded = models.random_model(name, dtype, device, attn_implementation=attention)
-        title = f"decoding with {loaded.name}, {str(dtype).removeprefix('torch.')}, {harness.device_name(device)}"
+        dtype_name = str(dtype).removeprefix("torch.")
+        title = f"decoding with {loaded.name}, {dtype_name}, {harness.device_name(device)}"
         result = harness.header(
             "latency",
             title,
@@ -569,7 +567,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ratios=[],
             rows=[],
         )
-        path = folder / f"{harness.file_stem('latency', loaded.name, device.type, args.dtype)}.json"
+        path = folder / f"{harness.file_stem('latency', loaded.name, device.type, dtype_name)}.json"
         print(result["title"], flush=True)
         try:
             measure_model(args, loaded, result, lambda: harness.write_json(path, result))  # noqa: B023

@@ -1,5 +1,6 @@
 """What the harnesses share: devices, memory, statistics, result files, errors."""
 
+import argparse
 import json
 import time
 from pathlib import Path
@@ -178,3 +179,14 @@ def test_shapes_are_those_of_the_published_models(shape: str, parameters: int) -
     assert loaded.description["parameters"] == parameters
     assert loaded.description["weight_bytes"] == 2 * parameters
     assert loaded.trained_context == (4096 if shape.startswith("llama") else 2048)
+
+
+@pytest.mark.parametrize("device, dtype", [("cuda", torch.bfloat16), ("mps", torch.float32), ("cpu", torch.float32)])
+def test_the_dtype_is_that_of_the_device(
+    device: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "choose_device", lambda name: torch.device(name))
+    args = argparse.Namespace(output=tmp_path, device=device, dtype=None, sdpa_backend="auto")
+    folder, chosen, found, _ = harness.set_up(args)
+    assert (folder, chosen.type, found) == (tmp_path, device, dtype)
+    assert harness.set_up(argparse.Namespace(**vars(args) | {"dtype": "float16"}))[2] == torch.float16
