@@ -222,8 +222,7 @@ def ratio_of_calls(above: Sequence[float], below: Sequence[float]) -> dict[str, 
     value = float(np.median(above) / np.median(below))
     low, high = min(above) / max(below), max(above) / min(below)
     doubtful = len(above) < 2 or (high - low) / value > harness.WIDEST_INTERVAL
-    note = f"{harness.NO_CONCLUSION}the spread is too wide" if doubtful else ""
-    return {"value": value, "low": low, "high": high, "note": note}
+    return {"value": value, "low": low, "high": high, "note": harness.TOO_WIDE if doubtful else ""}
 
 
 def by_kind(kernels: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -57,6 +57,7 @@ MAX_MISSES = 4
 WIDEST_STD, WIDEST_PERCENTILES, WIDEST_INTERVAL = 0.2, 0.5, 0.2
 FEWEST_ROUNDS = 4  # for an interval that is made by resampling them
 NO_CONCLUSION = "no conclusion: "
+TOO_WIDE = f"{NO_CONCLUSION}the spread is too wide"
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -548,7 +549,7 @@ def ratio_of_rounds(above: Sequence[Sequence[float]], below: Sequence[Sequence[f
     if len(above) < FEWEST_ROUNDS:
         note = f"{NO_CONCLUSION}{len(above)} round(s) are too few for an interval"
     elif any(spread_warning(side) for side in flat) or (high - low) / value > WIDEST_INTERVAL:
-        note = f"{NO_CONCLUSION}the spread is too wide"
+        note = TOO_WIDE
     elif low <= 1 <= high:
         note = "no difference can be told"
     return {"value": value, "low": low, "high": high, "note": note}
