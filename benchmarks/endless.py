@@ -11,6 +11,8 @@ rounds, greedy and without an end-of-text token. Arms:
     endless    the same cache in `custom_generate=sink_cache.endless`, after a prompt of the first context
 
 `step_ms` are times between tokens, taken where a streamer gets them (which waits for the device), after the first 16 tokens;
+`prompt_ms` the time to the first of these (of `sink` after a long prompt, which is read before, that of its last token), and
+`warm_up_ms` from there to the sixteenth, in which endless captures its graph;
 `call_ms` is the time of a whole call of `--call-tokens` without a streamer, prompt included, per new token (dense and endless,
 in the first two rounds). The prompt of `static` is as long as its capacity allows. With `--profile` (CUDA) the kernels of a step
 follow, as `kernels`: those that a call of 48 tokens (or `--new-tokens`) has more of than one of a third of that.
@@ -63,9 +65,12 @@ class StepTimes(BaseStreamer):
     def end(self) -> None:
         """Nothing is left to do."""
 
-    def step_ms(self) -> list[float]:
-        """Times between tokens, without the first ones."""
-        return [round(1e3 * t, 4) for t in np.diff(self.moments)[WARM_UP_TOKENS:]]
+    def add_to(self, row: dict[str, Any]) -> None:
+        """Add the times of a call to those of others: of the prompt, of the first tokens, and of each token after them."""
+        times = [round(1e3 * t, 4) for t in np.diff(self.moments)]
+        row["prompt_ms"].append(times[0])
+        row["warm_up_ms"].append(sum(times[1:WARM_UP_TOKENS]))
+        row["step_ms"].append(times[WARM_UP_TOKENS:])
 
 
 @dataclass
@@ -122,6 +127,8 @@ def calls(loaded: models.LoadedModel, args: argparse.Namespace, keep: Callable[[
         {"arm": arm.name, "compiled": compiled and arm.name != "dense", "context": arm.context}
         | {
             "capacity": args.capacity,
+            "prompt_ms": [],
+            "warm_up_ms": [],
             "step_ms": [],
             "call_ms": [],
             "n_sink": args.n_sink,
@@ -137,7 +144,7 @@ def calls(loaded: models.LoadedModel, args: argparse.Namespace, keep: Callable[[
                 times = StepTimes()
                 arm.call(model, text, args.new_tokens, args.capacity, streamer=times)
                 if turn:
-                    row["step_ms"].append(times.step_ms())
+                    times.add_to(row)
                 if arm.name in ("dense", "endless") and 1 <= turn <= CALL_ROUNDS:
                     start = clock.now()
                     arm.call(model, text, args.call_tokens, args.capacity)
@@ -289,10 +296,21 @@ def measure(
         harness.write_json(path, result)
 
     calls(loaded, args, keep)
-    columns = ("arm", "compiled", "context", "median_ms", "p5_ms", "p95_ms", "call_ms", "warning")
+    columns = (
+        "arm",
+        "compiled",
+        "context",
+        "median_ms",
+        "p5_ms",
+        "p95_ms",
+        "prompt_ms",
+        "warm_up_ms",
+        "call_ms",
+        "warning",
+    )
     table = [[row[name] for name in columns] for row in result["rows"]]
     for line in table:
-        line[6] = float(np.median(line[6])) if line[6] else None
+        line[6:9] = [float(np.median(times)) if times else None for times in line[6:9]]
     print(tabulate(table, columns, floatfmt=".3f"))
     columns = ("name", "context", "value", "low", "high", "note")
     print(tabulate([[ratio.get(name) for name in columns] for ratio in result["ratios"]], columns, floatfmt=".3f"))

@@ -47,8 +47,10 @@ def test_what_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     arms = [("dense", 20), ("static", 21), ("sink", 20), ("sink", 50), ("endless", 20)]
     assert [(row["arm"], row["context"]) for row in result["rows"]] == arms
     for row in result["rows"]:
-        # Of 18 tokens there are 17 intervals (the first moment is the prompt's), and 16 are warm-up.
+        # Of 18 tokens, the first comes after the prompt, and 15 are warm-up.
         assert [len(turn) for turn in row["step_ms"]] == [2, 2]
+        assert len(row["prompt_ms"]) == 2
+        assert min(row["warm_up_ms"]) > 10 * min(map(min, row["step_ms"]))
         assert len(row["call_ms"]) == (2 if row["arm"] in ("dense", "endless") else 0)
         assert min(map(min, row["step_ms"])) <= row["median_ms"] <= max(map(max, row["step_ms"]))
     names = {(one["name"], one["context"]) for one in result["ratios"]}
