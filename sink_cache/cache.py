@@ -16,7 +16,14 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionC
 
 from . import saving
 from .calls import Calls
-from .discovery import calling_model, class_for_config, padding_mask_of_caller, shows_blocks_of_tokens, text_model
+from .discovery import (
+    calling_model,
+    class_for_config,
+    generate_call,
+    padding_mask_of_caller,
+    shows_blocks_of_tokens,
+    text_model,
+)
 from .layers import kinds_of_layers, layers_for
 from .masks import KNOWN_TO, ChunkOffset, NoMask, register_mask_functions
 from .ring import SharedStorage, SinkWindowLayer, share_storage
@@ -102,11 +109,12 @@ class SinkWindowCache(Cache):
             model_class, text_config = class_for_config(config)
             self._make_layers(text_config, _scheme_of(model_class, text_config, {}))
 
-    # The layers depend on the model, and the model shows itself only when it first uses the cache, so look then.
+    # The layers depend on the model, and the model shows itself only when it first uses the cache, so look then: before any
+    # recurrent layer has kept something here.
     @property
     def layers(self) -> list[Any]:
         """One cache layer for each layer of the model; empty until a model has used the cache."""
-        if not self._layers:
+        if not self._layers or not (torch.compiler.is_compiling() or self._prepared_for or self._calls.begun):
             self._look_for_the_model()
         return self._layers
 
@@ -189,44 +197,58 @@ class SinkWindowCache(Cache):
         """Stores the new keys and values of one layer and returns those to attend to; see `SinkWindowLayer.update`."""
         layers = self._layers
         attended: tuple[torch.Tensor, torch.Tensor]
-        if (
+        is_static_step = (
             (self.compileable and key_states.shape[2] == 1 and self._calls.begun and layers[layer_idx].is_initialized)
             and not layers[self._first].positions.unfinished
             and (torch.compiler.is_compiling() or layer_idx != self._first or not self._calls.must_read_positions())
-        ):
-            attended = layers[layer_idx].update(key_states, value_states)
-            return attended
+        )
         if torch.compiler.is_compiling():
-            attended = self._outside_of_graphs(self.update, key_states, value_states, layer_idx, *args, **kwargs)
+            if is_static_step:
+                attended = layers[layer_idx].update(key_states, value_states)
+            else:
+                attended = self._outside_of_graphs(self.update, key_states, value_states, layer_idx, *args, **kwargs)
             return attended
-        if not layers and not self.layers:
+        try:
+            layer = layers[layer_idx] if is_static_step else self._layer_for(key_states, value_states, layer_idx)
+            attended = layer.update(key_states, value_states, *args, **kwargs)
+        except BaseException:
+            self._end_refused_call(layer_idx)
+            raise
+        if self.compileable and key_states.shape[2] > 1 and layer is self._rings[-1]:
+            self.leave_out_masks_if_full()
+        return attended
+
+    def _layer_for(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> Any:
+        """The layer that takes in these tokens, when all has been done that comes before."""
+        if not self._layers and not self.layers:
             raise ValueError(
                 "this SinkWindowCache cannot see a transformers model among its callers. Pass "
                 "SinkWindowCache(..., config=model.config)."
             )
         if layer_idx == self._first or not self._calls.begun:
-            self._begin_call(key_states.shape[2])
+            self._begin_call(key_states, value_states)
         layer = self._layers[layer_idx]
         if not self.compileable and isinstance(layer, SinkWindowLayer) and layer.storage is None and layer.position:
             share_storage(self._rings)
-        attended = layer.update(key_states, value_states, *args, **kwargs)
-        if self.compileable and key_states.shape[2] > 1 and layer is self._rings[-1]:
-            self.leave_out_masks_if_full()
-        return attended
+        return layer
 
-    def _begin_call(self, new_tokens: int) -> None:
+    def _begin_call(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """All that has to be right before the first layer takes in the tokens of a call."""
-        first = self._rings[0]
+        first, new_tokens = self._rings[0], key_states.shape[2]
         seen = first.get_seq_length()
         self._calls.refuse_interrupted()
         is_step = seen > max((0, *first.pads)) and new_tokens == 1
+        if (
+            not is_step or first is not self._layers[self._first]
+        ):  # else it is the first to see them, and checks them itself
+            first.check_first(key_states, value_states, seen)
         if is_step and not self.compileable and not self._calls.must_read_positions():  # else `update` has asked
             return
         if seen == 0:
             # The cache may have been prepared for another model: by config=, or in its life before a reset.
             prepared, pads = self._layers, first.pads
             self._look_for_the_model()
-            if self._layers is not prepared and self._first > 0:
+            if self._layers is not prepared and self._has_recurrent_layers(self._first):
                 raise ValueError(
                     "this cache was made for another model, and recurrent layers of this one have used it already. Make a new "
                     "SinkWindowCache for each model."
@@ -238,6 +260,15 @@ class SinkWindowCache(Cache):
         self._calls.begin(new_tokens, offsets, looks=self._looks)
         if self._rings[0].record_past:
             self._record(new_tokens)
+
+    def _has_recurrent_layers(self, last: int) -> bool:
+        return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self._layers[: last + 1])
+
+    def _end_refused_call(self, layer_idx: int) -> None:
+        if self._has_recurrent_layers(layer_idx):
+            self._calls.abandon()  # these have taken in the tokens already
+        if self._looks and generate_call():
+            self._stop_recording()  # which generate() begins anew in each call that needs it
 
     def leave_out_masks_if_full(self) -> None:
         """With `compileable=True`: until `reset`, steps are made without masks, if every slot is filled.
@@ -261,8 +292,6 @@ class SinkWindowCache(Cache):
             sizes: tuple[int, int] = self._outside_of_graphs(self.get_mask_sizes, query_length, layer_idx)
             return sizes
         if self.layers and not torch.compiler.is_compiling():
-            if static and not self._calls.begun:
-                self._look_for_the_model()  # the sizes are those of the layers that it will use
             self._calls.begin_masks(padding_mask_of_caller(), query_length)
             if self.compileable and shows_blocks_of_tokens():
                 raise NotImplementedError(
@@ -364,6 +393,11 @@ class SinkWindowCache(Cache):
         for other in self._layers:
             if not isinstance(other, SinkWindowLayer) and hasattr(other, "activate_past_recording"):
                 other.activate_past_recording()
+
+    def _stop_recording(self) -> None:
+        for layer in self._layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
 
     def _record(self, new_tokens: int) -> None:
         position = self._rings[0].position
@@ -598,9 +632,8 @@ class SinkWindowCache(Cache):
         self._calls.reset()
         self._chunk_offsets, self._no_mask = {}, None
         self._set_exact(False)
-        for layer in self._layers:
-            if hasattr(layer, "record_past"):
-                layer.record_past = False
+        self._stop_recording()
+        self._prepared_for = 0  # for the next text another model may use the cache
 
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Not supported: the cache is small and stays on its device."""

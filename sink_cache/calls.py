@@ -109,13 +109,14 @@ class Calls:
     @contextmanager
     def changing_layers(self) -> Iterator[None]:
         """Within, layers change one after the other; if something stops that half-way, every later call is refused."""
-        begun, self.begun, self._half_done = (
-            self.begun,
-            False,
-            True,
-        )  # steps that are not checked are of a text that has begun
+        begun = self.begun
+        self.abandon()
         yield
         self.begun, self._half_done = begun, False
+
+    def abandon(self) -> None:
+        """Some layers are ahead of others: every later call is refused, until `reset`."""
+        self.begun, self._half_done = False, True  # steps that are not checked are of a text that has begun
 
     def _refuse_gaps(self, position_ids: torch.Tensor | None, seen: int, new_tokens: int) -> None:
         """Sinks move by the number of evicted tokens, so positions must count tokens."""
@@ -138,8 +139,8 @@ class Calls:
         known = self.first_positions * (len(starts) // len(self.first_positions) or 1)
         begins = [seen <= row_pads for row_pads in first.pads or (0,) * len(starts)]
         starts = [now if begin else before for now, begin, before in zip(starts, begins, known, strict=False)]
-        self.first_positions = tuple(starts) if len(set(starts)) > 1 else (starts[0],)
-        counted = counted + torch.tensor(self.first_positions)[:, None]
+        first_positions = tuple(starts) if len(set(starts)) > 1 else (starts[0],)
+        counted = counted + torch.tensor(first_positions)[:, None]
         if not ((given == counted) | (index < pads)).all():
             raise NotImplementedError(
                 f"SinkWindowCache needs positions that rise by one with every token of a row, from "
@@ -147,6 +148,7 @@ class Calls:
                 "text, call reset(); after stream() of a prompt, generate() needs one token more than was streamed; after "
                 "rebase(), use next_position_ids(); images and packed texts are not supported."
             )
+        self.first_positions = first_positions
 
     def must_read_positions(self) -> bool:
         """Whether to look at the positions of a step: to read them means to walk up the stack, and to wait for a GPU."""
@@ -181,7 +183,9 @@ class Calls:
         if first.is_compileable and new_tokens == 1:
             return  # what follows would wait, too
         self.refuse_interrupted()
-        if mask is None and first.pads and self.tokens_until_full():
+        if mask is None and first.pads and not first.get_seq_length():
+            self.set_pads(())  # of a call that was refused
+        elif mask is None and first.pads and self.tokens_until_full():
             raise ValueError(
                 "rows of this cache began with padding that is not yet out of sight, so that every call needs the "
                 "attention_mask of the whole text, as the first one did."

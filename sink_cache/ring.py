@@ -241,11 +241,7 @@ class SinkWindowLayer(CacheLayerMixin):
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Refuses what would go wrong, before anything is changed."""
-        if key_states.requires_grad or value_states.requires_grad:
-            raise NotImplementedError(
-                "SinkWindowCache is for inference only: it writes in place, and an endless stream would be an endless "
-                "graph. Call the model under torch.no_grad() or torch.inference_mode()."
-            )
+        self._refuse_gradients(key_states, value_states)
         if not self.is_initialized and key_states.shape[-1] != len(self.rotation.partner):
             raise NotImplementedError(
                 f"SinkWindowCache expected keys of head_dim {len(self.rotation.partner)} from this model's config, but got "
@@ -257,13 +253,32 @@ class SinkWindowLayer(CacheLayerMixin):
         (batch_size, num_heads, _, head_dim), held = key_states.shape, self.keys.shape
         given = (batch_size, num_heads, head_dim, key_states.dtype, value_states.dtype, key_states.device)
         expected = (held[0], held[1], held[3], self.dtype, self.values.dtype, self.device)
-        if given != expected:
-            names = ("batch size", "number of key-value heads", "head_dim", "dtype", "value dtype", "device")
-            wrong = next(i for i in range(len(names)) if given[i] != expected[i])
-            raise ValueError(
-                f"the {names[wrong]} of the keys is {given[wrong]}, but this cache holds {self.get_seq_length()} tokens with "
-                f"{names[wrong]} {expected[wrong]}. Call reset() before using it for something else."
+        names = ("batch size", "number of key-value heads", "head_dim", "dtype", "value dtype", "device")
+        self._refuse_unless_equal(names, given, expected)
+
+    def check_first(self, key_states: torch.Tensor, value_states: torch.Tensor, seen: int) -> None:
+        """The same for the first layer's keys and values, which may not be ours: what is alike in all layers of a model."""
+        self._refuse_gradients(key_states, value_states)
+        if seen:
+            given = key_states.shape[0], key_states.dtype, value_states.dtype
+            expected = self.keys.shape[0], self.dtype, self.values.dtype
+            self._refuse_unless_equal(("batch size", "dtype", "value dtype"), given, expected)
+
+    @staticmethod
+    def _refuse_gradients(key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        if key_states.requires_grad or value_states.requires_grad:
+            raise NotImplementedError(
+                "SinkWindowCache is for inference only: it writes in place, and an endless stream would be an endless "
+                "graph. Call the model under torch.no_grad() or torch.inference_mode()."
             )
+
+    def _refuse_unless_equal(self, names: tuple[str, ...], given: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
+        for name, one, other in zip(names, given, expected, strict=True):
+            if one != other:
+                raise ValueError(
+                    f"the {name} of the keys is {one}, but this cache holds {self.get_seq_length()} tokens with "
+                    f"{name} {other}. Call reset() before using it for something else."
+                )
 
     def check_positions(self, new_tokens: int) -> None:
         """Refuses to number more tokens than the model can."""

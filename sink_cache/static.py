@@ -41,8 +41,7 @@ class DevicePositions:
     def __init__(self) -> None:
         self.counters: dict[torch.device, torch.Tensor] = {}
         self._turns: dict[tuple[Rotation, torch.device, int], Turn] = {}
-        # Known on the host only while a call with several tokens goes through the layers.
-        self.host: int | None = None
+        self.host: int | None = None  # known there only while a call with several tokens goes through the layers
         # Such a call has overwritten something in some layers and has not yet been through all of them.
         self.unfinished = False
 
@@ -137,9 +136,9 @@ class StaticSinkWindowLayer(SinkWindowLayer):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             self._at_most += key_states.shape[2]
+            self.positions.unfinished = True
             self.positions.host = self.position  # or all layers would wait for the device, time and again
             self.sinks_complete = self.position + key_states.shape[2] >= self.n_sink
-            self.positions.unfinished = True
             attended = self._update_several(key_states, value_states)
             if self.is_last:
                 self.positions.host, self.positions.unfinished = None, False
@@ -188,12 +187,9 @@ class StaticSinkWindowLayer(SinkWindowLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
         """As in the base class; for one token `(capacity, 0)`, so that the causal mask hides the empty slots."""
         if query_length > 1 or not self.is_initialized:
-            self.positions.host = None  # what an interrupted call may have left
-            self.positions.host = self.position
             length, offset = super().get_mask_sizes(query_length)
             return length, offset - self.rebased  # as in get_query_offset
         if not torch.compiler.is_compiling():
-            self.positions.host = None
             self._at_most += 1
             if self._at_most > self.max_position:
                 self._at_most = self.position + 1
@@ -207,11 +203,6 @@ class StaticSinkWindowLayer(SinkWindowLayer):
     def sizes(self) -> tuple[int, int]:
         """As in the base class, and constants of a graph: integers that differ from cache to cache would be its inputs."""
         return self.sink_keys.shape[2], self.keys.shape[2]
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, ever; waits for the device."""
-        self.positions.host = None
-        return super().get_seq_length()
 
     def get_query_offset(self) -> int | torch.Tensor:
         """The position of the next token, as a tensor that masks can be built from without waiting."""

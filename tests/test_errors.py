@@ -21,6 +21,8 @@ from .families import tiny_model
 from .oracle import relative_error, streamed_logits
 from .test_exact import one_by_one, tokens
 
+OTHER_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}
+
 
 @pytest.mark.parametrize(
     "arguments, error, says",
@@ -537,19 +539,86 @@ def test_a_cache_is_for_the_model_that_uses_it(llama: PreTrainedModel) -> None:
 @pytest.mark.parametrize("other_type", ["llama", "gemma3_text", "qwen3_next"])
 def test_a_model_of_another_kind_after_reset(model_type: str, other_type: str) -> None:
     # Whichever of its layers is the first to take in tokens: one of ours, a sliding one, or one after recurrent ones.
-    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}} if other_type != "gemma3_text" else {}
-    model, other = tiny_model(model_type), tiny_model(other_type, **rope, num_attention_heads=2, num_key_value_heads=2)
+    change = {} if other_type == "gemma3_text" else OTHER_ROPE
+    model, other = (
+        tiny_model(model_type),
+        tiny_model(other_type, **change, num_attention_heads=2, num_key_value_heads=2),
+    )
     cache = SinkWindowCache(4, 8)
     with torch.no_grad():
         model(tokens(20), past_key_values=cache)
         cache.reset()
-        if other_type == "qwen3_next":
-            ours = model_type == other_type  # else transformers finds that the layers are not recurrent
-            with pytest.raises(ValueError, match="Make a new SinkWindowCache for each model" if ours else None):
-                other(tokens(20), past_key_values=cache)
-        else:
-            found = other(tokens(20), past_key_values=cache).logits
-            assert relative_error(found, other(tokens(20)).logits) <= 1e-5
+        found = other(tokens(20), past_key_values=cache).logits
+    assert relative_error(found, other(tokens(20)).logits) <= 1e-5
+
+
+@pytest.mark.parametrize("model_type, change", [("zaya", {"sliding_window": 6}), ("falcon_h1", OTHER_ROPE)])
+@pytest.mark.parametrize("before", ["reset", "config"])
+def test_another_model_whose_first_layer_is_a_hybrid(model_type: str, change: dict[str, Any], before: str) -> None:
+    # Its recurrent half keeps something before its attention does.
+    model, other = tiny_model(model_type), tiny_model(model_type, **change)
+    cache = SinkWindowCache(4, 28, config=model.config if before == "config" else None)
+    with torch.no_grad():
+        if before == "reset":
+            model(tokens(20), past_key_values=cache)
+            cache.reset()
+        found = [other(tokens(20)[:, :10], past_key_values=cache).logits]
+        found += [other(token, past_key_values=cache).logits for token in tokens(20)[:, 10:].split(1, dim=1)]
+        expected = other(tokens(20), use_cache=False).logits
+    assert relative_error(torch.cat(found, dim=1), expected) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "model_type, compileable",
+    [("qwen3_next", False), ("qwen3_next", True), ("falcon_h1", False), ("falcon_h1", True), ("zaya", False)],
+)
+@pytest.mark.parametrize("seen, refused", [(0, 3), (20, 3), (20, 1)])
+def test_a_refused_call_of_a_hybrid_is_noticed(model_type: str, compileable: bool, seen: int, refused: int) -> None:
+    # Recurrent layers come before the one that refuses, and keep what they were given.
+    model, cache = tiny_model(model_type), SinkWindowCache(4, 8, compileable=compileable)
+    if seen:
+        one_by_one(model, tokens(seen), cache)
+    with pytest.raises(NotImplementedError, match="inference only"):
+        model(tokens(refused), past_key_values=cache)
+    for new in (1, 3):
+        with torch.no_grad(), pytest.raises(ValueError, match="interrupted"):
+            model(tokens(new), past_key_values=cache)
+    cache.reset()
+    with torch.no_grad():
+        found = model(tokens(20), past_key_values=cache).logits
+    assert relative_error(found, model(tokens(20), use_cache=False).logits) <= 1e-5
+
+
+def test_a_refused_generate_without_cache_of_a_hybrid_is_noticed() -> None:
+    model, cache = tiny_model("qwen3_next"), SinkWindowCache(4, 60)
+    with pytest.raises(ValueError, match="pass use_cache=True"):
+        model.generate(tokens(12), past_key_values=cache, max_new_tokens=5, use_cache=False)
+    with pytest.raises(ValueError, match=re.escape("interrupted. Call reset()")):
+        model.generate(tokens(12), past_key_values=cache, max_new_tokens=5)
+
+
+@pytest.mark.parametrize("other_type", ["gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("before", ["reset", "config"])
+def test_another_model_begins_with_stream(other_type: str, before: str) -> None:
+    # Its masks are made before any of its layers comes.
+    model, other = tiny_model("gemma3_text", sliding_window=4), tiny_model(other_type, sliding_window=8)
+    cache = SinkWindowCache(4, 8, compileable=True, config=model.config if before == "config" else None)
+    if before == "reset":
+        one_by_one(model, tokens(20), cache)
+        cache.reset()
+    found = torch.cat(list(stream(other, tokens(40), cache, chunk_size=20)), dim=1)
+    assert relative_error(found, streamed_logits(other, tokens(40), 4, 8)) <= 1e-5
+
+
+@pytest.mark.parametrize("model_type, other_type", [("gemma3_text", "gemma3n_text"), ("gpt_oss", "qwen3_next")])
+def test_another_order_of_layers_begins_with_one_token(model_type: str, other_type: str) -> None:
+    # transformers asks the cache which of its layers to make masks for, and must not ask that of the model before.
+    model, other = tiny_model(model_type), tiny_model(other_type)
+    cache = SinkWindowCache(4, 28, compileable=True)
+    one_by_one(model, tokens(20), cache)
+    cache.reset()
+    found = one_by_one(other, tokens(20), cache)
+    assert relative_error(found, other(tokens(20), use_cache=False).logits) <= 1e-5
 
 
 def test_positions_that_do_not_count_tokens_are_refused(llama: PreTrainedModel) -> None:
@@ -564,20 +633,64 @@ def test_positions_that_do_not_count_tokens_are_refused(llama: PreTrainedModel) 
             llama(tokens(2), position_ids=torch.tensor([[4, 5]]), past_key_values=cache)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "cohere2"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "cohere2", "gpt_oss"])
 @pytest.mark.parametrize("compileable", [False, True])
-def test_a_refused_call_changes_nothing(model_type: str, compileable: bool) -> None:
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ("positions", "positions that rise by one"),
+        ("gradients", "inference only"),
+        ("batch size", "the batch size of the keys is 2"),
+        ("dtype", "the dtype of the keys is torch.float64|of another model"),
+    ],
+)
+def test_a_refused_call_changes_nothing(model_type: str, compileable: bool, wrong: str, message: str) -> None:
     # Also where the first layers are natively sliding and none of ours.
-    model = tiny_model(model_type)
-    cache = SinkWindowCache(4, 8, compileable=compileable)
-    seen, after = tokens(20), tokens(30)[:, 20:]
-    one_by_one(model, seen, cache)
+    model, cache = tiny_model(model_type), SinkWindowCache(4, 8, compileable=compileable)
+    one_by_one(model, tokens(20), cache)
+    after = tokens(30)[:, 20:]
+    for new in (2,) if wrong == "positions" else (1, 2):  # of single tokens, positions are not read every time
+        inputs: dict[str, Any] = {"input_ids": after[:, :new].repeat(2 if wrong == "batch size" else 1, 1)}
+        if wrong == "positions":
+            inputs["position_ids"] = torch.tensor([[25, 26]])
+        one = copy.deepcopy(model).double() if wrong == "dtype" else model
+        with (
+            torch.set_grad_enabled(wrong == "gradients"),
+            pytest.raises((NotImplementedError, ValueError), match=message),
+        ):
+            one(**inputs, past_key_values=cache)
     with torch.no_grad():
-        with pytest.raises(NotImplementedError, match="positions that rise by one"):
-            model(after[:, :2], past_key_values=cache, position_ids=torch.tensor([[25, 26]]))
         found = [model(token, past_key_values=cache).logits for token in after.split(1, dim=1)]
     expected = streamed_logits(model, tokens(30), 4, 8)[:, 20:]
     assert relative_error(torch.cat(found, dim=1), expected) <= 1e-5
+
+
+def test_a_refused_call_is_no_start_of_a_row(llama: PreTrainedModel) -> None:
+    # Neither its positions nor its padding count for the calls after it.
+    two, cache = tokens(30, 2), SinkWindowCache(4, 8)
+    positions = torch.arange(30)[None] + torch.tensor([[0], [5]])
+    with torch.no_grad():
+        llama(two[:, :20], past_key_values=cache, position_ids=positions[:, :20])
+        with pytest.raises(ValueError, match="batch size"):
+            llama(two[:1, 20:22], past_key_values=cache, position_ids=positions[:1, 20:22])
+        llama(two[:, 20:22], past_key_values=cache, position_ids=positions[:, 20:22])
+    cache, mask = SinkWindowCache(4, 8), torch.ones(2, 6, dtype=torch.long)
+    mask[0, :2] = 0
+    with pytest.raises(NotImplementedError, match="inference only"):
+        llama(two[:, :6], past_key_values=cache, attention_mask=mask)
+    with torch.no_grad():
+        found = llama(two[:, :6], past_key_values=cache).logits
+        assert relative_error(found, llama(two[:, :6]).logits) <= 1e-5
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_refused_assisted_decoding_is_over(model_type: str) -> None:
+    model, cache = tiny_model(model_type), SinkWindowCache(4, 12)
+    options = {"past_key_values": cache, "max_new_tokens": 5, "do_sample": False}
+    with pytest.raises(NotImplementedError, match="the first call of assisted decoding"):
+        model.generate(tokens(30), prompt_lookup_num_tokens=3, **options)
+    expected = model.generate(tokens(30), **options | {"past_key_values": SinkWindowCache(4, 12)})
+    assert torch.equal(model.generate(tokens(30), **options), expected)
 
 
 def test_a_long_call_on_natively_sliding_layers_is_refused() -> None:

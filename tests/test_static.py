@@ -320,7 +320,7 @@ def test_more_layers_wait_no_more_often(new: int) -> None:
             with _Waits() as waits:
                 model(tokens(new), past_key_values=cache)
         counts.append(waits.count)
-    assert counts[0] == counts[1] <= 10
+    assert counts[0] == counts[1] <= 12
 
 
 @pytest.mark.parametrize("retry", [4, 1])
@@ -339,6 +339,38 @@ def test_an_interrupted_chunk_is_noticed(llama: PreTrainedModel, tmp_path: Path,
             one.save(tmp_path / "cache")
     cache.reset()
     assert relative_error(one_by_one(llama, tokens(20), cache), streamed_logits(llama, tokens(20), 3, 5)) <= TOLERANCE
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_positions_are_right_after_a_call_that_came_to_nothing(tmp_path: Path, interrupted: bool) -> None:
+    # Steps in a graph do not tell the host where they are.
+    model, text = tiny_model("llama") if interrupted else tiny_model("mistral", sliding_window=12), tokens(60)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    cache = SinkWindowCache(4, 8, compileable=True)
+    one_by_one(model, text[:, :20], cache)
+    with torch.no_grad():
+        for position in range(20, 40):
+            if position == 22 and interrupted:
+                hook = model.model.layers[0].register_forward_pre_hook(
+                    lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+                )
+                with pytest.raises(KeyboardInterrupt):
+                    model(text[:, 22:24], past_key_values=cache)
+                hook.remove()
+            elif position == 22:
+                with pytest.raises(ValueError, match="would lose the sinks"):
+                    model(text[:, 22:28], past_key_values=cache)
+            token = text[:, position : position + 1]
+            compiled(token, past_key_values=cache, position_ids=torch.tensor([[position]]))
+    assert cache.next_position_ids().tolist() == [[40]]
+    cache.save(tmp_path / "cache")
+    other = SinkWindowCache(4, 8, compileable=True)
+    other.load(tmp_path / "cache", model)
+    expected = streamed_logits(model, text, 4, 8)[:, 40:]
+    for one in (other, cache):
+        assert one.get_seq_length() == 40
+        assert relative_error(one_by_one(model, text[:, 40:], one), expected) <= TOLERANCE
 
 
 def test_values_alone_may_need_gradients(llama: PreTrainedModel) -> None:
