@@ -109,12 +109,11 @@ class SinkWindowCache(Cache):
             model_class, text_config = class_for_config(config)
             self._make_layers(text_config, _scheme_of(model_class, text_config, {}))
 
-    # The layers depend on the model, and the model shows itself only when it first uses the cache, so look then: before any
-    # recurrent layer has kept something here.
+    # The layers depend on the model, and the model shows itself only when it first uses the cache, so look then.
     @property
     def layers(self) -> list[Any]:
         """One cache layer for each layer of the model; empty until a model has used the cache."""
-        if not self._layers or not (torch.compiler.is_compiling() or self._prepared_for or self._calls.begun):
+        if not self._layers:
             self._look_for_the_model()
         return self._layers
 
@@ -129,6 +128,25 @@ class SinkWindowCache(Cache):
         model = calling_model() if self._looks else None
         if model is not None:
             self.prepare_for(model)
+
+    def _look_if_not_begun(self) -> None:
+        # The cache may have been prepared for another model: by config=, or in its life before a reset. What a forward asks
+        # first is asked before masks are made, and before recurrent layers keep anything.
+        if not torch.compiler.is_compiling() and not self._calls.begun:
+            self._look_for_the_model()
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """For each layer, whether it is natively sliding; models ask this first, for their masks."""
+        self._look_if_not_begun()
+        return [
+            getattr(layer, "is_sliding", False) for layer in self.layers
+        ]  # a property of super() is not for compilers
+
+    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
+        """Whether recurrent layers have a state."""
+        self._look_if_not_begun()
+        return bool(super().has_previous_state(layer_idx, *args, **kwargs))
 
     def prepare_for(self, model: PreTrainedModel) -> None:
         """Makes the layers for this model, unless they are there; what happens by itself when the model first uses the cache.
@@ -241,11 +259,10 @@ class SinkWindowCache(Cache):
         if (
             not is_step or first is not self._layers[self._first]
         ):  # else it is the first to see them, and checks them itself
-            first.check_first(key_states, value_states, seen)
+            self._calls.refuse_other_tensors(key_states, value_states, seen)
         if is_step and not self.compileable and not self._calls.must_read_positions():  # else `update` has asked
             return
         if seen == 0:
-            # The cache may have been prepared for another model: by config=, or in its life before a reset.
             prepared, pads = self._layers, first.pads
             self._look_for_the_model()
             if self._layers is not prepared and self._has_recurrent_layers(self._first):
@@ -633,7 +650,6 @@ class SinkWindowCache(Cache):
         self._chunk_offsets, self._no_mask = {}, None
         self._set_exact(False)
         self._stop_recording()
-        self._prepared_for = 0  # for the next text another model may use the cache
 
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Not supported: the cache is small and stays on its device."""

@@ -57,6 +57,9 @@ class Calls:
         """Forgets the text."""
         self.begun = self.positions_moved = self._half_done = False
         self.first_positions: tuple[int, ...] = (0,)
+        self._dtypes: tuple[
+            torch.dtype, ...
+        ] = ()  # of the first layer's keys and values; under autocast, layers differ
 
     def begin(self, new_tokens: int, offsets: dict[bool, ChunkOffset], *, looks: bool) -> None:
         """Tokens are about to go into the first layer.
@@ -117,6 +120,16 @@ class Calls:
     def abandon(self) -> None:
         """Some layers are ahead of others: every later call is refused, until `reset`."""
         self.begun, self._half_done = False, True  # steps that are not checked are of a text that has begun
+
+    def refuse_other_tensors(self, key_states: torch.Tensor, value_states: torch.Tensor, seen: int) -> None:
+        """Of the first layer, before it takes them in; it may be one that is not ours and refuses nothing."""
+        first, dtypes = self._rings[0], (key_states.dtype, value_states.dtype)
+        first.refuse_gradients(key_states, value_states)
+        if not seen:
+            self._dtypes = dtypes
+            return
+        given, expected = (key_states.shape[0], *dtypes), (first.keys.shape[0], *(self._dtypes or dtypes))
+        first.refuse_unless_equal(("batch size", "dtype", "value dtype"), given, expected)
 
     def _refuse_gaps(self, position_ids: torch.Tensor | None, seen: int, new_tokens: int) -> None:
         """Sinks move by the number of evicted tokens, so positions must count tokens."""

@@ -241,7 +241,7 @@ class SinkWindowLayer(CacheLayerMixin):
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Refuses what would go wrong, before anything is changed."""
-        self._refuse_gradients(key_states, value_states)
+        self.refuse_gradients(key_states, value_states)
         if not self.is_initialized and key_states.shape[-1] != len(self.rotation.partner):
             raise NotImplementedError(
                 f"SinkWindowCache expected keys of head_dim {len(self.rotation.partner)} from this model's config, but got "
@@ -254,25 +254,19 @@ class SinkWindowLayer(CacheLayerMixin):
         given = (batch_size, num_heads, head_dim, key_states.dtype, value_states.dtype, key_states.device)
         expected = (held[0], held[1], held[3], self.dtype, self.values.dtype, self.device)
         names = ("batch size", "number of key-value heads", "head_dim", "dtype", "value dtype", "device")
-        self._refuse_unless_equal(names, given, expected)
-
-    def check_first(self, key_states: torch.Tensor, value_states: torch.Tensor, seen: int) -> None:
-        """The same for the first layer's keys and values, which may not be ours: what is alike in all layers of a model."""
-        self._refuse_gradients(key_states, value_states)
-        if seen:
-            given = key_states.shape[0], key_states.dtype, value_states.dtype
-            expected = self.keys.shape[0], self.dtype, self.values.dtype
-            self._refuse_unless_equal(("batch size", "dtype", "value dtype"), given, expected)
+        self.refuse_unless_equal(names, given, expected)
 
     @staticmethod
-    def _refuse_gradients(key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def refuse_gradients(key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """What is written in place would be part of their graph."""
         if key_states.requires_grad or value_states.requires_grad:
             raise NotImplementedError(
                 "SinkWindowCache is for inference only: it writes in place, and an endless stream would be an endless "
                 "graph. Call the model under torch.no_grad() or torch.inference_mode()."
             )
 
-    def _refuse_unless_equal(self, names: tuple[str, ...], given: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
+    def refuse_unless_equal(self, names: tuple[str, ...], given: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
+        """Keys and values have to be like those that are held."""
         for name, one, other in zip(names, given, expected, strict=True):
             if one != other:
                 raise ValueError(

@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface, DynamicCache, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    DynamicCache,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sink_cache import SinkWindowCache, stream, verify
@@ -681,6 +689,44 @@ def test_a_refused_call_is_no_start_of_a_row(llama: PreTrainedModel) -> None:
     with torch.no_grad():
         found = llama(two[:, :6], past_key_values=cache).logits
         assert relative_error(found, llama(two[:, :6]).logits) <= 1e-5
+
+
+@pytest.mark.parametrize("model_type", ["afmoe", "cohere_compass_text"])
+def test_autocast_where_layers_differ(model_type: str) -> None:
+    # Rotated keys come in float32, those of layers without positions in bfloat16.
+    model, cache = tiny_model(model_type, layers=4), SinkWindowCache(2, 5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = [model(part, past_key_values=cache).logits for part in tokens(12).split((6, 1, 2, 3), dim=1)]
+    assert all(logits.isfinite().all() for logits in found)
+    assert cache.get_seq_length() == 12
+
+
+class _Guide(LogitsProcessor):
+    """Adds the scores of another model, which has a cache of its own."""
+
+    def __init__(self, model: PreTrainedModel, cache: SinkWindowCache) -> None:
+        self.model, self.cache = model, cache
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        new = input_ids[:, self.cache.get_seq_length() :]
+        return scores + self.model(new, past_key_values=self.cache).logits[:, -1]
+
+
+@pytest.mark.parametrize(
+    "outer_type, guide_type", [("gpt2", "llama"), ("llama", "qwen3_next"), ("llama", "gemma3_text")]
+)
+@pytest.mark.parametrize("before", ["config", "reset"])
+def test_a_model_within_another_models_generate(outer_type: str, guide_type: str, before: str) -> None:
+    # The cache is asked for its length where only the outer model is to be seen, which is not the one that uses it.
+    outer, guide = tiny_model(outer_type), tiny_model(guide_type, layers=4)
+    cache = SinkWindowCache(4, 100, config=guide.config if before == "config" else None)
+    if before == "reset":
+        one_by_one(guide, tokens(5), cache)
+        cache.reset()
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    found = outer.generate(tokens(6), logits_processor=[_Guide(guide, cache)], **options)
+    dense = DynamicCache(config=guide.config)
+    assert torch.equal(found, outer.generate(tokens(6), logits_processor=[_Guide(guide, dense)], **options))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
