@@ -84,30 +84,31 @@ def calls(folder: Path) -> Iterator[dict[str, str]]:
 def kernels(folder: Path) -> Iterator[dict[str, str]]:
     """Yield the rows of the table of what the GPU does in a step of `generate()`.
 
-    Floors are of the same shape's single steps. Shapes whose kernels are known only of a version that built masks follow.
+    Floors are of the same shape's single steps. Of some shapes the kernels are known only of a version that built masks.
     """
     floors = {
         shape(result): 1e3 * machine["step_weight_bytes"] / machine["copy_bytes_per_s"]
         for result in results("latency", folder)
         if (machine := result["machine"])
     }
-    profiled = [result for result in results("endless", folder) if "kernels" in result]
-    known = {shape(result) for result in profiled}
-    masked = [result for result in results("endless", folder / "with-masks") if shape(result) not in known]
-    for result in profiled + [result for result in masked if "kernels" in result]:
+    profiled, masked = (
+        {shape(result): result for result in results("endless", where) if "kernels" in result}
+        for where in (folder, folder / "with-masks")
+    )
+    for name, result in sorted((masked | profiled).items(), key=lambda one: int(one[1]["model"]["parameters"])):
         first = result["protocol"]["contexts"][0]
         rows = {label(row["arm"], row["context"], first): row for row in result["rows"]}
         for sums in by_kind(result["kernels"]):
-            numbers = {name: figure(sums[name]) for name in ("attention", "matrix products", "cache", "other")}
-            with_mask = result in masked and sums["arm"] == "sink"
+            numbers = {kind: figure(sums[kind]) for kind in ("attention", "matrix products", "cache", "other")}
+            with_mask = name not in profiled and sums["arm"] == "sink"
             yield {
-                "shape": shape(result),
+                "shape": name,
                 "step": sums["arm"] + (" with masks" if with_mask else ""),
                 "kernels": f"{sums['kernels']:.0f}",
                 **numbers,
                 "all kernels": figure(sums["all"]),
                 "whole step": median(rows[sums["arm"]]),
-                "reading the weights": figure(floors.get(shape(result))),
+                "reading the weights": figure(floors.get(name)),
             }
 
 

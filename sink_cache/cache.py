@@ -139,9 +139,8 @@ class SinkWindowCache(Cache):
     def is_sliding(self) -> list[bool]:
         """For each layer, whether it is natively sliding; models ask this first, for their masks."""
         self._look_if_not_begun()
-        return [
-            getattr(layer, "is_sliding", False) for layer in self.layers
-        ]  # a property of super() is not for compilers
+        # As in Cache, whose property the compiler cannot reach through super().
+        return [getattr(layer, "is_sliding", False) for layer in self.layers]
 
     def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
         """Whether recurrent layers have a state."""
@@ -256,9 +255,8 @@ class SinkWindowCache(Cache):
         seen = first.get_seq_length()
         self._calls.refuse_interrupted()
         is_step = seen > max((0, *first.pads)) and new_tokens == 1
-        if (
-            not is_step or first is not self._layers[self._first]
-        ):  # else it is the first to see them, and checks them itself
+        # A ring that is the first to see them checks the tensors of a step itself.
+        if not is_step or first is not self._layers[self._first]:
             self._calls.refuse_other_tensors(key_states, value_states, seen)
         if is_step and not self.compileable and not self._calls.must_read_positions():  # else `update` has asked
             return
@@ -304,8 +302,7 @@ class SinkWindowCache(Cache):
                 f"this cache has seen {self.get_seq_length()} tokens, and the text has no token more to feed. generate() needs "
                 "the whole text so far and at least one new token; for another text, call reset()."
             )
-        static = self.compileable and query_length == 1
-        if torch.compiler.is_compiling() and not static:
+        if torch.compiler.is_compiling() and not (self.compileable and query_length == 1):
             sizes: tuple[int, int] = self._outside_of_graphs(self.get_mask_sizes, query_length, layer_idx)
             return sizes
         if self.layers and not torch.compiler.is_compiling():

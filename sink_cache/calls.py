@@ -57,9 +57,8 @@ class Calls:
         """Forgets the text."""
         self.begun = self.positions_moved = self._half_done = False
         self.first_positions: tuple[int, ...] = (0,)
-        self._dtypes: tuple[
-            torch.dtype, ...
-        ] = ()  # of the first layer's keys and values; under autocast, layers differ
+        # Of the first layer's keys and values; under autocast, those of others may differ.
+        self._dtypes: tuple[torch.dtype, ...] = ()
 
     def begin(self, new_tokens: int, offsets: dict[bool, ChunkOffset], *, looks: bool) -> None:
         """Tokens are about to go into the first layer.
@@ -119,7 +118,7 @@ class Calls:
 
     def abandon(self) -> None:
         """Some layers are ahead of others: every later call is refused, until `reset`."""
-        self.begun, self._half_done = False, True  # steps that are not checked are of a text that has begun
+        self.begun, self._half_done = False, True  # only steps of a text that has begun go unchecked
 
     def refuse_other_tensors(self, key_states: torch.Tensor, value_states: torch.Tensor, seen: int) -> None:
         """Of the first layer, before it takes them in; it may be one that is not ours and refuses nothing."""

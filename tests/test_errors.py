@@ -560,6 +560,17 @@ def test_a_model_of_another_kind_after_reset(model_type: str, other_type: str) -
     assert relative_error(found, other(tokens(20)).logits) <= 1e-5
 
 
+def test_other_frequencies_where_the_first_layers_are_not_ours() -> None:
+    model, other = tiny_model("gemma3_text"), tiny_model("gemma3_text", query_pre_attn_scalar=16)
+    for name, buffer in other.model.rotary_emb.named_buffers():
+        if "inv_freq" in name:
+            buffer.mul_(0.9)
+    cache = SinkWindowCache(4, 8)
+    one_by_one(model, tokens(20), cache)
+    cache.reset()
+    assert relative_error(one_by_one(other, tokens(40), cache), streamed_logits(other, tokens(40), 4, 8)) <= 1e-5
+
+
 @pytest.mark.parametrize("model_type, change", [("zaya", {"sliding_window": 6}), ("falcon_h1", OTHER_ROPE)])
 @pytest.mark.parametrize("before", ["reset", "config"])
 def test_another_model_whose_first_layer_is_a_hybrid(model_type: str, change: dict[str, Any], before: str) -> None:
