@@ -31,6 +31,8 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,15 +168,24 @@ def setting(result: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def comparisons(results: Sequence[dict[str, Any]]) -> list[Comparison]:
-    """Return all runs that have a latency result of the same setting, the newest, for each capacity that both have."""
-    latest = {setting(one): one for one in sorted(results, key=lambda one: one["date"]) if one["harness"] == "latency"}
+    """Return all runs that have a latency result of the same setting, for each capacity that both have.
+
+    Of several it is the one nearest in time, because what else a machine does changes its times.
+    """
     found = []
-    for run in (one for one in results if one["harness"] == "ppl" and setting(one) in latest):
-        for capacity in sorted({row["capacity"] for row in run["rows"] if row["method"] == "sink"}):
-            one = Comparison(run, latest[setting(run)], capacity)
+    for run in (one for one in results if one["harness"] == "ppl"):
+        latencies = [one for one in results if one["harness"] == "latency" and setting(one) == setting(run)]
+        nearest = min(latencies, key=partial(time_between, run), default=None)
+        for capacity in sorted({row["capacity"] for row in run["rows"] if row["method"] == "sink"} if nearest else ()):
+            one = Comparison(run, nearest, capacity)
             if one.row("sink") and one.row("dense") and one.sink.contexts and one.dense.contexts:
                 found.append(one)
     return found
+
+
+def time_between(first: dict[str, Any], second: dict[str, Any]) -> timedelta:
+    """Return the time between two results."""
+    return abs(datetime.fromisoformat(first["date"]) - datetime.fromisoformat(second["date"]))
 
 
 # --- why they differ -------------------------------------------------------------------------------------------------
@@ -383,18 +394,19 @@ def add_run_to_run(page: Page, first: dict[str, Any], second: dict[str, Any]) ->
     values = {key: [[side[key].get(name) for side in sides] for name in ("value", "gpu_value")] for key in both}
     away = {key: [None if None in pair else pair[1] / pair[0] - 1 for pair in pairs] for key, pairs in values.items()}
     page.heading(f"Two runs of the same: {first['model']['name']}, {first['dtype']}, {first['device']['name']}")
-    sentence = f"{first['date']} and {second['date']}"
-    for index, what in enumerate(("median ratios", "ratios of the GPU's own work")):
-        apart = {key: one[index] for key, one in away.items() if one[index] is not None}
+    versions = [f"{one['date']} (version {(one.get('commit') or 'unknown')[:8]})" for one in (first, second)]
+    sentences = [f"{versions[0]} and {versions[1]}."]
+    what = ("median ratios", "ratios of the GPU's own work")
+    for compiled, index in itertools.product((False, True), range(len(what))):
+        apart = {key: one[index] for key, one in away.items() if one[index] is not None and key[3] == compiled}
         if apart:
             worst = max(apart, key=lambda key: abs(apart[key]))
             within = sum(abs(one) <= RUN_TO_RUN for one in apart.values())
-            sentence += (
-                f"{';' if index else ':'} {within} of {len(apart)} {what} agree within {RUN_TO_RUN:.0%}, and the furthest "
-                f"apart is {worst[0]} at {worst[1]:,} tokens, capacity {worst[2]:,}{', compiled' if worst[3] else ''}, by "
-                f"{abs(apart[worst]):.1%}"
+            sentences.append(
+                f"{'Compiled' if compiled else 'Eager'}: {within} of {len(apart)} {what[index]} agree within {RUN_TO_RUN:.0%}, "
+                f"and the furthest apart is {worst[0]} at {worst[1]:,} tokens, capacity {worst[2]:,}, by {abs(apart[worst]):.1%}."
             )
-    page.sentences([f"{sentence}."])
+    page.sentences(sentences)
     body = []
     for key in both:
         arm = "sink compiled" if key[3] else "sink"

@@ -107,7 +107,7 @@ def latency_per_token(result: dict[str, Any], axes: Axes) -> None:
             style, label = {"linestyle": "-.", "linewidth": 1}, f"dense, {capacity:,} tokens: what bounding can reach"
         axes.plot(contexts, [row["median_ms"] for row in rows], color=colour, label=label, markersize=5, **style)
         first = [(row["context"], row["first_time"]["median_ms"]) for row in rows if row["first_time"]]
-        if first:
+        if first and arm == "dense":
             label = "dense, lengths never seen before"
             axes.plot(*zip(*first, strict=True), color=colour, linestyle="", marker="^", fillstyle="none", label=label)
         if arm in ("dense", "sink") and not compiled:

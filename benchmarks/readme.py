@@ -84,16 +84,17 @@ def calls(folder: Path) -> Iterator[dict[str, str]]:
 def kernels(folder: Path) -> Iterator[dict[str, str]]:
     """Yield the rows of the table of what the GPU does in a step of `generate()`.
 
-    Floors are of the same shape's single steps. Of some shapes the kernels are known only of a version that built masks.
+    Floors are of the same shape's single steps. Of some shapes the kernels were measured by themselves, of some only in a
+    version that built masks.
     """
     floors = {
         shape(result): 1e3 * machine["step_weight_bytes"] / machine["copy_bytes_per_s"]
         for result in results("latency", folder)
         if (machine := result["machine"])
     }
-    profiled, masked = (
-        {shape(result): result for result in results("endless", where) if "kernels" in result}
-        for where in (folder, folder / "with-masks")
+    masked, profiled = (
+        {shape(result): result for where in places for result in results("endless", where) if "kernels" in result}
+        for places in ([folder / "with-masks"], [folder, folder / "kernels"])
     )
     for name, result in sorted((masked | profiled).items(), key=lambda one: int(one[1]["model"]["parameters"])):
         first = result["protocol"]["contexts"][0]

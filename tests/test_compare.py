@@ -124,11 +124,13 @@ def test_only_results_of_one_setting_are_put_side_by_side(change: dict[str, Any]
     assert compare.comparisons([latency_result(model=MODEL | {"name": "tiny (random weights)"}), run])
 
 
-def test_the_newest_latency_result_is_taken() -> None:
-    old, new = latency_result(date="2026-01-01T00:00:00+00:00"), latency_result(2.0, date="2026-02-01T00:00:00+00:00")
-    for results in ([old, new], [new, old]):
-        (one,) = compare.comparisons([*results, ppl_result(1.0, 1.0)])
-        assert one.latency is new
+def test_the_latency_result_nearest_in_time_is_taken() -> None:
+    results = [
+        latency_result(ms, date=f"2026-0{month}-01T00:00:00+00:00") for month, ms in ((1, 1.0), (3, 2.0), (8, 3.0))
+    ]
+    for order in (results, results[::-1]):
+        (one,) = compare.comparisons([*order, ppl_result(1.0, 1.0) | {"date": "2026-04-01T00:00:00+00:00"}])
+        assert one.latency is results[1]
 
 
 def test_sentences_follow_from_the_numbers() -> None:
@@ -195,8 +197,9 @@ def test_the_page_holds_everything(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "a &lt;b&gt; &amp; c" in page
     assert "4.00 [3.60, 4.40]" in markdown
     # Every ratio of the older file is 10% larger.
-    assert "0 of 4 median ratios agree within 3%" in markdown
-    assert "by 9.1%; 4 of 4 ratios of the GPU's own work agree within 3%" in markdown
+    assert "Eager: 0 of 4 median ratios agree within 3%" in markdown
+    assert "by 9.1%.\n\nEager: 4 of 4 ratios of the GPU's own work agree within 3%" in markdown
+    assert "Compiled" not in markdown
 
 
 @pytest.mark.parametrize("present", [["ppl"], ["latency"], []])
