@@ -11,8 +11,9 @@ and attention backend, the page shows for each capacity
     predicted    the sum of the latency curve of dense over the run's contexts, over that of sink. Between the contexts that
                  were measured the curves are straight lines, below the least they are flat, and beyond the largest there
                  is no prediction. Unsynchronised times are taken where there are some, because a run does not wait for
-                 the device after every step; and in the first sample, whose lengths are all new, dense pays for that
-                 as much as `latency` measured, and so does sink until it is full
+                 the device after every step. The curve of sink is that of dense over what sink gains in turns with it,
+                 in which what slows down both cancels; and in the first sample, whose lengths are all new, dense pays for
+                 that as much as `latency` measured, and so does sink until it is full
 
 and says in sentences, computed from these numbers, where the difference comes from. Only runs of one token per step and
 sample (`--mode step --batch-size 1`) are predicted, because that is what `latency` times. The same model need not have the
@@ -74,9 +75,23 @@ class Curve:
             return [row["median_ms"] for row in rows]
         return [statistics.median(row["unsynchronized_ms"]) for row in rows]
 
-    def sum_ms(self, tokens: int, factor: float = 1.0, until: int | None = None) -> float:
+    def turns(self, context: int) -> list[list[float]]:
+        """Return the steps of each turn at a context; unsynchronised where they were measured."""
+        row = self.rows[context]
+        return [[ms] for ms in row["unsynchronized_ms"]] if row["unsynchronized_ms"] else row["step_ms"]
+
+    def ms_beside(self, other: Curve) -> list[float]:
+        """Return the same, unsynchronised, as `other`'s median times the ratio of turns, where both arms were measured."""
+        found = dict(zip(self.contexts, self.ms(synchronized=False), strict=True))
+        for context, ms in zip(other.contexts, other.ms(synchronized=False), strict=True):
+            if context in found:
+                found[context] = ms * harness.ratio_of_rounds(self.turns(context), other.turns(context))["value"]
+        return list(found.values())
+
+    def sum_ms(self, tokens: int, factor: float = 1.0, until: int | None = None, beside: Curve | None = None) -> float:
         """Return the time of reading so many tokens one by one, of which the first `until` (all) take `factor` times as long."""
-        steps = np.interp(np.arange(tokens), self.contexts, self.ms(synchronized=False))
+        ms = self.ms(synchronized=False) if beside is None else self.ms_beside(beside)
+        steps = np.interp(np.arange(tokens), self.contexts, ms)
         steps[:until] *= factor
         return float(steps.sum())
 
@@ -140,7 +155,7 @@ class Comparison:
         runs = list(zip(self.samples, factors, strict=True))
         return {
             "dense": sum(self.dense.sum_ms(tokens, factor) for tokens, factor in runs),
-            "sink": sum(self.sink.sum_ms(tokens, factor, until=self.capacity) for tokens, factor in runs),
+            "sink": sum(self.sink.sum_ms(tokens, factor, self.capacity, beside=self.dense) for tokens, factor in runs),
         }
 
     @property
@@ -197,18 +212,19 @@ def reasons(one: Comparison) -> list[str]:
     samples = one.samples
     both = set(dense.contexts) & set(sink.contexts)
     largest = max((context for context in both if context <= max(samples)), default=max(both))
-    step = dense.rows[largest]["median_ms"] / sink.rows[largest]["median_ms"]
     achieved = one.ratio("achieved", largest)
+    step = dense.rows[largest]["median_ms"] / sink.rows[largest]["median_ms"] if achieved is None else achieved["value"]
     doubt = f" ({achieved['note']})" if achieved is not None and achieved["note"] else ""
     found = [f"A step after {largest:,} tokens gains {step:.2f}×{doubt}, the whole run {one.measured:.2f}×."]
 
     far, near = dense.rows[largest], Curve(one.latency, "dense-at-capacity", capacity).rows.get(largest)
     if near is not None:
-        rest = near["median_ms"] / far["median_ms"]
+        ceiling = one.ratio("ceiling", largest)
+        best = far["median_ms"] / near["median_ms"] if ceiling is None else ceiling["value"]
         found.append(
             f"**What can be won.** A dense step after {largest:,} tokens takes {far['median_ms']:.2f} ms, and "
-            f"{near['median_ms']:.2f} ms ({rest:.0%}) with {capacity:,} tokens in the cache. Only the rest depends on the "
-            f"context, so a dense cache cut to this size would gain {1 / rest:.2f}×; this one gains {step:.2f}×."
+            f"{near['median_ms']:.2f} ms with {capacity:,} tokens in the cache: taken in turns, {1 / best:.0%}. Only the rest "
+            f"depends on the context, so a dense cache cut to this size would gain {best:.2f}×; this one gains {step:.2f}×."
         )
     if far["busy"] is not None:
         bound = "bound by launching kernels" if far["busy"] < 0.7 else "bound by the GPU's own work"

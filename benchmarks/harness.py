@@ -29,7 +29,6 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 import numpy as np
-import numpy.typing as npt
 import psutil  # type: ignore[import-untyped]
 import torch
 import transformers
@@ -492,33 +491,18 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def ratio_interval(
-    numerators: npt.ArrayLike,
-    denominators: npt.ArrayLike,
-    statistic: Callable[..., Any] = np.median,
-    *,
-    paired: bool = False,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of `statistic(numerators) / statistic(denominators)`.
-
-    Args:
-        numerators, denominators: numbers, or groups of equally many numbers; groups are resampled as a whole.
-        paired (`bool`): entry i of both sides was measured at one time, so they are resampled together, and what slows
-            down both cancels. By default the sides are resampled independently.
-    """
-    generator = np.random.default_rng(seed)
-    sides = []
-    for values in (numerators, denominators):
-        array = np.asarray(values, dtype=np.float64)
-        if not (paired and sides):
-            chosen = generator.integers(len(array), size=(resamples, len(array)))
-        sides.append(statistic(array[chosen].reshape(resamples, -1), axis=1))
+def median_interval(values: Sequence[float], *, confidence: float = 0.95, resamples: int = 2000) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of the median of independent numbers, the same at every call."""
+    array, generator = np.asarray(values, dtype=np.float64), np.random.default_rng(0)
+    medians = np.median(array[generator.integers(len(array), size=(resamples, len(array)))], axis=1)
     tail = (1 - confidence) / 2
-    low, high = np.quantile(sides[0] / sides[1], (tail, 1 - tail))
+    low, high = np.quantile(medians, (tail, 1 - tail))
     return float(low), float(high)
+
+
+def percentile_spread(numbers: dict[str, float]) -> float:
+    """Return (p95 - p5) / median of a `summary`, which a few numbers far away do not change."""
+    return (numbers["p95"] - numbers["p5"]) / numbers["median"]
 
 
 def spread_warning(values: Sequence[float]) -> str:
@@ -526,7 +510,7 @@ def spread_warning(values: Sequence[float]) -> str:
     numbers = summary(values)
     spreads = {
         "std / mean": (numbers["std"] / numbers["mean"], WIDEST_STD),
-        "(p95 - p5) / median": ((numbers["p95"] - numbers["p5"]) / numbers["median"], WIDEST_PERCENTILES),
+        "(p95 - p5) / median": (percentile_spread(numbers), WIDEST_PERCENTILES),
     }
     wide = [f"{what} is {spread:.0%}" for what, (spread, widest) in spreads.items() if spread > widest]
     return f"the spread is too wide to conclude from ({', '.join(wide)})" if wide else ""
@@ -535,20 +519,26 @@ def spread_warning(values: Sequence[float]) -> str:
 def ratio_of_rounds(above: Sequence[Sequence[float]], below: Sequence[Sequence[float]]) -> dict[str, Any]:
     """Compare two arms that took turns.
 
+    Each round is a pair: the ratio of the medians of its two turns. What slows down the machine for longer than a round
+    is in both and cancels, as it does not in the medians of all steps.
+
     Args:
         above, below: for each round, the raw numbers of that arm's turn.
 
     Returns:
-        `value`, the ratio of the medians; `low` and `high`, its interval when rounds are resampled, because steps of one turn
-        are not independent; `note`, in words what cannot be concluded, or an empty string.
+        `value`, the median of the rounds' ratios; `low` and `high`, its 95% interval when rounds are resampled; `note`, in
+        words what cannot be concluded, or an empty string: nothing if that interval is too wide, or steps within a turn are
+        too far apart for their median to mean anything.
     """
-    flat = [[number for turn in side for number in turn] for side in (above, below)]
-    value = float(np.median(flat[0]) / np.median(flat[1]))
-    low, high = ratio_interval(above, below, paired=True, resamples=1000)
+    of_rounds = [float(np.median(turn) / np.median(other)) for turn, other in zip(above, below, strict=False)]
+    value = float(np.median(of_rounds))
+    low, high = median_interval(of_rounds)
+    within_turns = [[number / float(np.median(turn)) for turn in side for number in turn] for side in (above, below)]
+    disturbed = any(percentile_spread(summary(numbers)) > WIDEST_PERCENTILES for numbers in within_turns)
     note = ""
-    if len(above) < FEWEST_ROUNDS:
-        note = f"{NO_CONCLUSION}{len(above)} round(s) are too few for an interval"
-    elif any(spread_warning(side) for side in flat) or (high - low) / value > WIDEST_INTERVAL:
+    if len(of_rounds) < FEWEST_ROUNDS:
+        note = f"{NO_CONCLUSION}{len(of_rounds)} round(s) are too few for an interval"
+    elif disturbed or (high - low) / value > WIDEST_INTERVAL:
         note = TOO_WIDE
     elif low <= 1 <= high:
         note = "no difference can be told"

@@ -26,11 +26,11 @@ never seen is measured by itself, because some attention backends build a plan f
 synchronisation between the steps follow in every second round (not on the CPU): a device that is never waited for may be faster.
 
 What explains it: `ceiling` = dense(N) / dense(capacity) is the most that a bounded cache can win, `achieved` = dense(N) /
-sink(N), `overhead` = sink(N) / dense(capacity), each with a 95% bootstrap interval over paired rounds, and as `gpu_value` that
-of the GPU's own work, which a busy CPU does not touch. `busy` is the share of the step in which the GPU worked: below 1 the
-step waits for the CPU to launch kernels. `floor_ms` is what the hardware allows:
-for a step, the bytes of weights and cache read, at the measured copy bandwidth; for recompute, its arithmetic, at the measured
-rate of a large matrix product.
+sink(N), `overhead` = sink(N) / dense(capacity): the median over rounds of the ratio within a round, in which what slows down both
+cancels, with a 95% bootstrap interval; and as `gpu_value` that of the GPU's own work, which a busy CPU does not touch. `busy` is
+the share of the step in which the GPU worked: below 1 the step waits for the CPU to launch kernels. `floor_ms` is what the
+hardware allows: for a step, the bytes of weights and cache read, at the measured copy bandwidth; for recompute, its arithmetic,
+at the measured rate of a large matrix product.
 
 Results: tables here, and for each model in the `--output` folder a JSON file (for its header see `benchmarks.harness`) and two
 plots, or three with recompute at several capacities. Besides `machine` (the measured rates) and `ratios` it has `rows` with
@@ -79,7 +79,7 @@ EVENT_STEPS = PROFILED_STEPS = 5
 NEW_LENGTHS = 8  # steps at lengths that the process has never seen
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"longest": 4096, "capacities": [256], "compile": False, "rounds": 12},
-    "cuda": {"longest": 32768, "capacities": [1024], "compile": True, "rounds": 8},
+    "cuda": {"longest": 32768, "capacities": [1024], "compile": True, "rounds": 24},
 }
 
 
@@ -453,7 +453,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     what.add_argument("--sdpa-backend", choices=harness.SDPA_CHOICES, default="auto", help="(auto)")
     how = parser.add_argument_group("how, and where to")
-    how.add_argument("--rounds", type=int, help="turns of each arm at each context (8; 12 on a CPU)")
+    how.add_argument("--rounds", type=int, help="turns of each arm at each context (24; 12 on a CPU)")
     how.add_argument("--steps", type=int, default=4, help="steps of a turn, at least (%(default)s)")
     how.add_argument("--min-seconds", type=float, default=0.25, help="time of all turns of an arm (%(default)s)")
     how.add_argument("--warm-up-seconds", type=float, default=0.1, help="after the first steps (%(default)s)")

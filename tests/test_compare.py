@@ -124,6 +124,17 @@ def test_only_results_of_one_setting_are_put_side_by_side(change: dict[str, Any]
     assert compare.comparisons([latency_result(model=MODEL | {"name": "tiny (random weights)"}), run])
 
 
+def test_what_slows_down_both_arms_is_not_predicted_as_a_gain() -> None:
+    # In two rounds of three the machine is twice as slow; of sink's turns the fast ones are longer, so its median is of those.
+    latency, steady = latency_result(), latency_result()
+    for row in latency["rows"]:
+        ms, short, long = row["median_ms"], 2, 5 if row["arm"] == "sink" else 2
+        row["step_ms"] = [[2 * ms] * short, [2 * ms] * short, [ms] * long]
+        row["median_ms"] = 2 * ms if row["arm"] == "dense" else ms
+    run = ppl_result(1.0, 1.0)
+    assert comparison(run, latency).predicted == pytest.approx(comparison(run, steady).predicted)
+
+
 def test_the_latency_result_nearest_in_time_is_taken() -> None:
     results = [
         latency_result(ms, date=f"2026-0{month}-01T00:00:00+00:00") for month, ms in ((1, 1.0), (3, 2.0), (8, 3.0))
@@ -137,7 +148,7 @@ def test_sentences_follow_from_the_numbers() -> None:
     text = " ".join(compare.reasons(comparison(ppl_result(DENSE_MS / 1e3, SINK_MS / 1e3))))
     # 400 tokens are beyond the run of 300.
     assert "A step after 200 tokens gains 2.00×, the whole run 1.66×" in text
-    assert "takes 2.00 ms, and 1.00 ms (50%) with 100 tokens" in text
+    assert "takes 2.00 ms, and 1.00 ms with 100 tokens in the cache: taken in turns, 50%" in text
     assert "0 to 299 tokens before them, 150 on average; 33% of them" in text
     assert "not counted as a part of the difference" in text  # no new lengths
     assert "within 15%, as it must be if both regimes measure one thing at different places. Per token" in text
@@ -148,8 +159,8 @@ def test_sentences_follow_from_the_numbers() -> None:
     assert "the times themselves are further off, and cancel" in " ".join(compare.reasons(comparison(twice_as_slow)))
     flat = latency_result()
     for row in flat["rows"]:
-        row["median_ms"] = 1.0
-    flat["ratios"][2]["note"] = "no conclusion: the spread is too wide"
+        row |= {"median_ms": 1.0, "step_ms": [[1.0] * 3] * 4}
+    flat["ratios"][2] |= {"value": 1.0, "note": "no conclusion: the spread is too wide"}
     text = " ".join(compare.reasons(comparison(ppl_result(0.3, 0.3), flat)))
     assert "a gain so close to 1 would be predicted by chance, too" in text
     assert "after 200 tokens gains 1.00× (no conclusion: the spread is too wide), the whole run 1.00×" in text

@@ -59,23 +59,30 @@ def test_cache_bytes() -> None:
     assert harness.cache_bytes(cache) == 2 * (2 * 3 * 5 * 8) * 4
 
 
-def test_interval_of_a_ratio() -> None:
-    generator = np.random.default_rng(0)
-    slow, fast = generator.normal(3.0, 0.3, 200), generator.normal(2.0, 0.2, 200)
-    low, high = harness.ratio_interval(slow, fast)
-    assert 1.4 < low < 1.5 < high < 1.6
-    assert harness.ratio_interval(slow, fast) == (low, high)  # results can be reproduced
-    few_low, few_high = harness.ratio_interval(slow[:10], fast[:10])
-    assert few_high - few_low > high - low
+def test_interval_of_a_median() -> None:
+    numbers = np.random.default_rng(1).normal(3.0, 0.3, 200)
+    low, high = harness.median_interval(numbers)
+    # By the theory of order statistics the interval of a normal median is ± 1.96 · 1.2533 · std / √n.
+    assert (high - low) / 2 == pytest.approx(1.96 * 1.2533 * 0.3 / 200**0.5, rel=0.3)
+    assert low < np.median(numbers) < high
+    assert harness.median_interval(numbers) == (low, high)  # results can be reproduced
+    few_low, few_high = harness.median_interval(numbers[:10])
+    assert few_high - few_low > 2 * (high - low)
 
 
-def test_what_slows_down_both_arms_cancels_in_pairs() -> None:
-    # The machine gets three times slower while both take turns: unpaired, nothing could be told.
+def test_what_slows_down_both_arms_cancels() -> None:
+    # The machine gets three times slower while both take turns, and an arm's turns are longer at the slow end by chance.
     drift = np.linspace(1, 3, 20)
-    low, high = harness.ratio_interval(2 * drift, drift, paired=True)
-    assert (low, high) == pytest.approx((2, 2))
-    low, high = harness.ratio_interval(2 * drift, drift)
-    assert high - low > 0.5
+    below = [[speed] * 3 for speed in drift]
+    found = harness.ratio_of_rounds([[2 * speed] * (9 if speed > 2 else 3) for speed in drift], below)
+    assert (found["value"], found["low"], found["high"], found["note"]) == pytest.approx((2, 2, 2, ""))
+
+
+def test_a_few_disturbed_rounds_move_nothing() -> None:
+    one, double = ([[size] * 4 for _ in range(40)] for size in (1.0, 2.0))
+    double[7] = [40.0] * 4  # a mean of ratios would be 3
+    found = harness.ratio_of_rounds(double, one)
+    assert (found["value"], found["low"], found["high"], found["note"]) == (2, 2, 2, "")
 
 
 def test_a_ratio_says_what_cannot_be_concluded() -> None:
@@ -85,8 +92,10 @@ def test_a_ratio_says_what_cannot_be_concluded() -> None:
     assert found["low"] < 2 < found["high"]
     assert found["note"] == ""
     assert harness.ratio_of_rounds(one[::-1], one)["note"] == "no difference can be told"
-    # One round in two is disturbed, although the medians of all look well.
+    # One round in two is disturbed, or one step in two of every round.
     noisy = [[3 * ms for ms in turn] if i % 2 else turn for i, turn in enumerate(one)]
+    assert harness.ratio_of_rounds(noisy, one)["note"].startswith("no conclusion")
+    noisy = [[3 * ms if i % 2 else ms for i, ms in enumerate(turn)] for turn in one]
     assert harness.ratio_of_rounds(noisy, one)["note"].startswith("no conclusion")
     assert (
         harness.ratio_of_rounds(double[:3], one[:3])["note"] == "no conclusion: 3 round(s) are too few for an interval"
