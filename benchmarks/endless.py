@@ -209,8 +209,12 @@ def kind_of(kernel: str) -> str:
 def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return what arms that took turns say about each other."""
     by_arm = {(row["arm"], row["context"]): row for row in rows}
+    first = min((context for arm, context in by_arm if arm == "sink"), default=None)
     found = []
     for (arm, context), row in by_arm.items():
+        if arm == "sink" and context != first:
+            flat = harness.ratio_of_rounds(row["step_ms"], by_arm[arm, first]["step_ms"])
+            found.append({"name": f"step: sink / sink after {first:,}", "context": context, **flat})
         for other in ("static", "dense"):
             base = next((r for (a, _), r in by_arm.items() if a == other), None)
             if base is None or arm not in ("sink", "endless"):

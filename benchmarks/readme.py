@@ -76,6 +76,7 @@ def calls(folder: Path) -> Iterator[dict[str, str]]:
             "endless": median(ours),
             "sink / static": ratio(result, "step: sink / static", context=first),
             f"after {last:,}": ratio(result, "step: sink / static", context=last),
+            f"sink after {last:,} / {first:,}": ratio(result, f"step: sink / sink after {first:,}", context=last),
             "endless / static": ratio(result, "step: endless / static", context=first),
             "whole call: dense / endless": ratio(result, "whole call: dense / endless", context=first),
         }

@@ -361,14 +361,14 @@ class SinkWindowCache(Cache):
         with torch.inference_mode(False):
             copied = type(self).__new__(type(self))
             memo[id(self)] = copied
-            vars(copied).update(copy.deepcopy(vars(self), memo))
+            copied.__setstate__(copy.deepcopy(vars(self), memo))
         return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if self.compileable:
             register_mask_functions()  # perhaps in another process
-        for storage in self._storages():  # pickle makes two tensors of one that has two views
+        for storage in self._storages():
             storage.hold_again()
 
     def __bool__(self) -> bool:

@@ -102,8 +102,8 @@ class SinkWindowLayer(CacheLayerMixin):
         ):
             if self.pads:
                 return self._step_of_padded_rows(storage, key_states, value_states)
-            self.keys.index_copy_(2, storage.slot, key_states)
-            self.values.index_copy_(2, storage.slot, value_states)
+            storage.key_slots[self.index].copy_(key_states)
+            storage.value_slots[self.index].copy_(value_states)
             if self.position < self.n_sink:
                 self.sink_keys[:, :, self.position : self.position + 1] = key_states
             self.position += 1
@@ -119,7 +119,7 @@ class SinkWindowLayer(CacheLayerMixin):
         self, storage: SharedStorage, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One token for each row, into a slot of its own."""
-        rows, slots = storage.every_row, storage.slot
+        rows, slots = storage.every_row, storage.slot_of_row
         self.keys[rows, :, slots] = key_states[:, :, 0]
         self.values[rows, :, slots] = value_states[:, :, 0]
         for row, pads in enumerate(self.pads):
@@ -339,6 +339,11 @@ class SinkWindowLayer(CacheLayerMixin):
         """Lowers all positions by a multiple of `window`, by which the keys of the window have been moved back."""
         self.position, self.rebased = self.position - by, self.rebased + by
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A view would be pickled with the storage of all layers, once for each of them.
+        views = () if self.storage is None else _NAMES
+        return {name: value for name, value in vars(self).items() if name not in views}
+
     def reset(self) -> None:
         """Forgets all tokens; shape, dtype and device may differ afterwards."""
         self.keys = self.values = self.sink_keys = torch.empty(0)
@@ -364,8 +369,10 @@ class SharedStorage:
             `keys`, `values` and `sink_keys` become views of `[layers, batch_size, num_heads, slots, head_dim]` tensors.
 
     Attributes:
-        slot (`torch.Tensor`): `[1]`, int64, the slot that takes the token of the current step. One tensor for all layers, because
-            a view of the slot for every layer costs a launch-bound step more than the write itself. `[batch_size]` if padded.
+        key_slots, value_slots (`tuple[torch.Tensor, ...]`): for each layer a view `[batch_size, num_heads, 1, head_dim]` of the slot
+            that takes the token of the current step. All of them made at once: one by one, they cost a launch-bound step more
+            than the writes themselves.
+        slot_of_row (`torch.Tensor`): `[batch_size]`, int64, the same of padded rows.
         visible (`torch.Tensor`, *optional*): `[batch_size, kv_length]`, the slots that padded rows see at the current step;
             None when they see all.
     """
@@ -376,8 +383,6 @@ class SharedStorage:
         self.n_sink, self.window, self.capacity = first.n_sink, first.window, first.capacity
         self.forward_rotation = ForwardRotation([layer.rotation for layer in layers], first.device)
         self.rotates = self.n_sink > 0 and not all(layer.rotation.is_identity for layer in layers)
-        self.every_slot = torch.arange(self.capacity, device=first.device)
-        self.slot = self.every_slot[:0]
         self.visible: torch.Tensor | None = None
         self.overwritten: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         with torch.inference_mode(False):
@@ -394,8 +399,11 @@ class SharedStorage:
         self.shifts: tuple[int, ...] | None = None  # of the presented sinks, if known
         self.step = -1
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in _VIEWS}
+
     def hold_again(self) -> None:
-        """Makes the layers' tensors views of those here again, after something has torn them apart."""
+        """Makes the views of the tensors here again, which copies and pickles of a cache do without."""
         self._hold(self.keys, self.values, self.sink_keys)
 
     def begin_step(self, position: int, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
@@ -419,7 +427,8 @@ class SharedStorage:
                 self._place_padded_rows(position, layer.pads)
             else:
                 slot = position if position < self.capacity else self.n_sink + (position - self.n_sink) % self.window
-                self.slot = self.every_slot.narrow(0, slot, 1)
+                self.key_slots = self.keys.narrow(3, slot, 1).unbind()
+                self.value_slots = self.values.narrow(3, slot, 1).unbind()
             if layer.record_past:
                 self.record(position, 1)
             self.step = position
@@ -427,7 +436,7 @@ class SharedStorage:
 
     def _place_padded_rows(self, position: int, pads: tuple[int, ...]) -> None:
         counts = position - torch.tensor(pads)
-        self.slot = self.layers[0].slots_of(counts).to(self.keys.device)
+        self.slot_of_row = self.layers[0].slots_of(counts).to(self.keys.device)
         self.visible = None
         seen = torch.clamp(counts + 1, max=self.capacity)
         if int(seen.min()) < self.capacity:
@@ -482,6 +491,7 @@ class SharedStorage:
 
 
 _NAMES = ("keys", "values", "sink_keys")
+_VIEWS = ("sink_slots", "key_slots", "value_slots")
 
 
 def share_storage(layers: list[SinkWindowLayer]) -> None:

@@ -140,6 +140,10 @@ class ForwardRotation:
         self._shifts = range(0)
         self._tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Tables are made anew where they are needed; a row of one would be pickled with the whole.
+        return vars(self) | {"_evicted": (), "_rows": [], "_shifts": range(0), "_tables": {}}
+
     def _cos_sin(self, shifts: torch.Tensor, frequency: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin `[..., head_dim]` of the angles by which keys move, for shifts `[...]`, float32 on the device."""
         angle = shifts.double()[..., None] * frequency

@@ -57,6 +57,7 @@ def test_what_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert names == {
         ("step: sink / static", 20),
         ("step: sink / static", 50),
+        ("step: sink / sink after 20", 50),
         ("step: endless / static", 20),
         ("step: dense / sink", 20),
         ("step: dense / sink", 50),
@@ -69,18 +70,25 @@ def test_what_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_ratios_are_of_what_they_say() -> None:
     rows = [
-        {"arm": arm, "context": 9, "step_ms": [[ms] * 3] * 4, "call_ms": [call] * 4}
-        for arm, ms, call in (("dense", 8.0, 12.0), ("static", 2.0, 0.0), ("sink", 4.0, 0.0), ("endless", 1.0, 3.0))
+        {"arm": arm, "context": context, "step_ms": [[ms] * 3] * 4, "call_ms": [call] * 4 if call else []}
+        for arm, context, ms, call in (
+            ("dense", 9, 8.0, 12.0),
+            ("static", 9, 2.0, None),
+            ("sink", 9, 4.0, None),
+            ("sink", 90, 5.0, None),
+            ("endless", 9, 1.0, 3.0),
+        )
     ]
-    for row in rows[1:3]:
-        row["call_ms"] = []
-    values = {one["name"]: one["value"] for one in endless.ratios(rows)}
+    values = {(one["name"], one["context"]): one["value"] for one in endless.ratios(rows)}
     assert values == {
-        "step: sink / static": 2.0,
-        "step: endless / static": 0.5,
-        "step: dense / sink": 2.0,
-        "step: dense / endless": 8.0,
-        "whole call: dense / endless": 4.0,
+        ("step: sink / static", 9): 2.0,
+        ("step: sink / static", 90): 2.5,
+        ("step: sink / sink after 9", 90): 1.25,
+        ("step: endless / static", 9): 0.5,
+        ("step: dense / sink", 9): 2.0,
+        ("step: dense / sink", 90): 1.6,
+        ("step: dense / endless", 9): 8.0,
+        ("whole call: dense / endless", 9): 4.0,
     }
 
 

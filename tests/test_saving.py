@@ -74,11 +74,18 @@ def test_positions_of_a_rebased_file_are_looked_at(tmp_path: Path, llama: PreTra
 
 @pytest.mark.parametrize("compileable", [False, True])
 def test_pickle(llama: PreTrainedModel, compileable: bool) -> None:
-    # The layers' tensors are views of one, which pickle makes two of.
     input_ids, cache = tokens(30), SinkWindowCache(3, 5, compileable=compileable)
     one_by_one(llama, input_ids[:, :15], cache)
     copied = pickle.loads(pickle.dumps(cache))
     assert torch.equal(one_by_one(llama, input_ids[:, 15:], copied), one_by_one(llama, input_ids[:, 15:], cache))
+
+
+@pytest.mark.parametrize("compileable", [False, True])
+def test_a_pickle_holds_everything_once(llama: PreTrainedModel, compileable: bool) -> None:
+    # The layers' tensors are views of one, and pickle would save all of that with each.
+    cache = SinkWindowCache(3, 1000, compileable=compileable)
+    one_by_one(llama, tokens(15), cache)
+    assert cache.nbytes < len(pickle.dumps(cache)) < 1.1 * cache.nbytes
 
 
 def test_goes_on_in_another_process(tmp_path: Path, llama: PreTrainedModel) -> None:
