@@ -369,9 +369,9 @@ class SharedStorage:
             `keys`, `values` and `sink_keys` become views of `[layers, batch_size, num_heads, slots, head_dim]` tensors.
 
     Attributes:
-        key_slots, value_slots (`tuple[torch.Tensor, ...]`): for each layer a view `[batch_size, num_heads, 1, head_dim]` of the slot
-            that takes the token of the current step. All of them made at once: one by one, they cost a launch-bound step more
-            than the writes themselves.
+        key_slots, value_slots (`tuple[torch.Tensor, ...]`): for each layer a view `[batch_size, num_heads, 1, head_dim]` of the
+            slot that takes the token of the current step. All of them made at once: one by one, they cost a launch-bound
+            step more than the writes themselves.
         slot_of_row (`torch.Tensor`): `[batch_size]`, int64, the same of padded rows.
         visible (`torch.Tensor`, *optional*): `[batch_size, kv_length]`, the slots that padded rows see at the current step;
             None when they see all.
