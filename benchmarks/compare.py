@@ -75,17 +75,19 @@ class Curve:
             return [row["median_ms"] for row in rows]
         return [statistics.median(row["unsynchronized_ms"]) for row in rows]
 
-    def turns(self, context: int) -> list[list[float]]:
-        """Return the steps of each turn at a context; unsynchronised where they were measured."""
-        row = self.rows[context]
-        return [[ms] for ms in row["unsynchronized_ms"]] if row["unsynchronized_ms"] else row["step_ms"]
+    def ratio_to(self, other: Curve, context: int) -> dict[str, Any]:
+        """Return what this arm takes over what `other` does in turns with it; unsynchronised turns if there are enough."""
+        rows = self.rows[context], other.rows[context]
+        free = [[[ms] for ms in row["unsynchronized_ms"] or ()] for row in rows]
+        enough = min(map(len, free)) >= harness.FEWEST_ROUNDS
+        return harness.ratio_of_rounds(*(free if enough else [row["step_ms"] for row in rows]))
 
     def ms_beside(self, other: Curve) -> list[float]:
-        """Return the same, unsynchronised, as `other`'s median times the ratio of turns, where both arms were measured."""
+        """Return the same, unsynchronised, as `other`'s median times the ratio to it, where both arms were measured."""
         found = dict(zip(self.contexts, self.ms(synchronized=False), strict=True))
         for context, ms in zip(other.contexts, other.ms(synchronized=False), strict=True):
             if context in found:
-                found[context] = ms * harness.ratio_of_rounds(self.turns(context), other.turns(context))["value"]
+                found[context] = ms * self.ratio_to(other, context)["value"]
         return list(found.values())
 
     def sum_ms(self, tokens: int, factor: float = 1.0, until: int | None = None, beside: Curve | None = None) -> float:
@@ -114,6 +116,11 @@ class Comparison:
         capacity = self.capacity if method == "sink" else None
         rows = [row for row in self.run["rows"] if (row["method"], row["capacity"]) == (method, capacity)]
         return rows[0] if rows and rows[0]["seconds"] else None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether both methods were measured in both."""
+        return bool(self.row("sink") and self.row("dense") and self.sink.contexts and self.dense.contexts)
 
     @property
     def dense(self) -> Curve:
@@ -185,16 +192,15 @@ def setting(result: dict[str, Any]) -> tuple[Any, ...]:
 def comparisons(results: Sequence[dict[str, Any]]) -> list[Comparison]:
     """Return all runs that have a latency result of the same setting, for each capacity that both have.
 
-    Of several it is the one nearest in time, because what else a machine does changes its times.
+    Of several that have the capacity it is the one nearest in time, because what else a machine does changes its times.
     """
     found = []
     for run in (one for one in results if one["harness"] == "ppl"):
         latencies = [one for one in results if one["harness"] == "latency" and setting(one) == setting(run)]
-        nearest = min(latencies, key=partial(time_between, run), default=None)
-        for capacity in sorted({row["capacity"] for row in run["rows"] if row["method"] == "sink"} if nearest else ()):
-            one = Comparison(run, nearest, capacity)
-            if one.row("sink") and one.row("dense") and one.sink.contexts and one.dense.contexts:
-                found.append(one)
+        latencies.sort(key=partial(time_between, run))
+        for capacity in sorted({row["capacity"] for row in run["rows"] if row["method"] == "sink"}):
+            possible = (Comparison(run, latency, capacity) for latency in latencies)
+            found += list(itertools.islice((one for one in possible if one.is_complete), 1))
     return found
 
 
@@ -206,25 +212,29 @@ def time_between(first: dict[str, Any], second: dict[str, Any]) -> timedelta:
 # --- why they differ -------------------------------------------------------------------------------------------------
 
 
+def doubt(ratio: dict[str, Any] | None) -> str:
+    """Return the note of a ratio in brackets, if it has one."""
+    return f" ({ratio['note']})" if ratio is not None and ratio["note"] else ""
+
+
 def reasons(one: Comparison) -> list[str]:
     """Return sentences, made of the numbers, on why the speed-up of a step and of a run differ."""
     dense, sink, capacity = one.dense, one.sink, one.capacity
     samples = one.samples
     both = set(dense.contexts) & set(sink.contexts)
     largest = max((context for context in both if context <= max(samples)), default=max(both))
-    achieved = one.ratio("achieved", largest)
+    achieved, ceiling = one.ratio("achieved", largest), one.ratio("ceiling", largest)
     step = dense.rows[largest]["median_ms"] / sink.rows[largest]["median_ms"] if achieved is None else achieved["value"]
-    doubt = f" ({achieved['note']})" if achieved is not None and achieved["note"] else ""
-    found = [f"A step after {largest:,} tokens gains {step:.2f}×{doubt}, the whole run {one.measured:.2f}×."]
+    found = [f"A step after {largest:,} tokens gains {step:.2f}×{doubt(achieved)}, the whole run {one.measured:.2f}×."]
 
     far, near = dense.rows[largest], Curve(one.latency, "dense-at-capacity", capacity).rows.get(largest)
     if near is not None:
-        ceiling = one.ratio("ceiling", largest)
         best = far["median_ms"] / near["median_ms"] if ceiling is None else ceiling["value"]
         found.append(
             f"**What can be won.** A dense step after {largest:,} tokens takes {far['median_ms']:.2f} ms, and "
             f"{near['median_ms']:.2f} ms with {capacity:,} tokens in the cache: taken in turns, {1 / best:.0%}. Only the rest "
-            f"depends on the context, so a dense cache cut to this size would gain {best:.2f}×; this one gains {step:.2f}×."
+            f"depends on the context, so a dense cache cut to this size would gain {best:.2f}×{doubt(ceiling)}; this one gains "
+            f"{step:.2f}×."
         )
     if far["busy"] is not None:
         bound = "bound by launching kernels" if far["busy"] < 0.7 else "bound by the GPU's own work"
@@ -278,6 +288,11 @@ def reasons(one: Comparison) -> list[str]:
             verdict += "; but a gain so close to 1 would be predicted by chance, too"
         elif max(abs(ms[method] / measured_ms[method] - 1) for method in ms) > AGREEMENT:
             verdict += "; but the times themselves are further off, and cancel in the ratio"
+    unsure = sum(harness.is_inconclusive(sink.ratio_to(dense, context)) for context in both)
+    if unsure:
+        verdict += (
+            f"; at {unsure} of the {len(both)} contexts nothing can be concluded from the ratio that this is made of"
+        )
     return [
         *found,
         f"**The sum.** Over the contexts of the run the curves predict {predicted:.2f}×, which is {abs(off):.0%} "
@@ -292,11 +307,7 @@ def draw(group: Sequence[Comparison], path: Path) -> None:
         colour = f"C{index}"
         points = [(n, ratio) for n in one.dense.contexts if (ratio := one.ratio("achieved", n)) is not None]
         values = [ratio["value"] for _, ratio in points]
-        # An interval of medians need not contain the ratio of the medians.
-        errors = [
-            [max(0, r["value"] - r["low"]) for _, r in points],
-            [max(0, r["high"] - r["value"]) for _, r in points],
-        ]
+        errors = [[r["value"] - r["low"] for _, r in points], [r["high"] - r["value"] for _, r in points]]
         label = f"capacity {one.capacity:,}: a step"
         axes.errorbar([n for n, _ in points], values, errors, color=colour, marker="o", capsize=3, label=label)
         axes.axhline(one.measured, color=colour, linestyle="--", label=f"the whole run, measured: {one.measured:.2f}×")
@@ -379,7 +390,11 @@ def add_comparison(page: Page, group: Sequence[Comparison], plot: Path) -> None:
     run, latency = group[0].run, group[0].latency
     page.heading(run["title"])
     threads = f", {run['threads']} thread(s)" if run["device"]["type"] == "cpu" else ""
-    page.sentences([f"{run['device']['name']}{threads}, {run['dtype']}. Steps: {latency['title']}."])
+    page.sentences(
+        [
+            f"{run['device']['name']}{threads}, {run['dtype']}, {run['date']}. Steps: {latency['title']}, {latency['date']}."
+        ]
+    )
     contexts = [n for n in group[0].dense.contexts if any(one.ratio("achieved", n) for one in group)]
     page.sentences(
         ["Speed-up of one step, dense(N) / sink(N), with its 95% interval (? where nothing can be concluded):"]
@@ -410,8 +425,10 @@ def add_run_to_run(page: Page, first: dict[str, Any], second: dict[str, Any]) ->
     values = {key: [[side[key].get(name) for side in sides] for name in ("value", "gpu_value")] for key in both}
     away = {key: [None if None in pair else pair[1] / pair[0] - 1 for pair in pairs] for key, pairs in values.items()}
     page.heading(f"Two runs of the same: {first['model']['name']}, {first['dtype']}, {first['device']['name']}")
-    versions = [f"{one['date']} (version {(one.get('commit') or 'unknown')[:8]})" for one in (first, second)]
-    sentences = [f"{versions[0]} and {versions[1]}."]
+    versions = [one.get("commit") or "unknown" for one in (first, second)]
+    sentences = [f"{first['date']} (version {versions[0]}) and {second['date']} (version {versions[1]})."]
+    if versions[0] != versions[1]:
+        sentences[0] += " What changed between the versions is in the differences, too."
     what = ("median ratios", "ratios of the GPU's own work")
     for compiled, index in itertools.product((False, True), range(len(what))):
         apart = {key: one[index] for key, one in away.items() if one[index] is not None and key[3] == compiled}
@@ -477,7 +494,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "SinkWindowCache."
         ]
     )
-    for index, (_, group) in enumerate(itertools.groupby(found, lambda one: id(one.run)), 1):
+    for index, (_, group) in enumerate(itertools.groupby(found, lambda one: (id(one.run), id(one.latency))), 1):
         add_comparison(page, list(group), page.folder / f"report-{index}.png")
     for same in repeated:
         for first, second in itertools.pairwise(sorted(same, key=lambda one: one["date"])):

@@ -254,7 +254,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--n-sink", type=int, default=4, help="(%(default)s)")
     parser.add_argument("--new-tokens", type=int, default=256, help="of each call (%(default)s)")
     parser.add_argument("--call-tokens", type=int, default=1024, help="of each whole call (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=4, help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=6, help="(%(default)s)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="(all)")
     parser.add_argument("--profile", action="store_true", help="in the end, the kernels of a step; CUDA, one shape")
     parser.add_argument("--sdpa-backend", choices=harness.SDPA_CHOICES, default="auto", help="(auto)")

@@ -410,7 +410,10 @@ def tables(result: dict[str, Any]) -> str:
     if cells:
         body = [[*key, *(of.get(name) for name in names)] for key, of in cells.items()]
         text.append(tabulate(body, ["context", "arm", "capacity", *names], disable_numparse=True, missingval="–"))
-        text.append("In brackets the 95% interval; ? where nothing can be concluded (the file says why).")
+        text.append(
+            "In brackets the 95% interval; ? where nothing can be concluded (the file says why). A ratio is the median of those "
+            "within a round, and not the quotient of the medians above, which mix fast and slow rounds."
+        )
         if any(ratio["gpu_value"] for ratio in result["ratios"]):
             text.append("GPU: the ratio of the GPU's own work.")
     for ratio in result["ratios"]:

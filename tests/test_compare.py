@@ -22,7 +22,7 @@ def result(kind: str, **more: Any) -> dict[str, Any]:
 def step_row(arm: str, context: int, ms: float, capacity: int | None = None, **more: Any) -> dict[str, Any]:
     row = {"arm": arm, "compiled": False, "context": context, "capacity": capacity, "median_ms": ms, "reason": ""}
     nothing = dict.fromkeys(("unsynchronized_ms", "first_time", "busy", "gpu_ms"))
-    return row | {"step_ms": [[ms] * 3] * 4} | nothing | more
+    return row | {"step_ms": [[ms] * 3] * 6} | nothing | more
 
 
 def latency_result(factor: float = 1.0, **more: Any) -> dict[str, Any]:
@@ -78,10 +78,13 @@ def test_a_run_is_the_sum_of_the_curve_over_its_contexts() -> None:
 def test_steps_that_are_not_waited_for_make_the_prediction() -> None:
     latency = latency_result()
     for row in latency["rows"]:
-        row["unsynchronized_ms"] = [row["median_ms"] / (4 if row["arm"] == "dense" else 2)] * 3
+        row["unsynchronized_ms"] = [row["median_ms"] / (4 if row["arm"] == "dense" else 2)] * 6
     one = comparison(ppl_result(1.0, 1.0), latency)
     assert one.predicted == pytest.approx(DENSE_MS / 4 / (SINK_MS / 2))
     assert any("makes a dense step 4.00 and a sink step 2.00 times as long" in text for text in compare.reasons(one))
+    for row in latency["rows"]:  # too few for a ratio: then that of the others, which are waited for
+        del row["unsynchronized_ms"][3:]
+    assert comparison(ppl_result(1.0, 1.0), latency).predicted == pytest.approx(DENSE_MS / SINK_MS)
 
 
 @pytest.mark.parametrize("times, in_the_first_sample", [(10.0, 10.0), (1.05, 1.0)])
@@ -129,7 +132,7 @@ def test_what_slows_down_both_arms_is_not_predicted_as_a_gain() -> None:
     latency, steady = latency_result(), latency_result()
     for row in latency["rows"]:
         ms, short, long = row["median_ms"], 2, 5 if row["arm"] == "sink" else 2
-        row["step_ms"] = [[2 * ms] * short, [2 * ms] * short, [ms] * long]
+        row["step_ms"] = [[2 * ms] * short, [2 * ms] * short, [ms] * long] * 2
         row["median_ms"] = 2 * ms if row["arm"] == "dense" else ms
     run = ppl_result(1.0, 1.0)
     assert comparison(run, latency).predicted == pytest.approx(comparison(run, steady).predicted)
@@ -159,7 +162,7 @@ def test_sentences_follow_from_the_numbers() -> None:
     assert "the times themselves are further off, and cancel" in " ".join(compare.reasons(comparison(twice_as_slow)))
     flat = latency_result()
     for row in flat["rows"]:
-        row |= {"median_ms": 1.0, "step_ms": [[1.0] * 3] * 4}
+        row |= {"median_ms": 1.0, "step_ms": [[1.0] * 3] * 6}
     flat["ratios"][2] |= {"value": 1.0, "note": "no conclusion: the spread is too wide"}
     text = " ".join(compare.reasons(comparison(ppl_result(0.3, 0.3), flat)))
     assert "a gain so close to 1 would be predicted by chance, too" in text
@@ -170,6 +173,37 @@ def test_sentences_follow_from_the_numbers() -> None:
     text = " ".join(compare.reasons(comparison(ppl_result(1.0, 1.0), latency)))
     assert "the GPU works 25% of the time: the step is bound by launching kernels" in text
     assert "Its own work is 0.50 ms, and 0.25 ms with sink: 2.00×" in text
+
+
+def test_sentences_are_of_the_ratios_and_not_of_the_medians() -> None:
+    latency = latency_result()
+    latency["ratios"][2]["value"] = 2.5
+    latency["ratios"].append(latency["ratios"][2] | {"name": "ceiling", "value": 1.7, "note": "no conclusion: too few"})
+    text = " ".join(compare.reasons(comparison(ppl_result(1.0, 1.0), latency)))
+    assert "after 200 tokens gains 2.50×, the whole" in text
+    assert "taken in turns, 59%" in text
+    assert "would gain 1.70× (no conclusion: too few); this one gains 2.50×" in text
+    latency["ratios"] = []
+    assert "after 200 tokens gains 2.00×" in " ".join(compare.reasons(comparison(ppl_result(1.0, 1.0), latency)))
+
+
+def test_a_prediction_of_too_few_rounds_says_so() -> None:
+    latency, run = latency_result(), ppl_result(DENSE_MS / 1e3, SINK_MS / 1e3)
+    for row in latency["rows"]:
+        if row["context"] < 200:
+            del row["step_ms"][2:]
+    text = " ".join(compare.reasons(comparison(run, latency)))
+    assert "at 2 of the 4 contexts nothing can be concluded from the ratio that this is made of" in text
+    # A context that only dense was measured at is predicted all the same.
+    latency["rows"] = [row for row in latency["rows"] if (row["arm"], row["context"]) != ("sink", 50)]
+    assert comparison(run, latency).predicted == pytest.approx(DENSE_MS / SINK_MS)
+
+
+def test_the_nearest_result_that_has_the_capacity_is_taken() -> None:
+    near, far = latency_result(), latency_result(date="2000-01-01T00:00:00+00:00")
+    near["rows"] = [row for row in near["rows"] if row["arm"] == "dense"]
+    (one,) = compare.comparisons([near, far, ppl_result(1.0, 1.0)])
+    assert one.latency is far
 
 
 class Reader(HTMLParser):
@@ -186,8 +220,10 @@ class Reader(HTMLParser):
 
 
 def test_the_page_holds_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    slower = latency_result(1.1, date="2000-01-01T00:00:00+00:00")
-    results = {"ppl": ppl_result(0.6, 0.3), "latency": latency_result(), "again": slower}
+    slower = latency_result(1.1, date="2000-01-01T00:00:00+00:00", commit=None)
+    slower["ratios"] += [one | {"compiled": True} for one in slower["ratios"]]
+    results = {"ppl": ppl_result(0.6, 0.3), "latency": latency_result(commit="abc-dirty"), "again": slower}
+    results["latency"]["ratios"] += [one | {"compiled": True} for one in results["latency"]["ratios"]]
     results["ppl"]["title"] = "a <b> & c"
     for name, content in results.items():
         harness.write_json(tmp_path / f"{name}.json", content)
@@ -210,7 +246,9 @@ def test_the_page_holds_everything(tmp_path: Path, capsys: pytest.CaptureFixture
     # Every ratio of the older file is 10% larger.
     assert "Eager: 0 of 4 median ratios agree within 3%" in markdown
     assert "by 9.1%.\n\nEager: 4 of 4 ratios of the GPU's own work agree within 3%" in markdown
-    assert "Compiled" not in markdown
+    assert "Compiled: 0 of 4 median ratios agree" in markdown
+    assert "(version unknown) and" in markdown
+    assert "(version abc-dirty). What changed between the versions" in markdown
 
 
 @pytest.mark.parametrize("present", [["ppl"], ["latency"], []])

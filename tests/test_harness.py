@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from benchmarks import harness, models
+from benchmarks import endless, harness, latency, models
 from benchmarks.harness import BenchmarkError
 
 
@@ -70,19 +70,34 @@ def test_interval_of_a_median() -> None:
     assert few_high - few_low > 2 * (high - low)
 
 
+def turns_of_a_slowing_machine() -> tuple[list[list[float]], list[list[float]]]:
+    """Of two arms, one of which takes twice as long.
+
+    The machine gets three times slower meanwhile, one arm's turns are longer at the slow end, and three of them are disturbed.
+    """
+    drift = np.linspace(1, 3, 20).tolist()
+    double = [[(20 if i in (3, 9, 12) else 2) * ms] * (9 if ms > 2 else 3) for i, ms in enumerate(drift)]
+    return double, [[ms] * 3 for ms in drift]
+
+
 def test_what_slows_down_both_arms_cancels() -> None:
-    # The machine gets three times slower while both take turns, and an arm's turns are longer at the slow end by chance.
-    drift = np.linspace(1, 3, 20)
-    below = [[speed] * 3 for speed in drift]
-    found = harness.ratio_of_rounds([[2 * speed] * (9 if speed > 2 else 3) for speed in drift], below)
+    found = harness.ratio_of_rounds(*turns_of_a_slowing_machine())
     assert (found["value"], found["low"], found["high"], found["note"]) == pytest.approx((2, 2, 2, ""))
 
 
-def test_a_few_disturbed_rounds_move_nothing() -> None:
-    one, double = ([[size] * 4 for _ in range(40)] for size in (1.0, 2.0))
-    double[7] = [40.0] * 4  # a mean of ratios would be 3
-    found = harness.ratio_of_rounds(double, one)
-    assert (found["value"], found["low"], found["high"], found["note"]) == (2, 2, 2, "")
+def test_both_harnesses_pair_rounds() -> None:
+    double, one = turns_of_a_slowing_machine()
+    row = {"compiled": False, "context": 9, "reason": "", "gpu_ms": None}
+    dense, sink = (row | {"arm": "dense", "capacity": None}, row | {"arm": "sink", "capacity": 9})
+    found = latency.ratios([dense | {"step_ms": double}, sink | {"step_ms": one}])
+    assert {ratio["name"]: ratio["value"] for ratio in found} == pytest.approx({"achieved": 2, "overhead": 0.5})
+    arms = (("sink", double), ("static", one))
+    found = endless.ratios([{"arm": arm, "context": 9, "step_ms": turns, "call_ms": []} for arm, turns in arms])
+    assert [ratio["value"] for ratio in found] == pytest.approx([2])
+
+
+def test_a_disturbed_step_of_a_turn_moves_nothing() -> None:
+    assert harness.ratio_of_rounds([[2.0] * 19 + [9.0]] * 5, [[1.0] * 20] * 5)["value"] == 2
 
 
 def test_a_ratio_says_what_cannot_be_concluded() -> None:
@@ -96,11 +111,11 @@ def test_a_ratio_says_what_cannot_be_concluded() -> None:
     noisy = [[3 * ms for ms in turn] if i % 2 else turn for i, turn in enumerate(one)]
     assert harness.ratio_of_rounds(noisy, one)["note"].startswith("no conclusion")
     noisy = [[3 * ms if i % 2 else ms for i, ms in enumerate(turn)] for turn in one]
-    assert harness.ratio_of_rounds(noisy, one)["note"].startswith("no conclusion")
-    assert (
-        harness.ratio_of_rounds(double[:3], one[:3])["note"] == "no conclusion: 3 round(s) are too few for an interval"
-    )
-    assert harness.ratio_of_rounds(double[:4], one[:4])["note"] == ""
+    for pair in ((noisy, one), (one, noisy)):
+        assert harness.ratio_of_rounds(*pair)["note"] == harness.TOO_WIDE
+    few = harness.ratio_of_rounds(double[:4], one[:4])
+    assert few["note"] == "no conclusion: 4 round(s) are too few for an interval"
+    assert harness.ratio_of_rounds(double[:5], one[:5])["note"] == ""
     assert harness.spread_warning([1.0] * 99 + [1.2]) == ""
 
 
