@@ -1,7 +1,8 @@
 """The README's tables of times, written from the result files: `python -m benchmarks.readme`.
 
 Each table stands between two comments that name it, and is made anew from the files below. A figure with a question mark is one
-of which its file says that nothing can be concluded from it, mostly because the spread is too wide. Ratios of steps are medians over rounds, not quotients of the medians beside them.
+of which its file says that nothing can be concluded from it, mostly because the spread is too wide. A ratio of steps is a median
+over rounds, and not the quotient of the medians beside it.
 """
 
 from __future__ import annotations
