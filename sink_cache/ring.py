@@ -97,7 +97,7 @@ class SinkWindowLayer(CacheLayerMixin):
         """
         storage = self.storage
         if storage and (
-            (self.index and storage.step == self.position and not key_states.requires_grad)
+            (self.index and storage.step == self.position and storage.takes(key_states, value_states))
             or storage.begin_step(self.position, key_states, value_states)
         ):
             if self.pads:
@@ -414,25 +414,30 @@ class SharedStorage:
         """
         layer = self.layers[0]
         fits = (
-            (key_states.shape, value_states.shape) == self.token_shapes
+            self.takes(key_states, value_states)
+            and value_states.shape == self.token_shapes[1]
             and (key_states.dtype, value_states.dtype) == (self.keys.dtype, self.values.dtype)
             and key_states.device == self.keys.device
-            and not (key_states.requires_grad or value_states.requires_grad)
             and (not layer.pads or position >= max(layer.pads))
         )
-        if fits:
-            layer.check_positions(1)
-            self.present_sinks(layer.evicted_before_query())
-            if layer.pads:
-                self._place_padded_rows(position, layer.pads)
-            else:
-                slot = position if position < self.capacity else self.n_sink + (position - self.n_sink) % self.window
-                self.key_slots = self.keys.narrow(3, slot, 1).unbind()
-                self.value_slots = self.values.narrow(3, slot, 1).unbind()
-            if layer.record_past:
-                self.record(position, 1)
-            self.step = position
-        return fits
+        if not fits:
+            return False
+        layer.check_positions(1)
+        self.present_sinks(layer.evicted_before_query())
+        if layer.pads:
+            self._place_padded_rows(position, layer.pads)
+        else:
+            slot = position if position < self.capacity else self.n_sink + (position - self.n_sink) % self.window
+            self.key_slots = self.keys.narrow(3, slot, 1).unbind()
+            self.value_slots = self.values.narrow(3, slot, 1).unbind()
+        if layer.record_past:
+            self.record(position, 1)
+        self.step = position
+        return True
+
+    def takes(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+        """What has to be asked of each layer: keys of another shape would be repeated, and a graph would go on for ever."""
+        return key_states.shape == self.token_shapes[0] and not (key_states.requires_grad or value_states.requires_grad)
 
     def _place_padded_rows(self, position: int, pads: tuple[int, ...]) -> None:
         counts = position - torch.tensor(pads)

@@ -684,6 +684,21 @@ def test_a_refused_call_changes_nothing(model_type: str, compileable: bool, wron
     assert relative_error(torch.cat(found, dim=1), expected) <= 1e-5
 
 
+def test_later_layers_are_asked_what_would_go_unnoticed(llama: PreTrainedModel) -> None:
+    cache = SinkWindowCache(4, 8)
+    one_by_one(llama, tokens(20, 2), cache)
+    keys, values = (tensor[:, :, :1].clone() for tensor in (cache.layers[0].keys, cache.layers[0].values))
+    for message, *wrong in (
+        ("the batch size of the keys is 1", keys[:1], values[:1]),
+        ("inference only", keys, values.clone().requires_grad_()),
+        ("inference only", keys.clone().requires_grad_(), values),
+    ):
+        one = copy.deepcopy(cache)
+        one.update(keys, values, 0)
+        with pytest.raises((ValueError, NotImplementedError), match=message):
+            one.update(*wrong, 1)
+
+
 def test_a_refused_call_is_no_start_of_a_row(llama: PreTrainedModel) -> None:
     # Neither its positions nor its padding count for the calls after it.
     two, cache = tokens(30, 2), SinkWindowCache(4, 8)
