@@ -90,10 +90,14 @@ class Curve:
                 found[context] = ms * self.ratio_to(other, context)["value"]
         return list(found.values())
 
-    def sum_ms(self, tokens: int, factor: float = 1.0, until: int | None = None, beside: Curve | None = None) -> float:
-        """Return the time of reading so many tokens one by one, of which the first `until` (all) take `factor` times as long."""
-        ms = self.ms(synchronized=False) if beside is None else self.ms_beside(beside)
-        steps = np.interp(np.arange(tokens), self.contexts, ms)
+    def sum_ms(
+        self, tokens: int, factor: float = 1.0, until: int | None = None, ms: Sequence[float] | None = None
+    ) -> float:
+        """Return the time of reading so many tokens one by one, of which the first `until` (all) take `factor` times as long.
+
+        `ms` are other times of a step at each context than those of `ms(synchronized=False)`.
+        """
+        steps = np.interp(np.arange(tokens), self.contexts, self.ms(synchronized=False) if ms is None else ms)
         steps[:until] *= factor
         return float(steps.sum())
 
@@ -160,9 +164,11 @@ class Comparison:
         new = self.dense.new_lengths()
         factors = [new if new >= NEW_LENGTHS_COST and not i else 1.0 for i in range(len(self.samples))]
         runs = list(zip(self.samples, factors, strict=True))
+        dense, sink = self.dense, self.sink
+        beside_dense = sink.ms_beside(dense)
         return {
-            "dense": sum(self.dense.sum_ms(tokens, factor) for tokens, factor in runs),
-            "sink": sum(self.sink.sum_ms(tokens, factor, self.capacity, beside=self.dense) for tokens, factor in runs),
+            "dense": sum(dense.sum_ms(tokens, factor) for tokens, factor in runs),
+            "sink": sum(sink.sum_ms(tokens, factor, self.capacity, beside_dense) for tokens, factor in runs),
         }
 
     @property
@@ -200,7 +206,9 @@ def comparisons(results: Sequence[dict[str, Any]]) -> list[Comparison]:
         latencies.sort(key=partial(time_between, run))
         for capacity in sorted({row["capacity"] for row in run["rows"] if row["method"] == "sink"}):
             possible = (Comparison(run, latency, capacity) for latency in latencies)
-            found += list(itertools.islice((one for one in possible if one.is_complete), 1))
+            nearest = next((one for one in possible if one.is_complete), None)
+            if nearest is not None:
+                found.append(nearest)
     return found
 
 
@@ -274,7 +282,8 @@ def reasons(one: Comparison) -> list[str]:
         found.append("**Synchronisation.** There is none on this device, so it is no part of the difference.")
     if why := one.not_predicted():
         return [*found, f"**No prediction:** {why}."]
-    predicted, ms = one.predicted or 0.0, one.predicted_ms()
+    ms = one.predicted_ms()
+    predicted = ms["dense"] / ms["sink"]
     off = predicted / one.measured - 1
     measured_ms = {method: 1e3 * one.row(method)["seconds"] for method in ms}
     parts = ", ".join(

@@ -55,6 +55,7 @@ MAX_MISSES = 4
 # Beyond these spreads nothing is concluded; an earlier study's ± 43% is one of them.
 WIDEST_STD, WIDEST_PERCENTILES, WIDEST_INTERVAL = 0.2, 0.5, 0.2
 FEWEST_ROUNDS = 5  # for an interval that is made by resampling them: of four it would hold 88% instead of 95%
+RESAMPLES = 2000
 NO_CONCLUSION = "no conclusion: "
 TOO_WIDE = f"{NO_CONCLUSION}the spread is too wide"
 
@@ -491,12 +492,11 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def median_interval(values: Sequence[float], *, confidence: float = 0.95, resamples: int = 2000) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of the median of independent numbers, the same at every call."""
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95% percentile bootstrap interval of the median of independent numbers, the same at every call."""
     array, generator = np.asarray(values, dtype=np.float64), np.random.default_rng(0)
-    medians = np.median(array[generator.integers(len(array), size=(resamples, len(array)))], axis=1)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(medians, (tail, 1 - tail))
+    medians = np.median(array[generator.integers(len(array), size=(RESAMPLES, len(array)))], axis=1)
+    low, high = np.quantile(medians, (0.025, 0.975))
     return float(low), float(high)
 
 
