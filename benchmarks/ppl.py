@@ -10,15 +10,16 @@ The text is cut into samples of `--max-tokens`. Each is read from an empty cache
 from those before it, once (`--score-from P` leaves out those with fewer than P tokens before them). Methods:
 
     dense           DynamicCache: everything is kept
-    dense-batched   one forward over the whole sample, no cache: the standard evaluation, a check on `dense`
     sink            SinkWindowCache(n_sink, capacity - n_sink)
     window          SinkWindowCache(0, capacity): the last tokens without sinks
+    dense-batched   one forward over the whole sample, no cache: the standard evaluation, a check on `dense`
     recompute       no cache: the last `capacity` tokens are read anew for each token. That is `capacity` times the
                     work, so only `--recompute-tokens` tokens are predicted, evenly spread over all that are scored.
                     The other methods also report their perplexity on just these, as `same_tokens`
 
 `--mode chunk` (default) reads `--chunk-size` tokens per forward, through `sink_cache.stream`, and each token sees what
-it would see if read alone. `--mode step` reads one token per forward, as generating text does. Perplexities are the
+it would see if read alone. `--mode step` reads one token per forward, as generating text does, and dense, sink and window
+take turns of 64 tokens in it, each with its own cache, so that drift of the machine hits all alike. Perplexities are the
 same; times are not, and are to be compared within a mode only. The speed-up of a run is a mean over all context lengths
 of its samples, from 1 to `--max-tokens`; `benchmarks.latency` measures single points of that curve.
 
@@ -34,11 +35,12 @@ of it. Each object of `rows` has
     tokens_per_second         tokens read; for recompute, tokens predicted
     speedup_over_dense        ratio of these
     cache_bytes               keys and values of one sample, at its end
-    peak_bytes                growth of memory over the weights, in the worst batch, of `samples_per_batch` samples
+    peak_bytes                growth of memory over the weights, in the worst batch, of `samples_per_batch` samples: the
+                              cache, and with it what a turn needs besides
     spread                    over samples; for times, over batches
     by_position, same_tokens  the totals of some of the tokens; likewise, where samples are longer than the trained
                               context, `within_trained_context` and `beyond_trained_context`
-    samples, batches          the raw sums and times
+    samples, batches          the raw sums and times; `turn_seconds` are those of turns, or of all of a batch at once
     note                      in words, what a reader must know
 
 A row that could not be measured has `null` for numbers and the reason as its note.
@@ -47,6 +49,7 @@ A row that could not be measured has `null` for numbers and the reason as its no
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import inspect
 import itertools
@@ -74,8 +77,9 @@ from . import harness, models, plots, texts
 from .harness import MIB, BenchmarkError
 from .perplexity_metric.perplexity_metric import perplexity_and_accuracy
 
-METHODS = ("dense", "dense-batched", "sink", "window", "recompute")
+METHODS = ("dense", "sink", "window", "dense-batched", "recompute")
 BOUNDED = ("sink", "window", "recompute")
+TAKING_TURNS = ("dense", "sink", "window")  # in step mode
 DEFAULTS: dict[str, Any] = {"capacities": [256, 512, 1024, 2048], "recompute_tokens": 1024}
 # Two CPU cores should need less than three minutes for this.
 OFFLINE_DEFAULTS: dict[str, Any] = {
@@ -85,12 +89,14 @@ OFFLINE_DEFAULTS: dict[str, Any] = {
     "num_samples": 1,
 }
 POSITION_BINS = 20
-SCORED_AT_ONCE = 64  # tokens: one at a time, scoring would weigh in the times of small models
+SCORED_AT_ONCE = 64  # tokens, and a turn: one at a time, scoring would weigh in the times of small models
 LOGITS_BYTES_AT_ONCE = 2 * 2**30  # in float32, for dense-batched
 WARM_UP_TOKENS = 32
 
 Floats = npt.NDArray[np.floating[Any]]
 Bools = npt.NDArray[np.bool_]
+Method = tuple[str, int | None]  # its name and its capacity, if it has one
+NllAndCorrect = tuple[torch.Tensor, torch.Tensor]  # what `score` yields
 
 
 @dataclass(frozen=True)
@@ -117,15 +123,16 @@ class BatchScores:
     samples: list[int]
     nll: Floats
     correct: Bools
-    seconds: float
+    turn_seconds: list[float]
     tokens_processed: int
     cache_bytes: int
     peak_bytes: int
     pressure: str
 
-
-class CannotMeasure(Exception):
-    """Why a method cannot be measured here, in words; the others still can."""
+    @property
+    def seconds(self) -> float:
+        """The time of all turns."""
+        return sum(self.turn_seconds)
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -166,17 +173,16 @@ def dense_logits(
         yield model(chunk, past_key_values=cache, use_cache=True).logits
 
 
-def score(chunks: Iterable[torch.Tensor], targets: torch.Tensor, bar: tqdm[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compare logits with the tokens that came, without holding the logits.
+def score(chunks: Iterable[torch.Tensor], targets: torch.Tensor, bar: tqdm[Any]) -> Iterator[NllAndCorrect]:
+    """Compare logits with the tokens that came, at least `SCORED_AT_ONCE` of each sample at a time, and let the logits go.
 
     Args:
         chunks: logits `[batch, q, vocab]`, one after the other, of all tokens.
         targets (`torch.Tensor`): `[batch, tokens]`.
 
-    Returns:
-        negative log-likelihoods in nats, float32 `[batch, tokens]`, and whether the token was the first choice.
+    Yields:
+        negative log-likelihoods in nats, float32 `[batch, some tokens]`, and whether the token was the first choice.
     """
-    nll, correct = [], []
     held: list[torch.Tensor] = []
     start = 0
     for logits in chunks:
@@ -185,6 +191,7 @@ def score(chunks: Iterable[torch.Tensor], targets: torch.Tensor, bar: tqdm[Any])
         stop = start + sum(one.shape[1] for one in held)
         if stop - start < SCORED_AT_ONCE and stop < targets.shape[1]:
             continue
+        nll, correct = [], []
         for piece in (held[0] if len(held) == 1 else torch.cat(held, dim=1)).split(SCORED_AT_ONCE, dim=1):
             wanted = targets[:, start : start + piece.shape[1]]
             losses = F.cross_entropy(piece.flatten(0, 1).float(), wanted.flatten(), reduction="none")
@@ -192,26 +199,26 @@ def score(chunks: Iterable[torch.Tensor], targets: torch.Tensor, bar: tqdm[Any])
             correct.append(piece.argmax(-1) == wanted)
             start += piece.shape[1]
         held = []
-    return torch.cat(nll, dim=1), torch.cat(correct, dim=1)
+        del logits, piece  # or they would still be in memory while the next ones are made
+        yield torch.cat(nll, dim=1), torch.cat(correct, dim=1)
 
 
-def score_streamed(
-    model: PreTrainedModel, ids: torch.Tensor, method: str, capacity: int | None, settings: Settings, bar: tqdm[Any]
-) -> tuple[torch.Tensor, torch.Tensor, Cache | None]:
-    """Score samples `[batch, tokens + 1]` with any method but `recompute`; also return the cache that was used."""
-    inputs, targets = ids[:, :-1], ids[:, 1:]
-    cache: Cache | None = None
-    chunks: Iterable[torch.Tensor]
-    if method == "dense-batched":
-        chunks = [model(inputs, use_cache=False).logits]
-    elif capacity is None:
-        cache = DynamicCache(config=model.config)
-        chunks = dense_logits(model, inputs, cache, settings.chunk_size)
-    else:
-        n_sink = sinks_of(method, settings)
-        cache = SinkWindowCache(n_sink=n_sink, window=capacity - n_sink)
-        chunks = stream(model, inputs, cache, chunk_size=settings.chunk_size)
-    return *score(chunks, targets, bar), cache
+def logits_of(
+    model: PreTrainedModel, inputs: torch.Tensor, method: Method, settings: Settings
+) -> tuple[Iterable[torch.Tensor], Cache | None]:
+    """Return the logits `[batch, q, vocab]` of inputs `[batch, tokens]`, not yet made, and the cache that will be used.
+
+    For any method but `recompute`, which makes no logits for most tokens.
+    """
+    name, capacity = method
+    if name == "dense-batched":
+        return (model(some, use_cache=False).logits for some in [inputs]), None
+    if capacity is None:
+        dense = DynamicCache(config=model.config)
+        return dense_logits(model, inputs, dense, settings.chunk_size), dense
+    n_sink = sinks_of(name, settings)
+    bounded = SinkWindowCache(n_sink=n_sink, window=capacity - n_sink)
+    return stream(model, inputs, bounded, chunk_size=settings.chunk_size), bounded
 
 
 def sinks_of(method: str, settings: Settings) -> int:
@@ -221,11 +228,11 @@ def sinks_of(method: str, settings: Settings) -> int:
 
 def score_recomputed(
     model: PreTrainedModel, ids: torch.Tensor, chosen: torch.Tensor, capacity: int, rows_at_once: int, bar: tqdm[Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Iterator[NllAndCorrect]:
     """Score the `chosen` `[batch, tokens]` of samples `[batch, tokens + 1]`, reading `capacity` tokens anew for each.
 
-    The first `capacity` tokens of a sample see all before them, so one forward scores these. Values that were not asked
-    for are left at zero.
+    The first `capacity` tokens of a sample see all before them, so one forward scores these. Yields once, like
+    `score`; values that were not asked for are left at zero.
     """
     keep_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     nll = torch.zeros(chosen.shape, device=ids.device)
@@ -233,7 +240,7 @@ def score_recomputed(
     if chosen[:, :capacity].any():
         head = ids[:, : capacity + 1]
         logits = model(head[:, :-1], use_cache=False).logits
-        nll[:, :capacity], correct[:, :capacity] = score([logits], head[:, 1:], harness.no_progress_bar())
+        ((nll[:, :capacity], correct[:, :capacity]),) = score([logits], head[:, 1:], harness.no_progress_bar())
         bar.update(int(chosen[:, :capacity].sum()))
     for some in torch.nonzero(chosen[:, capacity:]).split(rows_at_once):
         row, first = some[:, 0], some[:, 1] + 1
@@ -245,102 +252,141 @@ def score_recomputed(
         nll[row, last - 1] = F.cross_entropy(logits.float(), ids[row, last], reduction="none")
         correct[row, last - 1] = logits.argmax(-1) == ids[row, last]
         bar.update(len(row))
-    return nll, correct
+    yield nll, correct
 
 
-def measure(
-    model: PreTrainedModel,
-    batch: Batch,
-    method: str,
-    capacity: int | None,
-    chosen: Bools,
-    settings: Settings,
-    bar: tqdm[Any],
-) -> BatchScores:
-    """Score one batch with one method, from an empty cache, with time and memory.
+class Reading:
+    """A batch that one method reads from an empty cache, turn by turn, with time and memory.
 
     Args:
         chosen: `[all samples of the run, tokens]`, which tokens `recompute` predicts; the other methods predict all.
     """
-    device = model.device
-    ids = batch.ids.to(device)
-    chosen = chosen[batch.samples, : ids.shape[1] - 1]
-    cache: Cache | None = None
-    clock = harness.Clock(device)
-    with torch.inference_mode(), harness.PeakMemory(device) as peak:
-        start = clock.now()
-        if method == "recompute" and capacity is not None:
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batch: Batch,
+        method: Method,
+        chosen: Bools,
+        settings: Settings,
+        bar: tqdm[Any],
+    ) -> None:
+        self.batch, self.method, self.chosen = batch, method, chosen[batch.samples, : batch.ids.shape[1] - 1]
+        self.clock = harness.Clock(model.device)
+        self.cache: Cache | None = None
+        self.unread: Iterator[NllAndCorrect]
+        ids = batch.ids.to(model.device)
+        name, capacity = method
+        if name == "recompute" and capacity is not None:
             rows_at_once = max(1, settings.batch_size * settings.chunk_size // capacity)
-            nll, correct = score_recomputed(
-                model, ids, torch.from_numpy(chosen).to(device), capacity, rows_at_once, bar
-            )
+            wanted = torch.from_numpy(self.chosen).to(model.device)
+            self.unread = score_recomputed(model, ids, wanted, capacity, rows_at_once, bar)
         else:
-            nll, correct, cache = score_streamed(model, ids, method, capacity, settings, bar)
-        seconds = clock.now() - start
-    return BatchScores(
-        samples=batch.samples,
-        nll=nll.cpu().numpy(),
-        correct=correct.cpu().numpy(),
-        seconds=seconds,
-        tokens_processed=int(chosen.sum()) if method == "recompute" else nll.numel(),
-        cache_bytes=harness.cache_bytes(cache) // len(batch.samples),
-        peak_bytes=peak.bytes,
-        pressure=harness.memory_pressure(peak),
-    )
+            logits, self.cache = logits_of(model, ids[:, :-1], method, settings)
+            self.unread = score(logits, ids[:, 1:], bar)
+        self.read: list[NllAndCorrect] = []
+        self.turn_seconds: list[float] = []
+        self.peak_bytes = 0
+        self.pressure = ""
+
+    def take_turn(self, everything: bool = False) -> bool:
+        """Read `SCORED_AT_ONCE` tokens of each sample, or everything, and return whether there is more."""
+        held = harness.cache_bytes(self.cache)
+        with torch.inference_mode(), harness.PeakMemory(self.clock.device) as peak:
+            start = self.clock.now()
+            self.read += itertools.islice(self.unread, None if everything else 1)
+            self.turn_seconds.append(self.clock.now() - start)
+        self.peak_bytes = max(self.peak_bytes, held + peak.bytes)
+        self.pressure = self.pressure or harness.memory_pressure(peak)
+        return sum(len(nll[0]) for nll, _ in self.read) < len(self.chosen[0])
+
+    def scores(self) -> BatchScores:
+        """Return what was measured."""
+        nll, correct = (torch.cat(pieces, dim=1).cpu().numpy() for pieces in zip(*self.read, strict=True))
+        return BatchScores(
+            samples=self.batch.samples,
+            nll=nll,
+            correct=correct,
+            turn_seconds=self.turn_seconds,
+            tokens_processed=int(self.chosen.sum()) if self.method[0] == "recompute" else nll.size,
+            cache_bytes=harness.cache_bytes(self.cache) // len(self.batch.samples),
+            peak_bytes=self.peak_bytes,
+            pressure=self.pressure,
+        )
 
 
 def measure_all(
     model: PreTrainedModel,
     samples: Sequence[torch.Tensor],
-    method: str,
-    capacity: int | None,
+    methods: Sequence[Method],
     chosen: Bools,
     settings: Settings,
     state: PartialState,
-) -> list[BatchScores]:
-    """Score all samples with one method, each process its share of the batches.
+) -> dict[Method, list[BatchScores] | str]:
+    """Score all samples with methods that take turns, or with a single one; each process its share of the batches.
 
     Returns:
-        the batches of all processes, in the order of the samples.
-
-    Raises:
-        CannotMeasure: the method does not work with this model, or memory ran out, in one of the processes.
+        for each method the batches of all processes, in the order of the samples; or, in words, why one of the processes
+        could not measure it.
     """
     batch_size = settings.batch_size
-    if method == "dense-batched":
+    if methods == [("dense-batched", None)]:
         vocab_size = model.config.get_text_config(decoder=True).vocab_size
         batch_size = max(1, min(batch_size, LOGITS_BYTES_AT_ONCE // (4 * vocab_size * len(samples[0]))))
     # The same batches however many processes there are, so that rounding is the same, too.
     batches = cut_into_batches(samples, batch_size)[state.process_index :: state.num_processes]
-    label = method if capacity is None else f"{method} {capacity}"
-    total = sum(chosen[b.samples].sum() if method == "recompute" else b.ids[:, 1:].numel() for b in batches)
-    outcome: list[BatchScores | str] = []
+    total = sum(
+        chosen[b.samples].sum() if name == "recompute" else b.ids[:, 1:].numel() for b in batches for name, _ in methods
+    )
+    scores: dict[Method, list[BatchScores]] = {method: [] for method in methods}
+    reasons: dict[Method, str] = {}
+    label = " ".join(map(str, filter(None, methods[0]))) if len(methods) == 1 else f"{len(methods)} methods in turns"
+    with harness.progress_bar(total, label, disable=not state.is_main_process) as bar:
+        for method in methods if batches else ():
+            with noting_failure(method, reasons, settings):
+                warm_up(model, batches[0], method, settings)
+        for batch in batches:
+            unfinished: dict[Method, Reading] = {}
+            for method in (one for one in methods if one not in reasons):
+                with noting_failure(method, reasons, settings):
+                    unfinished[method] = Reading(model, batch, method, chosen, settings, bar)
+            while unfinished:
+                for method in list(unfinished):
+                    more = False
+                    with noting_failure(method, reasons, settings):
+                        more = unfinished[method].take_turn(everything=len(methods) == 1)
+                        if not more:
+                            scores[method].append(unfinished[method].scores())
+                    if not more:
+                        del unfinished[method]
+    gc.collect()  # a cache whose layers refer to each other is not freed before
+    gathered = gather_object([(scores, reasons)])
+    return {
+        method: next((why[method] for _, why in gathered if method in why), "")
+        or sorted((batch for some, _ in gathered for batch in some[method]), key=lambda one: one.samples)
+        for method in methods
+    }
+
+
+@contextlib.contextmanager
+def noting_failure(method: Method, reasons: dict[Method, str], settings: Settings) -> Iterator[None]:
+    """Note in words why a method cannot go on; the others can."""
     try:
-        if batches:
-            warm_up(model, batches[0], method, capacity, settings)
-        with harness.progress_bar(total, label, disable=not state.is_main_process) as bar:
-            for batch in batches:
-                outcome.append(measure(model, batch, method, capacity, chosen, settings, bar))
+        yield
     except (NotImplementedError, ValueError) as error:
-        outcome = [str(error)]
+        reasons[method] = str(error)
     except (RuntimeError, MemoryError) as error:
         if not harness.is_out_of_memory(error):
             raise
-        outcome = [f"out of memory with --batch-size {settings.batch_size}: choose a smaller one"]
-    gc.collect()  # a cache whose layers refer to each other is not freed before
-    gathered = gather_object(outcome)
-    for one in gathered:
-        if isinstance(one, str):
-            raise CannotMeasure(one)
-    return sorted(gathered, key=lambda one: one.samples)
+        reasons[method] = f"out of memory with --batch-size {settings.batch_size}: choose a smaller one"
 
 
-def warm_up(model: PreTrainedModel, batch: Batch, method: str, capacity: int | None, settings: Settings) -> None:
+def warm_up(model: PreTrainedModel, batch: Batch, method: Method, settings: Settings) -> None:
     """Read the start of a batch untimed: the first method of a run would else pay for what all of them share."""
     ids = batch.ids[:, : WARM_UP_TOKENS + 1]
     short = Batch(list(range(len(ids))), ids)
     chosen = np.ones((len(ids), ids.shape[1] - 1), dtype=bool)
-    measure(model, short, method, capacity, chosen, settings, harness.no_progress_bar())
+    Reading(model, short, method, chosen, settings, harness.no_progress_bar()).take_turn(everything=True)
 
 
 # --- reporting -------------------------------------------------------------------------------------------------------
@@ -458,7 +504,13 @@ def make_row(run: Run, method: str, capacity: int | None, batches: Sequence[Batc
         "beyond_trained_context": scores.restricted(before > trained).totals(),
         "samples": samples,
         "batches": [
-            {"samples": b.samples, "seconds": b.seconds, "tokens_processed": b.tokens_processed} for b in batches
+            {
+                "samples": b.samples,
+                "seconds": b.seconds,
+                "turn_seconds": [round(seconds, 6) for seconds in b.turn_seconds],
+                "tokens_processed": b.tokens_processed,
+            }
+            for b in batches
         ],
     }
 
@@ -477,19 +529,26 @@ def notes(run: Run, method: str, capacity: int | None, batches: Sequence[BatchSc
     return found + sorted({batch.pressure for batch in batches if batch.pressure})
 
 
-def measure_rows(
-    run: Run, methods: Sequence[str], capacities: Sequence[int], state: PartialState
-) -> Iterator[dict[str, Any]]:
-    """Measure the methods one after the other and yield their rows, as soon as each is finished."""
+def in_turns(methods: Sequence[str], capacities: Sequence[int], mode: str) -> list[list[Method]]:
+    """Return what is to be measured, in its order, those together that take turns."""
+    all_of_them: list[Method] = [
+        (name, capacity)
+        for name in METHODS
+        if name in methods
+        for capacity in (capacities if name in BOUNDED else [None])
+    ]
+    together = [one for one in all_of_them if mode == "step" and one[0] in TAKING_TURNS]
+    return [together] * bool(together) + [[one] for one in all_of_them if one not in together]
+
+
+def measure_rows(run: Run, groups: Sequence[Sequence[Method]], state: PartialState) -> Iterator[dict[str, Any]]:
+    """Measure one group after the other and yield the rows of its methods, as soon as it is finished."""
     dense: tuple[dict[str, Any], Floats] | None = None
-    for method in (one for one in METHODS if one in methods):
-        for capacity in capacities if method in BOUNDED else [None]:
-            try:
-                batches = measure_all(
-                    run.loaded.model, run.samples, method, capacity, run.recompute_sample, run.settings, state
-                )
-            except CannotMeasure as reason:
-                yield empty_row(run, method, capacity, str(reason))
+    for group in groups:
+        measured = measure_all(run.loaded.model, run.samples, group, run.recompute_sample, run.settings, state)
+        for (method, capacity), batches in measured.items():
+            if isinstance(batches, str):
+                yield empty_row(run, method, capacity, batches)
                 continue
             row = make_row(run, method, capacity, batches)
             nll = Scores.of(batches, run.scored).nll
@@ -695,7 +754,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if state.is_main_process:
         print(result["title"], flush=True)
     try:
-        for row in measure_rows(run, args.methods, args.capacities, state):
+        for row in measure_rows(run, in_turns(args.methods, args.capacities, args.mode), state):
             result["rows"].append(row)
             if state.is_main_process:
                 harness.write_json(path, result)

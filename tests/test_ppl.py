@@ -9,7 +9,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -105,7 +105,10 @@ def measured(
     batch = Batch(list(range(len(ids))), ids)
     everything = np.ones((len(ids), ids.shape[1] - 1), dtype=bool)
     settings = Settings(n_sink=n_sink, chunk_size=chunk_size, batch_size=4)
-    return ppl.measure(model, batch, method, capacity, everything, settings, harness.no_progress_bar()).nll
+    reading = ppl.Reading(model, batch, (method, capacity), everything, settings, harness.no_progress_bar())
+    while reading.take_turn():
+        pass
+    return reading.scores().nll
 
 
 # --- which tokens are scored -----------------------------------------------------------------------------------------
@@ -144,7 +147,7 @@ def test_recompute_windows_written_out_by_hand() -> None:
             return SimpleNamespace(logits=torch.zeros(*input_ids.shape, VOCAB))
 
     everything = torch.ones(1, 6, dtype=torch.bool)
-    ppl.score_recomputed(Spy(), torch.arange(7)[None], everything, 3, 2, harness.no_progress_bar())
+    list(ppl.score_recomputed(Spy(), torch.arange(7)[None], everything, 3, 2, harness.no_progress_bar()))
     # The first predicts tokens 1, 2 and 3; the others the one after their last, so 4, 5 and 6.
     assert seen == [[0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]
 
@@ -217,7 +220,7 @@ def test_accuracy_counts_the_first_choice() -> None:
     targets = torch.tensor([[1, 2, 0, 2]])
     logits = torch.nn.functional.one_hot(torch.tensor([[1, 2, 1, 2]]), 3).float() * 5
     pieces = [logits[:, :1], logits[:, 1:3], logits[:, 3:]]
-    losses, correct = ppl.score(pieces, targets, harness.no_progress_bar())
+    ((losses, correct),) = ppl.score(pieces, targets, harness.no_progress_bar())
     assert correct.tolist() == [[True, True, False, True]]
     # By hand: 5 above two others, or 5 below the one preferred.
     right = math.log(1 + 2 * math.exp(-5))
@@ -283,8 +286,9 @@ def test_a_run_writes_table_result_and_plots(folder: Path, tmp_path: Path, capsy
     assert result["model"]["trained_context"] == TRAINED
     assert [(row["method"], row["capacity"]) for row in result["rows"]] == [
         ("dense", None),
+        *((method, capacity) for method in ("sink", "window") for capacity in (8, 16)),
         ("dense-batched", None),
-        *((method, capacity) for method in ("sink", "window", "recompute") for capacity in (8, 16)),
+        *(("recompute", capacity) for capacity in (8, 16)),
     ]
     for row in result["rows"]:
         assert row["method"] in printed
@@ -298,7 +302,7 @@ def test_a_run_writes_table_result_and_plots(folder: Path, tmp_path: Path, capsy
         # The raw sums are enough to get at the perplexity again.
         total = sum(one["nll_sum"] for one in row["samples"])
         assert math.exp(total / row["tokens"]) == pytest.approx(row["perplexity"])
-    dense, batched, sink = result["rows"][:3]
+    dense, sink, _, _, _, batched, *_ = result["rows"]
     assert dense["speedup_over_dense"] == 1.0
     assert batched["largest_nll_difference_from_dense"] < 1e-4
     assert batched["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-5)
@@ -445,16 +449,66 @@ def test_out_of_memory_in_one_method_leaves_the_others(
 def test_ctrl_c_keeps_what_is_finished(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measure_all = ppl.measure_all
 
-    def interrupted(model: Any, samples: Any, method: str, *more: Any) -> Any:
-        if method == "window":
+    def interrupted(model: Any, samples: Any, methods: Any, *more: Any) -> Any:
+        if methods == [("window", 8)]:
             raise KeyboardInterrupt
-        return measure_all(model, samples, method, *more)
+        return measure_all(model, samples, methods, *more)
 
     monkeypatch.setattr(ppl, "measure_all", interrupted)
     assert run(folder, tmp_path, "--methods", "dense", "window", "sink") == 130
     result = result_in(tmp_path)
     assert result["interrupted"]
     assert [row["method"] for row in result["rows"]] == ["dense", "sink", "sink"]
+
+
+def test_in_step_mode_methods_take_turns_and_share_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    take_turn = ppl.Reading.take_turn
+
+    def noted(reading: ppl.Reading, everything: bool = False) -> bool:
+        order.append("all of it" if everything else " ".join(map(str, reading.method)))
+        return take_turn(reading, everything)
+
+    monkeypatch.setattr(ppl.Reading, "take_turn", noted)
+    options = ("--max-tokens", "150", "--num-samples", "1", "--capacities", "8", "--recompute-tokens", "5")
+    assert run(folder, tmp_path / "turns", "--mode", "step", *options) == 0
+    # Each is warmed up; then dense, sink and window alternate until 64 + 64 + 22 tokens are read.
+    assert order == [*["all of it"] * 3, *["dense None", "sink 8", "window 8"] * 3, *["all of it"] * 4]
+    turns = {row["method"]: row for row in result_in(tmp_path / "turns")["rows"]}
+    for name, row in turns.items():
+        (batch,) = row["batches"]
+        assert len(batch["turn_seconds"]) == (3 if name in ppl.TAKING_TURNS else 1)
+        assert sum(batch["turn_seconds"]) == pytest.approx(row["seconds"], rel=1e-3)
+        alone = tmp_path / name
+        assert run(folder, alone, "--mode", "step", *options, "--methods", name) == 0
+        (row_alone,) = result_in(alone)["rows"]
+        for what in ("perplexity", "accuracy", "tokens", "cache_bytes", "samples"):
+            assert row[what] == row_alone[what], (name, what)
+
+
+def test_one_method_that_fails_in_turns_leaves_the_others(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense_logits = ppl.dense_logits
+
+    def full_after_70(*args: Any) -> Iterator[torch.Tensor]:
+        for i, logits in enumerate(dense_logits(*args)):
+            if i == 70:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+            yield logits
+
+    options = ("--max-tokens", "150", "--mode", "step", "--methods", "dense", "sink", "--capacities", "8")
+    assert run(folder, tmp_path / "with", *options) == 0
+    monkeypatch.setattr(ppl, "dense_logits", full_after_70)
+    assert run(folder, tmp_path / "without", *options) == 0
+    dense, sink = result_in(tmp_path / "without")["rows"]
+    assert dense["perplexity"] is None
+    assert dense["note"].startswith("out of memory")
+    assert sink["perplexity"] == result_in(tmp_path / "with")["rows"][1]["perplexity"]
+    assert len(sink["batches"]) == 2  # the second sample, too
+    assert sink["speedup_over_dense"] is None
 
 
 def test_random_weights_say_that_the_text_is_noise(
