@@ -12,8 +12,8 @@ and attention backend, the page shows for each capacity
                  were measured the curves are straight lines, below the least they are flat, and beyond the largest there
                  is no prediction. Unsynchronised times are taken where there are some, because a run does not wait for
                  the device after every step. The curve of sink is that of dense over what sink gains in turns with it,
-                 in which what slows down both cancels; and in the first sample, whose lengths are all new, dense pays for
-                 that as much as `latency` measured, and so does sink until it is full
+                 in which what slows down both cancels; and in the first sample, whose lengths are all new but for those of
+                 the warm-up, dense pays for that as much as `latency` measured, and so does sink until it is full
 
 and says in sentences, computed from these numbers, where the difference comes from. Only runs of one token per step and
 sample (`--mode step --batch-size 1`) are predicted, because that is what `latency` times. The same model need not have the
@@ -48,6 +48,8 @@ from .harness import BenchmarkError
 AGREEMENT = 0.15  # of prediction and measurement
 RUN_TO_RUN = 0.03  # of two latency results
 NEW_LENGTHS_COST = 1.2  # from this ratio on, what new lengths cost is part of a prediction
+WARM_UP_TOKENS = 32  # of runs whose file does not say how many
+PARTS_OF_A_RUN = 8  # its first and its last are compared
 STYLE = (
     "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}img{max-width:100%}"
     "table{border-collapse:collapse;font-size:90%;margin:1em 0}td,th{border:1px solid #ccc;padding:.2em .6em}"
@@ -91,14 +93,14 @@ class Curve:
         return list(found.values())
 
     def sum_ms(
-        self, tokens: int, factor: float = 1.0, until: int | None = None, ms: Sequence[float] | None = None
+        self, tokens: int, factor: float = 1.0, new: slice = slice(0), ms: Sequence[float] | None = None
     ) -> float:
-        """Return the time of reading so many tokens one by one, of which the first `until` (all) take `factor` times as long.
+        """Return the time of reading so many tokens one by one, of which those at `new` lengths take `factor` times as long.
 
         `ms` are other times of a step at each context than those of `ms(synchronized=False)`.
         """
         steps = np.interp(np.arange(tokens), self.contexts, self.ms(synchronized=False) if ms is None else ms)
-        steps[:until] *= factor
+        steps[new] *= factor
         return float(steps.sum())
 
     def new_lengths(self) -> float:
@@ -164,11 +166,12 @@ class Comparison:
         new = self.dense.new_lengths()
         factors = [new if new >= NEW_LENGTHS_COST and not i else 1.0 for i in range(len(self.samples))]
         runs = list(zip(self.samples, factors, strict=True))
+        known = self.run["protocol"].get("warm_up_tokens", WARM_UP_TOKENS)
         dense, sink = self.dense, self.sink
-        beside_dense = sink.ms_beside(dense)
+        beside_dense, while_filling = sink.ms_beside(dense), slice(known, self.capacity)
         return {
-            "dense": sum(dense.sum_ms(tokens, factor) for tokens, factor in runs),
-            "sink": sum(sink.sum_ms(tokens, factor, self.capacity, beside_dense) for tokens, factor in runs),
+            "dense": sum(dense.sum_ms(tokens, factor, slice(known, None)) for tokens, factor in runs),
+            "sink": sum(sink.sum_ms(tokens, factor, while_filling, beside_dense) for tokens, factor in runs),
         }
 
     @property
@@ -178,6 +181,17 @@ class Comparison:
             return None
         predicted = self.predicted_ms()
         return predicted["dense"] / predicted["sink"]
+
+    def turns(self) -> list[tuple[float, float]]:
+        """Return, for each turn of the run, the tokens before its middle, and what it gained; empty without turns."""
+        found = []
+        for dense, sink in zip(self.row("dense")["batches"], self.row("sink")["batches"], strict=True):
+            seconds = [one.get("turn_seconds", [one["seconds"]]) for one in (dense, sink)]
+            count = len(seconds[0])
+            if count > 1:
+                middles = (np.arange(count) + 0.5) * (dense["tokens_processed"] / len(dense["samples"]) / count)
+                found += list(zip(middles.tolist(), np.divide(*seconds).tolist(), strict=True))
+        return found
 
     def ratio(self, name: str, context: int) -> dict[str, Any] | None:
         """Return an eager ratio of the latency result, such as `achieved`."""
@@ -262,11 +276,21 @@ def reasons(one: Comparison) -> list[str]:
             f"average; {(contexts < capacity).mean():.0%} of them come before the cache of {capacity:,} is full, where nothing "
             "is bounded yet."
         )
+    parts = [
+        [gain for middle, gain in one.turns() if low <= middle * PARTS_OF_A_RUN / max(samples) < low + 1]
+        for low in (0, PARTS_OF_A_RUN - 1)
+    ]
+    if all(parts):
+        found.append(
+            f"**Along the run.** Its own turns, dense and sink one after the other, gain {statistics.median(parts[0]):.2f}× in "
+            f"the first of {PARTS_OF_A_RUN} parts and {statistics.median(parts[1]):.2f}× in the last (medians)."
+        )
     new = dense.new_lengths()
     found.append(
         f"**New lengths.** A dense step at a length never seen before takes {new:.2f} times as long as the same step again. "
         + (
-            f"All lengths of the first of {len(samples)} sample(s) are new, and a sink cache has no new lengths once it is full."
+            f"All lengths of the first of {len(samples)} sample(s) but those of the warm-up are new, and a sink cache has no new "
+            "lengths once it is full."
             if new >= NEW_LENGTHS_COST
             else f"That is less than {NEW_LENGTHS_COST}, and is not counted as a part of the difference."
         )
@@ -319,6 +343,9 @@ def draw(group: Sequence[Comparison], path: Path) -> None:
         errors = [[r["value"] - r["low"] for _, r in points], [r["high"] - r["value"] for _, r in points]]
         label = f"capacity {one.capacity:,}: a step"
         axes.errorbar([n for n, _ in points], values, errors, color=colour, marker="o", capsize=3, label=label)
+        if turns := one.turns():
+            style = {"color": colour, "s": 8, "alpha": 0.5, "label": f"capacity {one.capacity:,}: turns of the run"}
+            axes.scatter(*zip(*turns, strict=True), **style)
         axes.axhline(one.measured, color=colour, linestyle="--", label=f"the whole run, measured: {one.measured:.2f}×")
         if one.predicted is not None:
             axes.axhline(one.predicted, color=colour, linestyle=":", label=f"predicted: {one.predicted:.2f}×")

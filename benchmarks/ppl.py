@@ -742,6 +742,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "chunk_size": args.chunk_size,
             "batch_size": args.batch_size,
             "recompute_tokens": int(run.recompute_sample.sum()),
+            "warm_up_tokens": WARM_UP_TOKENS,
             "num_processes": state.num_processes,
             "sdpa_backend": args.sdpa_backend,
             "sdpa_enabled": sdpa,

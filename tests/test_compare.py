@@ -94,9 +94,26 @@ def test_only_the_first_sample_pays_for_new_lengths(times: float, in_the_first_s
         if row["arm"] == "dense":
             row["first_time"] = {"median_ms": times * row["median_ms"], "again_median_ms": row["median_ms"]}
     one = comparison(ppl_result(1.0, 1.0, tokens=(300, 300)), latency)
-    # With a sink cache the lengths up to its capacity of 100 are new, too.
-    sink_ms = in_the_first_sample * 100 + 200 + SINK_MS
-    assert one.predicted == pytest.approx((in_the_first_sample + 1) * DENSE_MS / sink_ms)
+    # The 32 lengths of the warm-up, of 1 ms each, are not new; with a sink cache those from there to its capacity of 100 are.
+    dense_ms = 32 + in_the_first_sample * (DENSE_MS - 32) + DENSE_MS
+    sink_ms = 32 + in_the_first_sample * 68 + 200 + SINK_MS
+    assert one.predicted == pytest.approx(dense_ms / sink_ms)
+    one.run["protocol"]["warm_up_tokens"] = 10
+    dense_ms = 10 + in_the_first_sample * (DENSE_MS - 10) + DENSE_MS
+    sink_ms = 10 + in_the_first_sample * 90 + 200 + SINK_MS
+    assert one.predicted == pytest.approx(dense_ms / sink_ms)
+
+
+def test_the_turns_of_a_run_are_told_apart() -> None:
+    run = ppl_result(1.0, 1.0, tokens=(320, 320))
+    assert comparison(run).turns() == []  # each batch at once, as runs before there were turns
+    assert not any("Along the run" in text for text in compare.reasons(comparison(run)))
+    for row, turn_seconds in zip(run["rows"], ([1.0, 2.0, 3.0, 4.0, 6.0], [1.0, 1.0, 1.0, 1.0, 2.0]), strict=True):
+        for batch in row["batches"]:
+            batch["turn_seconds"] = turn_seconds
+    one = comparison(run)
+    assert one.turns() == [(32, 1.0), (96, 2.0), (160, 3.0), (224, 4.0), (288, 3.0)] * 2
+    assert any("gain 1.00× in the first of 8 parts and 3.00× in the last" in text for text in compare.reasons(one))
 
 
 def test_what_cannot_be_predicted_says_why() -> None:
