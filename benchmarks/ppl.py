@@ -330,7 +330,7 @@ def measure_all(
         could not measure it.
     """
     batch_size = settings.batch_size
-    if methods == [("dense-batched", None)]:
+    if methods[0][0] == "dense-batched":
         vocab_size = model.config.get_text_config(decoder=True).vocab_size
         batch_size = max(1, min(batch_size, LOGITS_BYTES_AT_ONCE // (4 * vocab_size * len(samples[0]))))
     # The same batches however many processes there are, so that rounding is the same, too.
