@@ -48,7 +48,7 @@ from .harness import BenchmarkError
 AGREEMENT = 0.15  # of prediction and measurement
 RUN_TO_RUN = 0.03  # of two latency results
 NEW_LENGTHS_COST = 1.2  # from this ratio on, what new lengths cost is part of a prediction
-WARM_UP_TOKENS = 32  # of runs whose file does not say how many
+WARM_UP_TOKENS, TURN_TOKENS = 32, 64  # of runs whose file does not say how many
 PARTS_OF_A_RUN = 8  # its first and its last are compared
 STYLE = (
     "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}img{max-width:100%}"
@@ -187,9 +187,10 @@ class Comparison:
         found = []
         for dense, sink in zip(self.row("dense")["batches"], self.row("sink")["batches"], strict=True):
             seconds = [one.get("turn_seconds", [one["seconds"]]) for one in (dense, sink)]
-            count = len(seconds[0])
-            if count > 1:
-                middles = (np.arange(count) + 0.5) * (dense["tokens_processed"] / len(dense["samples"]) / count)
+            if len(seconds[0]) > 1:
+                tokens = dense["tokens_processed"] / len(dense["samples"])
+                starts = np.arange(0, tokens, self.run["protocol"].get("turn_tokens", TURN_TOKENS))
+                middles = (starts + np.append(starts[1:], tokens)) / 2
                 found += list(zip(middles.tolist(), np.divide(*seconds).tolist(), strict=True))
         return found
 
@@ -428,7 +429,8 @@ def add_comparison(page: Page, group: Sequence[Comparison], plot: Path) -> None:
     threads = f", {run['threads']} thread(s)" if run["device"]["type"] == "cpu" else ""
     page.sentences(
         [
-            f"{run['device']['name']}{threads}, {run['dtype']}, {run['date']}. Steps: {latency['title']}, {latency['date']}."
+            f"Samples of {run['data']['max_tokens']:,} tokens. {run['device']['name']}{threads}, {run['dtype']}, {run['date']}. "
+            f"Steps: {latency['title']}, {latency['date']}."
         ]
     )
     contexts = [n for n in group[0].dense.contexts if any(one.ratio("achieved", n) for one in group)]

@@ -463,11 +463,11 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def memory_pressure(peak: PeakMemory) -> str:
-    """Return in words whether the machine swapped or is nearly out of memory, or an empty string."""
+def memory_pressure(swapped_bytes: int) -> str:
+    """Return in words whether the machine swapped so much or is nearly out of memory, or an empty string."""
     available = psutil.virtual_memory().available
-    if peak.swapped_bytes > 64 * MIB:
-        return f"the machine swapped {peak.swapped_bytes / MIB:,.0f} MiB meanwhile: do not trust the times"
+    if swapped_bytes > 64 * MIB:
+        return f"the machine swapped {swapped_bytes / MIB:,.0f} MiB meanwhile: do not trust the times"
     if available < psutil.virtual_memory().total * 0.03:
         return f"only {available / MIB:,.0f} MiB of memory were left"
     return ""

@@ -25,7 +25,7 @@ N tokens, untimed, and takes one untimed step. So lengths repeat; what dense nee
 never seen is measured by itself, because some attention backends build a plan for every new length. Turns without
 synchronisation between the steps follow in every second round (not on the CPU): a device that is never waited for may be faster.
 
-What explains it: `ceiling` = dense(N) / dense(capacity) is the most that a bounded cache can win, `achieved` = dense(N) /
+What explains it: `ceiling` = dense(N) / dense(capacity) is what a dense cache cut to that size would win, `achieved` = dense(N) /
 sink(N), `overhead` = sink(N) / dense(capacity): the median over rounds of the ratio within a round, in which what slows down both
 cancels, with a 95% bootstrap interval; and as `gpu_value` that of the GPU's own work, which a busy CPU does not touch. `busy` is
 the share of the step in which the GPU worked: below 1 the step waits for the CPU to launch kernels. `floor_ms` is what the
@@ -189,7 +189,7 @@ def look_closer(arm: Arm, measured: Measurement, clock: harness.Clock) -> None:
             arm.step()
         clock.now()
     measured.peak_bytes = measured.cache_bytes + peak.bytes
-    pressure = harness.memory_pressure(peak)
+    pressure = harness.memory_pressure(peak.swapped_bytes)
     measured.warnings += [pressure] if pressure else []
     if not arm.compiled:
         with harness.Operators() as operators:

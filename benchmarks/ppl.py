@@ -19,9 +19,11 @@ from those before it, once (`--score-from P` leaves out those with fewer than P 
 
 `--mode chunk` (default) reads `--chunk-size` tokens per forward, through `sink_cache.stream`, and each token sees what
 it would see if read alone. `--mode step` reads one token per forward, as generating text does, and dense, sink and window
-take turns of 64 tokens in it, each with its own cache, so that drift of the machine hits all alike. Perplexities are the
-same; times are not, and are to be compared within a mode only. The speed-up of a run is a mean over all context lengths
-of its samples, from 1 to `--max-tokens`; `benchmarks.latency` measures single points of that curve.
+take turns of 64 tokens in it, so that drift of the machine hits all alike; all their caches are in memory at once. Ctrl-C
+keeps the methods that are finished, and of those that take turns the samples that all have finished.
+
+Perplexities are the same in both modes; times are not, and are to be compared within a mode only. The speed-up of a run is a
+mean over all context lengths of its samples, from 1 to `--max-tokens`; `benchmarks.latency` measures single points of that curve.
 
 A model has learned positions only up to its trained context. Beyond it dense collapses, and its perplexity over a
 whole sample says little: look at the perplexity by position. By default a sample is as long as the trained context.
@@ -286,7 +288,7 @@ class Reading:
             self.unread = score(logits, ids[:, 1:], bar)
         self.read: list[NllAndCorrect] = []
         self.turn_seconds: list[float] = []
-        self.peak_bytes = 0
+        self.peak_bytes = self.swapped_bytes = 0
         self.pressure = ""
 
     def take_turn(self, everything: bool = False) -> bool:
@@ -297,7 +299,8 @@ class Reading:
             self.read += itertools.islice(self.unread, None if everything else 1)
             self.turn_seconds.append(self.clock.now() - start)
         self.peak_bytes = max(self.peak_bytes, held + peak.bytes)
-        self.pressure = self.pressure or harness.memory_pressure(peak)
+        self.swapped_bytes += peak.swapped_bytes
+        self.pressure = harness.memory_pressure(self.swapped_bytes) or self.pressure
         return sum(len(nll[0]) for nll, _ in self.read) < len(self.chosen[0])
 
     def scores(self) -> BatchScores:
@@ -315,6 +318,14 @@ class Reading:
         )
 
 
+class InterruptedInTurns(KeyboardInterrupt):
+    """Ctrl-C while methods took turns; `measured` is what `measure_all` would return for the samples that all have finished."""
+
+    def __init__(self, measured: dict[Method, list[BatchScores] | str]) -> None:
+        super().__init__()
+        self.measured = measured
+
+
 def measure_all(
     model: PreTrainedModel,
     samples: Sequence[torch.Tensor],
@@ -328,6 +339,9 @@ def measure_all(
     Returns:
         for each method the batches of all processes, in the order of the samples; or, in words, why one of the processes
         could not measure it.
+
+    Raises:
+        InterruptedInTurns: on Ctrl-C, if there is something to keep, and no other process that would have to know.
     """
     batch_size = settings.batch_size
     if methods[0][0] == "dense-batched":
@@ -341,44 +355,57 @@ def measure_all(
     scores: dict[Method, list[BatchScores]] = {method: [] for method in methods}
     reasons: dict[Method, str] = {}
     label = " ".join(map(str, filter(None, methods[0]))) if len(methods) == 1 else f"{len(methods)} methods in turns"
-    with harness.progress_bar(total, label, disable=not state.is_main_process) as bar:
-        for method in methods if batches else ():
-            with noting_failure(method, reasons, settings):
-                warm_up(model, batches[0], method, settings)
-        for batch in batches:
-            unfinished: dict[Method, Reading] = {}
-            for method in (one for one in methods if one not in reasons):
-                with noting_failure(method, reasons, settings):
-                    unfinished[method] = Reading(model, batch, method, chosen, settings, bar)
-            while unfinished:
-                for method in list(unfinished):
-                    more = False
-                    with noting_failure(method, reasons, settings):
-                        more = unfinished[method].take_turn(everything=len(methods) == 1)
+    in_turns = len(methods) > 1
+    label = f"{len(methods)} methods in turns" if in_turns else " ".join(map(str, filter(None, methods[0])))
+    try:
+        with harness.progress_bar(total, label, disable=not state.is_main_process) as bar:
+            for method in methods if batches else ():
+                with noting_failure(method, reasons, settings, in_turns):
+                    warm_up(model, batches[0], method, settings)
+            for batch in batches:
+                unfinished: dict[Method, Reading] = {}
+                for method in (one for one in methods if one not in reasons):
+                    with noting_failure(method, reasons, settings, in_turns):
+                        unfinished[method] = Reading(model, batch, method, chosen, settings, bar)
+                while unfinished:
+                    for method in list(unfinished):
+                        more = False
+                        with noting_failure(method, reasons, settings, in_turns):
+                            more = unfinished[method].take_turn(everything=not in_turns)
+                            if not more:
+                                scores[method].append(unfinished[method].scores())
                         if not more:
-                            scores[method].append(unfinished[method].scores())
-                    if not more:
-                        del unfinished[method]
+                            del unfinished[method]
+    except KeyboardInterrupt:
+        finished = min((len(some) for method, some in scores.items() if method not in reasons), default=0)
+        if not in_turns or not finished or state.num_processes > 1:
+            raise
+        raise InterruptedInTurns(
+            {method: reasons[method] if method in reasons else some[:finished] for method, some in scores.items()}
+        ) from None
     gc.collect()  # a cache whose layers refer to each other is not freed before
+    measured: dict[Method, list[BatchScores] | str] = {}
     gathered = gather_object([(scores, reasons)])
-    return {
-        method: next((why[method] for _, why in gathered if method in why), "")
-        or sorted((batch for some, _ in gathered for batch in some[method]), key=lambda one: one.samples)
-        for method in methods
-    }
+    for method in methods:
+        failed = [why[method] for _, why in gathered if method in why]
+        batches_of_all = (batch for some, _ in gathered for batch in some[method])
+        measured[method] = failed[0] if failed else sorted(batches_of_all, key=lambda one: one.samples)
+    return measured
 
 
 @contextlib.contextmanager
-def noting_failure(method: Method, reasons: dict[Method, str], settings: Settings) -> Iterator[None]:
+def noting_failure(method: Method, reasons: dict[Method, str], settings: Settings, in_turns: bool) -> Iterator[None]:
     """Note in words why a method cannot go on; the others can."""
     try:
         yield
     except (NotImplementedError, ValueError) as error:
-        reasons[method] = str(error)
+        reasons[method] = str(error) or type(error).__name__
     except (RuntimeError, MemoryError) as error:
         if not harness.is_out_of_memory(error):
             raise
-        reasons[method] = f"out of memory with --batch-size {settings.batch_size}: choose a smaller one"
+        ways_out = ["a smaller one"] if settings.batch_size > 1 else ["a smaller --max-tokens"]
+        ways_out += ["fewer --methods or --capacities, whose caches are in memory at once"] if in_turns else []
+        reasons[method] = f"out of memory with --batch-size {settings.batch_size}: choose {', or '.join(ways_out)}"
 
 
 def warm_up(model: PreTrainedModel, batch: Batch, method: Method, settings: Settings) -> None:
@@ -402,12 +429,14 @@ class Scores:
 
     @classmethod
     def of(cls, batches: Sequence[BatchScores], scored: Bools) -> Scores:
-        """Put batches together."""
+        """Put batches together; of samples that are in none of them nothing is scored."""
         nll, correct = np.zeros(scored.shape, dtype=np.float32), np.zeros_like(scored)
+        read = np.zeros((len(scored), 1), dtype=bool)
         for batch in batches:
             nll[batch.samples, : batch.nll.shape[1]] = batch.nll
             correct[batch.samples, : batch.nll.shape[1]] = batch.correct
-        return cls(nll, correct, scored)
+            read[batch.samples] = True
+        return cls(nll, correct, scored & read)
 
     def restricted(self, mask: Bools) -> Scores:
         """Return the scores with only the tokens scored that are also in `mask`, broadcast to `[samples, tokens]`."""
@@ -526,6 +555,8 @@ def notes(run: Run, method: str, capacity: int | None, batches: Sequence[BatchSc
         found.append("nothing was evicted: no sample is longer than the capacity")
     if method == "recompute" and run.recompute_sample.sum() < run.scored.sum():
         found.append(f"on a sample of {run.recompute_sample.sum():,} of {run.scored.sum():,} tokens")
+    if (finished := sum(len(batch.samples) for batch in batches)) < len(run.samples):
+        found.append(f"interrupted after {finished:,} of {len(run.samples):,} samples")
     return found + sorted({batch.pressure for batch in batches if batch.pressure})
 
 
@@ -535,7 +566,7 @@ def in_turns(methods: Sequence[str], capacities: Sequence[int], mode: str) -> li
         (name, capacity)
         for name in METHODS
         if name in methods
-        for capacity in (capacities if name in BOUNDED else [None])
+        for capacity in (dict.fromkeys(capacities) if name in BOUNDED else [None])
     ]
     together = [one for one in all_of_them if mode == "step" and one[0] in TAKING_TURNS]
     return [together] * bool(together) + [[one] for one in all_of_them if one not in together]
@@ -545,7 +576,11 @@ def measure_rows(run: Run, groups: Sequence[Sequence[Method]], state: PartialSta
     """Measure one group after the other and yield the rows of its methods, as soon as it is finished."""
     dense: tuple[dict[str, Any], Floats] | None = None
     for group in groups:
-        measured = measure_all(run.loaded.model, run.samples, group, run.recompute_sample, run.settings, state)
+        interrupted: KeyboardInterrupt | None = None
+        try:
+            measured = measure_all(run.loaded.model, run.samples, group, run.recompute_sample, run.settings, state)
+        except InterruptedInTurns as stop:
+            measured, interrupted = stop.measured, stop
         for (method, capacity), batches in measured.items():
             if isinstance(batches, str):
                 yield empty_row(run, method, capacity, batches)
@@ -559,6 +594,8 @@ def measure_rows(run: Run, groups: Sequence[Sequence[Method]], state: PartialSta
                 if method == "dense-batched":
                     row["largest_nll_difference_from_dense"] = float(np.abs(nll - dense[1])[run.scored].max())
             yield row
+        if interrupted is not None:
+            raise interrupted
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -743,6 +780,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "batch_size": args.batch_size,
             "recompute_tokens": int(run.recompute_sample.sum()),
             "warm_up_tokens": WARM_UP_TOKENS,
+            "turn_tokens": SCORED_AT_ONCE,
             "num_processes": state.num_processes,
             "sdpa_backend": args.sdpa_backend,
             "sdpa_enabled": sdpa,

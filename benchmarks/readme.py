@@ -152,8 +152,9 @@ def study(folder: Path) -> Iterator[dict[str, str]]:
     """Yield the rows of the table that has the study's steps beside the same here."""
     found = {shape(result): result for result in results("latency", folder)}
     for (name, capacity), theirs in STUDY.items():
-        of = {"shape": name, "capacity": f"{capacity:,}", "the study's, ms": theirs}
-        yield of | step(found[name], BESIDE_THE_STUDY, capacity)
+        if name in found:
+            of = {"shape": name, "capacity": f"{capacity:,}", "the study's, ms": theirs}
+            yield of | step(found[name], BESIDE_THE_STUDY, capacity)
 
 
 def recomputation(folder: Path) -> Iterator[dict[str, str]]:

@@ -561,10 +561,14 @@ class SinkWindowCache(Cache):
         """
         if not self._rings or not self._rings[0].is_initialized:
             return torch.arange(new_tokens)[None]
-        first = self._rings[0]
-        starts = torch.tensor(self._calls.first_positions) - torch.tensor(first.pads or (0,)) + first.position
-        position_ids: torch.Tensor = (starts[:, None] + torch.arange(new_tokens)).to(first.device)
-        return position_ids
+        first, begins = self._rings[0], self._calls.first_positions
+        if not first.pads and len(begins) == 1:
+            start = begins[0] + first.position
+            return torch.arange(start, start + new_tokens, device=first.device)[
+                None
+            ]  # copied there, they would wait for it
+        starts = torch.tensor(begins) - torch.tensor(first.pads or (0,)) + first.position
+        return (starts[:, None] + torch.arange(new_tokens)).to(first.device)
 
     def tokens_until_full(self) -> int:
         """How many more tokens until every row of every bounded layer is full, and one-token calls need no mask."""

@@ -114,6 +114,11 @@ def test_the_turns_of_a_run_are_told_apart() -> None:
     one = comparison(run)
     assert one.turns() == [(32, 1.0), (96, 2.0), (160, 3.0), (224, 4.0), (288, 3.0)] * 2
     assert any("gain 1.00× in the first of 8 parts and 3.00× in the last" in text for text in compare.reasons(one))
+    for row in run["rows"]:  # of two samples each, and a last turn that is shorter
+        for batch in row["batches"]:
+            batch |= {"tokens_processed": 2 * 140, "samples": [0, 1]}
+    run["protocol"]["turn_tokens"] = 30
+    assert [middle for middle, _ in comparison(run).turns()] == [15, 45, 75, 105, 130] * 2
 
 
 def test_what_cannot_be_predicted_says_why() -> None:

@@ -476,6 +476,8 @@ def test_in_step_mode_methods_take_turns_and_share_nothing(
     assert run(folder, tmp_path / "turns", "--mode", "step", *options) == 0
     # Each is warmed up; then dense, sink and window alternate until 64 + 64 + 22 tokens are read.
     assert order == [*["all of it"] * 3, *["dense None", "sink 8", "window 8"] * 3, *["all of it"] * 4]
+    protocol = result_in(tmp_path / "turns")["protocol"]
+    assert (protocol["warm_up_tokens"], protocol["turn_tokens"]) == (32, 64)
     turns = {row["method"]: row for row in result_in(tmp_path / "turns")["rows"]}
     for name, row in turns.items():
         (batch,) = row["batches"]
@@ -488,27 +490,92 @@ def test_in_step_mode_methods_take_turns_and_share_nothing(
             assert row[what] == row_alone[what], (name, what)
 
 
-def test_one_method_that_fails_in_turns_leaves_the_others(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dense_logits = ppl.dense_logits
+def failing(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) -> None:
+    """The dense cache fails at this call of the model, the 32 of its warm-up included."""
+    dense_logits, calls = ppl.dense_logits, itertools.count()
 
-    def full_after_70(*args: Any) -> Iterator[torch.Tensor]:
-        for i, logits in enumerate(dense_logits(*args)):
-            if i == 70:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+    def fails(*args: Any) -> Iterator[torch.Tensor]:
+        for logits in dense_logits(*args):
+            if next(calls) == call:
+                raise error
             yield logits
 
-    options = ("--max-tokens", "150", "--mode", "step", "--methods", "dense", "sink", "--capacities", "8")
+    monkeypatch.setattr(ppl, "dense_logits", fails)
+
+
+@pytest.mark.parametrize("call", [5, 32 + 70, 32 + 64 + 5], ids=["warm-up", "first sample", "second sample"])
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), "fewer --methods or --capacities"),
+        (NotImplementedError(), "NotImplementedError"),
+    ],
+    ids=["memory", "without a message"],
+)
+def test_one_method_that_fails_in_turns_leaves_the_others(
+    call: int, error: Exception, reason: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--max-tokens", "90", "--mode", "step", "--methods", "dense", "sink", "--capacities", "8")
     assert run(folder, tmp_path / "with", *options) == 0
-    monkeypatch.setattr(ppl, "dense_logits", full_after_70)
+    failing(monkeypatch, call, error)
     assert run(folder, tmp_path / "without", *options) == 0
     dense, sink = result_in(tmp_path / "without")["rows"]
     assert dense["perplexity"] is None
-    assert dense["note"].startswith("out of memory")
+    assert reason in dense["note"]
     assert sink["perplexity"] == result_in(tmp_path / "with")["rows"][1]["perplexity"]
-    assert len(sink["batches"]) == 2  # the second sample, too
+    assert len(sink["batches"]) == 3  # of 90, 90 and 19 tokens
     assert sink["speedup_over_dense"] is None
+
+
+def test_ctrl_c_in_turns_keeps_the_samples_that_all_have_finished(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--max-tokens", "90", "--mode", "step", "--methods", "sink", "dense", "--capacities", "8", "16")
+    assert run(folder, tmp_path / "all", *options, "--num-samples", "1") == 0
+    failing(monkeypatch, 32 + 90 + 70, KeyboardInterrupt())
+    assert run(folder, tmp_path / "one", *options) == 130
+    one, first = result_in(tmp_path / "one"), result_in(tmp_path / "all")
+    assert one["interrupted"]
+    assert [row["method"] for row in one["rows"]] == ["dense", "sink", "sink"]
+    for row, expected in zip(one["rows"], first["rows"], strict=True):
+        assert "interrupted after 1 of 3 samples" in row["note"]
+        assert row["tokens"] == 90
+        for what in ("perplexity", "accuracy", "by_position"):
+            assert row[what] == expected[what]
+        assert row["speedup_over_dense"] > 0
+    failing(monkeypatch, 32 + 5, KeyboardInterrupt())
+    assert run(folder, tmp_path / "none", *options) == 130
+    assert not list((tmp_path / "none").glob("*.json"))
+
+
+def test_memory_of_turns(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fake:
+        """Each turn needs 1000 bytes besides the cache, the second 5000, and swaps 40 MiB."""
+
+        def __init__(self, device: torch.device) -> None:
+            self.swapped_bytes = 40 * 2**20
+
+        def __enter__(self) -> "Fake":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.bytes = 5000 if next(turns) == 1 else 1000
+
+    monkeypatch.setattr(harness, "PeakMemory", Fake)
+    batch = Batch([0], random_ids(1, 151))
+    everything = np.ones((1, 150), dtype=bool)
+    for per_token, method in ((2 * 2 * 2 * 8 * 4, ("dense", None)), (0, ("sink", 8))):
+        turns = itertools.count()
+        settings = Settings(n_sink=2, chunk_size=1, batch_size=1)
+        reading = ppl.Reading(model, batch, method, everything, settings, harness.no_progress_bar())
+        assert [reading.take_turn(), bool(reading.pressure)] == [True, False]
+        while reading.take_turn():
+            pass
+        # Before the second turn there were 64 tokens in the cache, before the third 128.
+        held = harness.cache_bytes(reading.cache)
+        expected = max(64 * per_token + 5000, 128 * per_token + 1000) if per_token else held + 5000
+        assert reading.scores().peak_bytes == expected
+        assert "the machine swapped 120 MiB" in reading.scores().pressure
 
 
 def test_random_weights_say_that_the_text_is_noise(
