@@ -300,8 +300,8 @@ def reasons(one: Comparison) -> list[str]:
     if far["unsynchronized_ms"]:
         found.append(
             f"**Synchronisation.** Waiting for the device after every step makes a dense step {waits[0]:.2f} and a sink step "
-            f"{waits[1]:.2f} times as long{' (below 1 is noise)' if min(waits) < 1 else ''}. The run does not wait, so the "
-            "prediction is made of steps that do not."
+            f"{waits[1]:.2f} times as long{' (below 1 is noise)' if min(waits) < 1 else ''}. The run waits after a turn only, "
+            "so the prediction is made of steps that do not wait."
         )
     else:
         found.append("**Synchronisation.** There is none on this device, so it is no part of the difference.")
