@@ -51,15 +51,16 @@ A row that could not be measured has `null` for numbers and the reason as its no
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import inspect
 import itertools
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -352,49 +353,60 @@ def measure_all(
     total = sum(
         chosen[b.samples].sum() if name == "recompute" else b.ids[:, 1:].numel() for b in batches for name, _ in methods
     )
-    scores: dict[Method, list[BatchScores]] = {method: [] for method in methods}
-    reasons: dict[Method, str] = {}
-    label = " ".join(map(str, filter(None, methods[0]))) if len(methods) == 1 else f"{len(methods)} methods in turns"
     in_turns = len(methods) > 1
     label = f"{len(methods)} methods in turns" if in_turns else " ".join(map(str, filter(None, methods[0])))
+    scores: dict[Method, list[BatchScores]] = {method: [] for method in methods}
+    reasons: dict[Method, str] = {}
+    noting = partial(noting_failure, reasons, settings, in_turns)
     try:
         with harness.progress_bar(total, label, disable=not state.is_main_process) as bar:
             for method in methods if batches else ():
-                with noting_failure(method, reasons, settings, in_turns):
+                with noting(method):
                     warm_up(model, batches[0], method, settings)
             for batch in batches:
-                unfinished: dict[Method, Reading] = {}
+                readings: dict[Method, Reading] = {}
                 for method in (one for one in methods if one not in reasons):
-                    with noting_failure(method, reasons, settings, in_turns):
-                        unfinished[method] = Reading(model, batch, method, chosen, settings, bar)
-                while unfinished:
-                    for method in list(unfinished):
-                        more = False
-                        with noting_failure(method, reasons, settings, in_turns):
-                            more = unfinished[method].take_turn(everything=not in_turns)
-                            if not more:
-                                scores[method].append(unfinished[method].scores())
-                        if not more:
-                            del unfinished[method]
+                    with noting(method):
+                        readings[method] = Reading(model, batch, method, chosen, settings, bar)
+                for method, of_batch in read_batch(readings, in_turns, noting).items():
+                    scores[method].append(of_batch)
     except KeyboardInterrupt:
-        finished = min((len(some) for method, some in scores.items() if method not in reasons), default=0)
-        if not in_turns or not finished or state.num_processes > 1:
+        if not in_turns or not any(scores.values()) or state.num_processes > 1:
             raise
-        raise InterruptedInTurns(
-            {method: reasons[method] if method in reasons else some[:finished] for method, some in scores.items()}
-        ) from None
+        raise InterruptedInTurns({method: reasons.get(method, scores[method]) for method in methods}) from None
     gc.collect()  # a cache whose layers refer to each other is not freed before
-    measured: dict[Method, list[BatchScores] | str] = {}
     gathered = gather_object([(scores, reasons)])
+    measured: dict[Method, list[BatchScores] | str] = {}
     for method in methods:
-        failed = [why[method] for _, why in gathered if method in why]
-        batches_of_all = (batch for some, _ in gathered for batch in some[method])
-        measured[method] = failed[0] if failed else sorted(batches_of_all, key=lambda one: one.samples)
+        failures = [why[method] for _, why in gathered if method in why]
+        of_all = [batch for some, _ in gathered for batch in some[method]]
+        measured[method] = failures[0] if failures else sorted(of_all, key=lambda one: one.samples)
     return measured
 
 
-@contextlib.contextmanager
-def noting_failure(method: Method, reasons: dict[Method, str], settings: Settings, in_turns: bool) -> Iterator[None]:
+def read_batch(
+    readings: dict[Method, Reading], in_turns: bool, noting: Callable[[Method], AbstractContextManager[None]]
+) -> dict[Method, BatchScores]:
+    """Read a batch with several methods in turns, or with one at once; `readings` is empty afterwards.
+
+    Returns:
+        the scores of those that did not fail.
+    """
+    scores = {}
+    while readings:
+        for method in list(readings):
+            has_more = False
+            with noting(method):
+                has_more = readings[method].take_turn(everything=not in_turns)
+                if not has_more:
+                    scores[method] = readings[method].scores()
+            if not has_more:
+                del readings[method]  # and its cache, which others may need the memory of
+    return scores
+
+
+@contextmanager
+def noting_failure(reasons: dict[Method, str], settings: Settings, in_turns: bool, method: Method) -> Iterator[None]:
     """Note in words why a method cannot go on; the others can."""
     try:
         yield
