@@ -103,10 +103,10 @@ class Curve:
         steps[new] *= factor
         return float(steps.sum())
 
-    def new_lengths(self) -> float:
-        """Return how many times longer a step is at a length never seen before: the median over contexts."""
+    def new_lengths(self) -> list[float]:
+        """Return how many times longer a step is at a length never seen before, at each context that has such."""
         first = [row["first_time"] for row in self.rows.values() if row["first_time"]]
-        return statistics.median(one["median_ms"] / one["again_median_ms"] for one in first) if first else 1.0
+        return [one["median_ms"] / one["again_median_ms"] for one in first] or [1.0]
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class Comparison:
 
     def predicted_ms(self) -> dict[str, float]:
         """Return what the curves predict for the whole run with each method."""
-        new = self.dense.new_lengths()
+        new = statistics.median(self.dense.new_lengths())
         factors = [new if new >= NEW_LENGTHS_COST and not i else 1.0 for i in range(len(self.samples))]
         runs = list(zip(self.samples, factors, strict=True))
         known = self.run["protocol"].get("warm_up_tokens", WARM_UP_TOKENS)
@@ -248,16 +248,20 @@ def reasons(one: Comparison) -> list[str]:
     largest = max((context for context in both if context <= max(samples)), default=max(both))
     achieved, ceiling = one.ratio("achieved", largest), one.ratio("ceiling", largest)
     step = dense.rows[largest]["median_ms"] / sink.rows[largest]["median_ms"] if achieved is None else achieved["value"]
-    found = [f"A step after {largest:,} tokens gains {step:.2f}×{doubt(achieved)}, the whole run {one.measured:.2f}×."]
+    found = [
+        f"A step after {largest:,} tokens (the last measured context that the run reaches) gains {step:.2f}×{doubt(achieved)}, "
+        f"the whole run {one.measured:.2f}×."
+    ]
 
     far, near = dense.rows[largest], Curve(one.latency, "dense-at-capacity", capacity).rows.get(largest)
     if near is not None:
         best = far["median_ms"] / near["median_ms"] if ceiling is None else ceiling["value"]
         found.append(
             f"**What can be won.** A dense step after {largest:,} tokens takes {far['median_ms']:.2f} ms, and "
-            f"{near['median_ms']:.2f} ms with {capacity:,} tokens in the cache: taken in turns, {1 / best:.0%}. Only the rest "
-            f"depends on the context, so a dense cache cut to this size would gain {best:.2f}×{doubt(ceiling)}; this one gains "
-            f"{step:.2f}×."
+            f"{near['median_ms']:.2f} ms with {capacity:,} tokens in the cache: taken in turns, {1 / best:.0%} of it. "
+            + ("Only the rest depends on the context, so a" if best > 1 else "Nothing of it grows with the context: a")
+            + f" dense cache cut to this size would gain {best:.2f}×{doubt(ceiling)}; this one gains {step:.2f}×"
+            + f"{doubt(achieved)}."
         )
     if far["busy"] is not None:
         bound = "bound by launching kernels" if far["busy"] < 0.7 else "bound by the GPU's own work"
@@ -286,9 +290,11 @@ def reasons(one: Comparison) -> list[str]:
             f"**Along the run.** Its own turns, dense and sink one after the other, gain {statistics.median(parts[0]):.2f}× in "
             f"the first of {PARTS_OF_A_RUN} parts and {statistics.median(parts[1]):.2f}× in the last (medians)."
         )
-    new = dense.new_lengths()
+    at_contexts = dense.new_lengths()
+    new, span = statistics.median(at_contexts), f"{min(at_contexts):.2f} to {max(at_contexts):.2f}"
     found.append(
-        f"**New lengths.** A dense step at a length never seen before takes {new:.2f} times as long as the same step again. "
+        f"**New lengths.** A dense step at a length never seen before takes {new:.2f} times as long as the same step again (the "
+        f"median over contexts, at which it is {span}). "
         + (
             f"All lengths of the first of {len(samples)} sample(s) but those of the warm-up are new, and a sink cache has no new "
             "lengths once it is full."
@@ -321,7 +327,7 @@ def reasons(one: Comparison) -> list[str]:
         if abs(one.measured - 1) <= AGREEMENT:
             verdict += "; but a gain so close to 1 would be predicted by chance, too"
         elif max(abs(ms[method] / measured_ms[method] - 1) for method in ms) > AGREEMENT:
-            verdict += "; but the times themselves are further off, and cancel in the ratio"
+            verdict += "; but the times themselves are further off, and their errors cancel in the ratio"
     unsure = sum(harness.is_inconclusive(sink.ratio_to(dense, context)) for context in both)
     if unsure:
         verdict += (
@@ -427,10 +433,13 @@ def add_comparison(page: Page, group: Sequence[Comparison], plot: Path) -> None:
     run, latency = group[0].run, group[0].latency
     page.heading(run["title"])
     threads = f", {run['threads']} thread(s)" if run["device"]["type"] == "cpu" else ""
+    count = sum(len(batch["samples"]) for batch in group[0].row("dense")["batches"])
+    left = " (interrupted)" if run.get("interrupted") else ""
+    others = harness.busy_cpu(latency.get("machine", {}).get("cpu_share_of_others", 0.0))
     page.sentences(
         [
-            f"Samples of {run['data']['max_tokens']:,} tokens. {run['device']['name']}{threads}, {run['dtype']}, {run['date']}. "
-            f"Steps: {latency['title']}, {latency['date']}."
+            f"{count:,} sample(s) of {run['data']['max_tokens']:,} tokens{left}. {run['device']['name']}{threads}, "
+            f"{run['dtype']}, {run['date']}. Steps: {latency['title']}, {latency['date']}{others and '; ' + others}."
         ]
     )
     contexts = [n for n in group[0].dense.contexts if any(one.ratio("achieved", n) for one in group)]

@@ -55,6 +55,7 @@ MAX_MISSES = 4
 # Beyond these spreads nothing is concluded; an earlier study's ± 43% is one of them.
 WIDEST_STD, WIDEST_PERCENTILES, WIDEST_INTERVAL = 0.2, 0.5, 0.2
 FEWEST_ROUNDS = 5  # for an interval that is made by resampling them: of four it would hold 88% instead of 95%
+BUSY_CPU = 0.25  # from this share on that other programs use, results say so
 RESAMPLES = 2000
 NO_CONCLUSION = "no conclusion: "
 TOO_WIDE = f"{NO_CONCLUSION}the spread is too wide"
@@ -461,6 +462,21 @@ def _return_freed_memory() -> None:
     # The C library keeps freed memory for itself; used again, it would not show as growth of the process.
     with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has this
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def cpu_share_of_others(seconds: float = 0.5) -> float:
+    """Return which share of all CPU cores other programs use, while this one sleeps."""
+    return float(psutil.cpu_percent(seconds)) / 100
+
+
+def busy_cpu(share_of_others: float) -> str:
+    """Return in words whether other programs use so much of the CPU that times say little, or an empty string."""
+    if share_of_others < BUSY_CPU:
+        return ""
+    return (
+        f"other programs used {share_of_others:.0%} of the CPU when this began: they slow down some arms more than others, so "
+        "that ratios are not to be trusted either"
+    )
 
 
 def memory_pressure(swapped_bytes: int) -> str:

@@ -33,7 +33,8 @@ hardware allows: for a step, the bytes of weights and cache read, at the measure
 at the measured rate of a large matrix product.
 
 Results: tables here, and for each model in the `--output` folder a JSON file (for its header see `benchmarks.harness`) and two
-plots, or three with recompute at several capacities. Besides `machine` (the measured rates) and `ratios` it has `rows` with
+plots, or three with recompute at several capacities. Besides `machine` (the measured rates, and the share of the CPU that other
+programs used at the start) and `ratios` it has `rows` with
 
     arm, compiled, context, capacity, n_sink, beyond_trained_context
     median_ms, mean_ms, std_ms, p5_ms, p95_ms, n     of the steps
@@ -423,6 +424,7 @@ def tables(result: dict[str, Any]) -> str:
                 f"Capacity {ratio['capacity']:,}: recomputing the window takes {ratio['value']:.3g} times as long as {arm}; "
                 f"the floors of both allow {ratio['hardware_limit']:.3g}, of which this is {ratio['share_of_limit']:.0%}."
             )
+    text.append(harness.busy_cpu(result["machine"].get("cpu_share_of_others", 0.0)))
     for note in dict.fromkeys(note for note, _ in notes):
         text.append(f"{note} ({', '.join(where for one, where in notes if one == note)})")
     return "\n".join(line for line in text if line)
@@ -545,7 +547,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch._dynamo.config.recompile_limit = 1000
     attention = args.attn_implementation
     hardware = harness.Hardware(device, dtype)
-    rates = {"copy_bytes_per_s": hardware.copy_bytes_per_s(), "matrix_flops_per_s": hardware.matrix_flops_per_s()}
+    rates = {"cpu_share_of_others": harness.cpu_share_of_others()}
+    rates |= {"copy_bytes_per_s": hardware.copy_bytes_per_s(), "matrix_flops_per_s": hardware.matrix_flops_per_s()}
     for name in [args.model] if args.model else args.random_weights:
         if args.model:
             loaded = models.load(name, dtype, device, attn_implementation=attention)

@@ -121,6 +121,29 @@ def test_the_turns_of_a_run_are_told_apart() -> None:
     assert [middle for middle, _ in comparison(run).turns()] == [15, 45, 75, 105, 130] * 2
 
 
+def test_nothing_to_win_and_new_lengths_that_scatter_are_said_so() -> None:
+    latency = latency_result()
+    latency["ratios"].append(latency["ratios"][2] | {"name": "ceiling", "value": 0.98})
+    for row, new in zip((row for row in latency["rows"] if row["arm"] == "dense"), (1.0, 0.3, 1.1, 1.2), strict=True):
+        row["first_time"] = {"median_ms": new, "again_median_ms": 1.0}
+    text = " ".join(compare.reasons(comparison(ppl_result(1.0, 1.0), latency)))
+    assert "taken in turns, 102% of it. Nothing of it grows with the context: a dense cache cut to this size" in text
+    assert "1.05 times as long as the same step again (the median over contexts, at which it is 0.30 to 1.20)" in text
+
+
+def test_the_page_says_how_much_a_run_read_and_what_else_ran(tmp_path: Path) -> None:
+    page = compare.Page(tmp_path)
+    run, latency = ppl_result(1.0, 1.0, tokens=(300, 300)), latency_result(machine={"cpu_share_of_others": 0.8})
+    compare.add_comparison(page, [comparison(run | {"interrupted": True}, latency)], tmp_path / "plot.png")
+    text = " ".join(page.markdown)
+    assert "2 sample(s) of 300 tokens (interrupted)." in text
+    assert "; other programs used 80% of the CPU when this began" in text
+    page = compare.Page(tmp_path)
+    compare.add_comparison(page, [comparison(run, latency_result())], tmp_path / "plot.png")
+    assert "2 sample(s) of 300 tokens. " in " ".join(page.markdown)
+    assert "other programs" not in " ".join(page.markdown)
+
+
 def test_what_cannot_be_predicted_says_why() -> None:
     chunks = comparison(ppl_result(1.0, 1.0, mode="chunk"))
     assert chunks.predicted is None
@@ -172,7 +195,10 @@ def test_the_latency_result_nearest_in_time_is_taken() -> None:
 def test_sentences_follow_from_the_numbers() -> None:
     text = " ".join(compare.reasons(comparison(ppl_result(DENSE_MS / 1e3, SINK_MS / 1e3))))
     # 400 tokens are beyond the run of 300.
-    assert "A step after 200 tokens gains 2.00×, the whole run 1.66×" in text
+    assert (
+        "A step after 200 tokens (the last measured context that the run reaches) gains 2.00×, the whole run 1.66×"
+        in text
+    )
     assert "takes 2.00 ms, and 1.00 ms with 100 tokens in the cache: taken in turns, 50%" in text
     assert "0 to 299 tokens before them, 150 on average; 33% of them" in text
     assert "not counted as a part of the difference" in text  # no new lengths
@@ -181,14 +207,16 @@ def test_sentences_follow_from_the_numbers() -> None:
     text = " ".join(compare.reasons(comparison(ppl_result(1.5 * DENSE_MS / 1e3, SINK_MS / 1e3))))
     assert "something else differs" in text
     twice_as_slow = ppl_result(2 * DENSE_MS / 1e3, 2 * SINK_MS / 1e3)
-    assert "the times themselves are further off, and cancel" in " ".join(compare.reasons(comparison(twice_as_slow)))
+    assert "the times themselves are further off, and their errors cancel" in " ".join(
+        compare.reasons(comparison(twice_as_slow))
+    )
     flat = latency_result()
     for row in flat["rows"]:
         row |= {"median_ms": 1.0, "step_ms": [[1.0] * 3] * 6}
     flat["ratios"][2] |= {"value": 1.0, "note": "no conclusion: the spread is too wide"}
     text = " ".join(compare.reasons(comparison(ppl_result(0.3, 0.3), flat)))
     assert "a gain so close to 1 would be predicted by chance, too" in text
-    assert "after 200 tokens gains 1.00× (no conclusion: the spread is too wide), the whole run 1.00×" in text
+    assert "gains 1.00× (no conclusion: the spread is too wide), the whole run 1.00×" in text
     latency = latency_result()
     for row in latency["rows"]:
         row |= {"busy": 0.25, "gpu_ms": row["median_ms"] / 4}
@@ -202,11 +230,11 @@ def test_sentences_are_of_the_ratios_and_not_of_the_medians() -> None:
     latency["ratios"][2]["value"] = 2.5
     latency["ratios"].append(latency["ratios"][2] | {"name": "ceiling", "value": 1.7, "note": "no conclusion: too few"})
     text = " ".join(compare.reasons(comparison(ppl_result(1.0, 1.0), latency)))
-    assert "after 200 tokens gains 2.50×, the whole" in text
+    assert "gains 2.50×, the whole" in text
     assert "taken in turns, 59%" in text
     assert "would gain 1.70× (no conclusion: too few); this one gains 2.50×" in text
     latency["ratios"] = []
-    assert "after 200 tokens gains 2.00×" in " ".join(compare.reasons(comparison(ppl_result(1.0, 1.0), latency)))
+    assert "gains 2.00×, the whole" in " ".join(compare.reasons(comparison(ppl_result(1.0, 1.0), latency)))
 
 
 def test_a_prediction_of_too_few_rounds_says_so() -> None:

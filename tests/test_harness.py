@@ -214,3 +214,10 @@ def test_the_dtype_is_that_of_the_device(
     folder, chosen, found, _ = harness.set_up(args)
     assert (folder, chosen.type, found) == (tmp_path, device, dtype)
     assert harness.set_up(argparse.Namespace(**vars(args) | {"dtype": "float16"}))[2] == torch.float16
+
+
+def test_what_other_programs_use_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 <= harness.cpu_share_of_others(0.01) <= 1
+    monkeypatch.setattr(harness.psutil, "cpu_percent", lambda seconds: 97.0)
+    assert "other programs used 97% of the CPU" in harness.busy_cpu(harness.cpu_share_of_others())
+    assert harness.busy_cpu(harness.BUSY_CPU - 0.01) == ""
