@@ -281,8 +281,9 @@ def reasons(one: Comparison) -> list[str]:
             f"average; {(contexts < capacity).mean():.0%} of them come before the cache of {capacity:,} is full, where nothing "
             "is bounded yet."
         )
+    turns = one.turns()
     parts = [
-        [gain for middle, gain in one.turns() if low <= middle * PARTS_OF_A_RUN / max(samples) < low + 1]
+        [gain for middle, gain in turns if low <= middle * PARTS_OF_A_RUN / max(samples) < low + 1]
         for low in (0, PARTS_OF_A_RUN - 1)
     ]
     if all(parts):

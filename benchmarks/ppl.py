@@ -572,7 +572,7 @@ def notes(run: Run, method: str, capacity: int | None, batches: Sequence[BatchSc
     return found + sorted({batch.pressure for batch in batches if batch.pressure})
 
 
-def in_turns(methods: Sequence[str], capacities: Sequence[int], mode: str) -> list[list[Method]]:
+def groups_of(methods: Sequence[str], capacities: Sequence[int], mode: str) -> list[list[Method]]:
     """Return what is to be measured, in its order, those together that take turns."""
     all_of_them: list[Method] = [
         (name, capacity)
@@ -805,7 +805,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if state.is_main_process:
         print(result["title"], flush=True)
     try:
-        for row in measure_rows(run, in_turns(args.methods, args.capacities, args.mode), state):
+        for row in measure_rows(run, groups_of(args.methods, args.capacities, args.mode), state):
             result["rows"].append(row)
             if state.is_main_process:
                 harness.write_json(path, result)

@@ -563,10 +563,9 @@ class SinkWindowCache(Cache):
             return torch.arange(new_tokens)[None]
         first, begins = self._rings[0], self._calls.first_positions
         if not first.pads and len(begins) == 1:
+            # Made on the device: to copy them there would be to wait for it.
             start = begins[0] + first.position
-            return torch.arange(start, start + new_tokens, device=first.device)[
-                None
-            ]  # copied there, they would wait for it
+            return torch.arange(start, start + new_tokens, device=first.device)[None]
         starts = torch.tensor(begins) - torch.tensor(first.pads or (0,)) + first.position
         return (starts[:, None] + torch.arange(new_tokens)).to(first.device)
 

@@ -216,7 +216,8 @@ def test_sentences_follow_from_the_numbers() -> None:
     flat["ratios"][2] |= {"value": 1.0, "note": "no conclusion: the spread is too wide"}
     text = " ".join(compare.reasons(comparison(ppl_result(0.3, 0.3), flat)))
     assert "a gain so close to 1 would be predicted by chance, too" in text
-    assert "gains 1.00× (no conclusion: the spread is too wide), the whole run 1.00×" in text
+    found = "gains 1.00× (no conclusion: the spread is too wide), the whole run 1.00×"
+    assert f"after 200 tokens (the last measured context that the run reaches) {found}" in text
     latency = latency_result()
     for row in latency["rows"]:
         row |= {"busy": 0.25, "gpu_ms": row["median_ms"] / 4}
@@ -230,11 +231,12 @@ def test_sentences_are_of_the_ratios_and_not_of_the_medians() -> None:
     latency["ratios"][2]["value"] = 2.5
     latency["ratios"].append(latency["ratios"][2] | {"name": "ceiling", "value": 1.7, "note": "no conclusion: too few"})
     text = " ".join(compare.reasons(comparison(ppl_result(1.0, 1.0), latency)))
-    assert "gains 2.50×, the whole" in text
+    assert "after 200 tokens (the last measured context that the run reaches) gains 2.50×, the whole" in text
     assert "taken in turns, 59%" in text
     assert "would gain 1.70× (no conclusion: too few); this one gains 2.50×" in text
     latency["ratios"] = []
-    assert "gains 2.00×, the whole" in " ".join(compare.reasons(comparison(ppl_result(1.0, 1.0), latency)))
+    text = " ".join(compare.reasons(comparison(ppl_result(1.0, 1.0), latency)))
+    assert "after 200 tokens (the last measured context that the run reaches) gains 2.00×, the whole" in text
 
 
 def test_a_prediction_of_too_few_rounds_says_so() -> None:

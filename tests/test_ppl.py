@@ -503,7 +503,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) ->
     monkeypatch.setattr(ppl, "dense_logits", fails)
 
 
-@pytest.mark.parametrize("call", [5, 32 + 70, 32 + 64 + 5], ids=["warm-up", "first sample", "second sample"])
+@pytest.mark.parametrize("call", [5, 32 + 70, 32 + 90 + 5], ids=["warm-up", "first sample", "second sample"])
 @pytest.mark.parametrize(
     "error, reason",
     [
