@@ -13,7 +13,7 @@ import transformers
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from sink_cache import SinkWindowCache
+from sink_cache import SinkWindowCache, cache_kwargs
 
 from . import harness, models
 
@@ -59,6 +59,8 @@ class Bench:
         self.positions = torch.arange(shape[1], device=self.device)[None]
         self.ones = torch.ones_like(self.positions)
         self.token = self.tokens[:, :1].clone()
+        # What forward() and generate() call their cache, asked once and not within timed steps.
+        (self.forward_name,), (self.generate_name,) = cache_kwargs(None, self.model), cache_kwargs(None)
         # As in generate(), where the model's forward has it.
         self.keep_last = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
         self._dense, self._read, self._broken = DynamicCache(config=self.model.config), 0, ""
@@ -67,7 +69,7 @@ class Bench:
         """Feed the tokens of the text from `start` to `stop` into a cache, in pieces."""
         for first in range(start, stop, self.piece_tokens):
             piece = self.tokens[:, first : min(first + self.piece_tokens, stop)]
-            self.model(piece, past_key_values=cache, use_cache=True, **self.keep_last)
+            self.model(piece, **{self.forward_name: cache}, use_cache=True, **self.keep_last)
 
     def dense_layers(self, context: int) -> list[Any]:
         """Return the layers of a DynamicCache that has read `context` tokens; contexts must rise, or be kept ones."""
@@ -93,7 +95,7 @@ class Bench:
         inputs = self.model.prepare_inputs_for_generation(
             self.tokens[:, : seen + 1],
             next_sequence_length=1,
-            past_key_values=cache,
+            **{self.generate_name: cache},
             attention_mask=self.ones[:, : seen + 1] if MASKS_OF_ONES else None,
             position_ids=self.positions[:, : seen + 1],
             use_cache=True,
@@ -130,7 +132,7 @@ class Arm:
 
     def step(self) -> None:
         """Feed one token."""
-        self.bench.model(self.bench.token, past_key_values=self.cache, use_cache=True)
+        self.bench.model(self.bench.token, **{self.bench.forward_name: self.cache}, use_cache=True)
 
     def length(self, context: int) -> int:
         """Return how many tokens a step attends to."""

@@ -38,7 +38,7 @@ from tabulate import tabulate
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
-from sink_cache import SinkWindowCache, endless
+from sink_cache import SinkWindowCache, cache_kwargs, endless
 
 from . import harness, models, plots
 
@@ -91,9 +91,9 @@ class Arm:
             # Not by generate(), which would compile the pieces, too; they are not measured here.
             with torch.no_grad():
                 for piece in prompt[:, :-1].split(capacity, dim=1):
-                    model(piece, past_key_values=cache, logits_to_keep=1)
+                    model(piece, **cache_kwargs(cache, model), logits_to_keep=1)
         model.generate(
-            prompt, past_key_values=cache, do_sample=False, max_new_tokens=new_tokens, **self.options, **more
+            prompt, **cache_kwargs(cache), do_sample=False, max_new_tokens=new_tokens, **self.options, **more
         )
 
 

@@ -525,7 +525,7 @@ def measure_model(
     blocks = (args.rounds + 2) * sum(arm.applies(context) for arm in arms for context in contexts)
     with harness.progress_bar(blocks, loaded.name, " turns") as bar:
         with torch.no_grad():  # the process's first steps, at a length that is not asked for
-            bench.model(bench.token, past_key_values=DynamicCache(config=bench.model.config), use_cache=True)
+            bench.read(DynamicCache(config=bench.model.config), 0, 1)
         for context in contexts:
             found = measure_context(arms, context, settings, clock, lengths, bar)
             rows = [make_row(arm, context, measured, result["machine"]) for arm, measured in found]

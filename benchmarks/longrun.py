@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from sink_cache import SinkWindowCache, endless, stream
+from sink_cache import SinkWindowCache, cache_kwargs, endless, stream
 
 from . import harness, models, plots, texts
 from .harness import BenchmarkError
@@ -113,7 +113,7 @@ def generate(loaded: models.LoadedModel, args: argparse.Namespace, notes: Notes)
     model = loaded.model
     model.generate(
         torch.randint(1, model.config.vocab_size, (1, args.capacity), device=model.device),
-        past_key_values=notes.cache,
+        **cache_kwargs(notes.cache),
         custom_generate=endless,
         max_new_tokens=args.tokens,
         do_sample=False,
@@ -155,10 +155,10 @@ def count(loaded: models.LoadedModel, args: argparse.Namespace, notes: Notes) ->
     # The length of the text is all that generate() reads of what the cache has seen.
     text = chunk.repeat(1, -(-length // args.chunk_size))[:, :length]
     for piece in text[:, :-1].split(args.chunk_size, dim=1):
-        model(piece, past_key_values=cache, logits_to_keep=1)
+        model(piece, **cache_kwargs(cache, model), logits_to_keep=1)
         notes.took(piece.shape[1])
     try:
-        model.generate(text, past_key_values=cache, do_sample=False, max_new_tokens=2 * LAST_TOKENS)
+        model.generate(text, **cache_kwargs(cache), do_sample=False, max_new_tokens=2 * LAST_TOKENS)
     except ValueError as refusal:
         if cache.get_seq_length() != cache.max_position:
             raise

@@ -74,7 +74,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from sink_cache import SinkWindowCache, stream
+from sink_cache import SinkWindowCache, cache_kwargs, stream
 
 from . import harness, models, plots, texts
 from .harness import MIB, BenchmarkError
@@ -172,8 +172,9 @@ def dense_logits(
     model: PreTrainedModel, input_ids: torch.Tensor, cache: DynamicCache, chunk_size: int
 ) -> Iterator[torch.Tensor]:
     """Feed `input_ids` `[batch, tokens]` in chunks and yield logits `[batch, q, vocab]`: the dense twin of `stream`."""
+    kwargs = cache_kwargs(cache, model)
     for chunk in input_ids.split(chunk_size, dim=1):
-        yield model(chunk, past_key_values=cache, use_cache=True).logits
+        yield model(chunk, **kwargs, use_cache=True).logits
 
 
 def score(chunks: Iterable[torch.Tensor], targets: torch.Tensor, bar: tqdm[Any]) -> Iterator[NllAndCorrect]:

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from benchmarks import smollm2
-from sink_cache import SinkWindowCache, endless, stream
+from sink_cache import SinkWindowCache, cache_kwargs, endless, stream
 
 SYSTEM = "You are a keeper of a lighthouse. You answer in one or two sentences, and you never mention the year."
 
@@ -50,7 +50,7 @@ class Chat:
             pass
         kept = self.model.generate(
             unread[:, -1:],
-            past_key_values=self.cache,
+            **cache_kwargs(self.cache),
             custom_generate=endless,
             keep_tokens=max_new_tokens + 1,
             max_new_tokens=max_new_tokens,

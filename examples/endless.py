@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from benchmarks import smollm2
-from sink_cache import SinkWindowCache, endless
+from sink_cache import SinkWindowCache, cache_kwargs, endless
 
 PROMPT = "The keeper of the lighthouse had not spoken to anyone since the winter began. One evening, in the storm,"
 
@@ -45,7 +45,7 @@ def main() -> None:
     with contextlib.suppress(KeyboardInterrupt):
         model.generate(
             **inputs,
-            past_key_values=cache,
+            **cache_kwargs(cache),
             custom_generate=endless,
             max_new_tokens=args.max_new_tokens,
             do_sample=True,

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks import smollm2
-from sink_cache import SinkWindowCache
+from sink_cache import SinkWindowCache, cache_kwargs
 
 PROMPT = "The keeper of the lighthouse had not spoken to anyone since the winter began. One evening, in the storm,"
 LAST = 128  # tokens at the end of a run that are timed by themselves
@@ -81,7 +81,7 @@ def main() -> None:
         torch.manual_seed(args.seed)
         tokens = model.generate(
             **inputs,
-            past_key_values=cache,
+            **cache_kwargs(cache),
             max_new_tokens=args.max_new_tokens,
             min_new_tokens=args.max_new_tokens,  # do not stop early: the point is the length
             do_sample=True,

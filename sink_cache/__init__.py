@@ -2,7 +2,8 @@
 
 from .cache import SinkWindowCache
 from .endless_loop import endless
+from .internals import cache_kwargs
 from .streaming import stream
 from .verify import verify
 
-__all__ = ["SinkWindowCache", "endless", "stream", "verify"]
+__all__ = ["SinkWindowCache", "cache_kwargs", "endless", "stream", "verify"]

@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from . import saving
 from .calls import Calls
-from .discovery import (
+from .internals import (
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    attention_of,
     calling_model,
+    can_take_back,
     class_for_config,
     generate_call,
     padding_mask_of_caller,
@@ -155,7 +158,7 @@ class SinkWindowCache(Cache):
             NotImplementedError: if the model is refused.
         """
         text = text_model(model)
-        attention = text.config._attn_implementation
+        attention = attention_of(text.config)
         if self.compileable and attention not in KNOWN_TO:
             raise NotImplementedError(
                 f"compileable=True is not possible with attn_implementation {attention!r}: a cache that is not full has empty "
@@ -432,7 +435,7 @@ class SinkWindowCache(Cache):
     @property
     def is_croppable(self) -> bool:
         """Whether `crop` can put the whole cache back as it was."""
-        return all(map(_is_croppable, self.layers))
+        return all(map(can_take_back, self.layers))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last tokens (a number <= 0), as if they had never been fed; and what was recorded is forgotten.
@@ -452,7 +455,7 @@ class SinkWindowCache(Cache):
             return
         first = self._rings[0]
         if any(
-            isinstance(layer, LinearAttentionCacheLayerMixin) and not _is_croppable(layer) for layer in self._layers
+            isinstance(layer, LinearAttentionCacheLayerMixin) and not can_take_back(layer) for layer in self._layers
         ):
             raise self._not_supported("crop of recurrent states")
         if not first.is_croppable:
@@ -686,11 +689,6 @@ def _small_buffers(text: PreTrainedModel) -> dict[str, torch.Tensor]:
             "Offload its weights only: offload_buffers=False."
         )
     return buffers
-
-
-def _is_croppable(layer: Any) -> bool:
-    # transformers' own layers say so from 5.17 on; before, only recurrent states could not.
-    return bool(getattr(layer, "is_croppable", not isinstance(layer, LinearAttentionCacheLayerMixin)))
 
 
 def tensors_of(layer: Any) -> dict[str, torch.Tensor]:

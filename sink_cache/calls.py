@@ -13,9 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from .discovery import calling_tensor, generate_call
+from .internals import DynamicSlidingWindowLayer, calling_tensor, generate_call
 from .masks import ChunkOffset
 from .ring import POSITION_LIMIT, SinkWindowLayer
 from .static import StaticSinkWindowLayer

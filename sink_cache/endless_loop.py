@@ -23,15 +23,25 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteriaList,
 )
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .cache import SinkWindowCache
-from .discovery import generate_call
+from .internals import (
+    GenerateDecoderOnlyOutput,
+    by_both_names,
+    cache_kwargs,
+    compiled_forward,
+    generate_call,
+    generate_output,
+    pad_token_of,
+    take_cache,
+    would_compile,
+)
 
 # Rebasing costs a few small kernels a layer; a small window need not pay for them every few tokens.
 _REBASE_EVERY = 1024
 
 
+@by_both_names
 @torch.no_grad()
 def endless(
     model: PreTrainedModel,
@@ -53,8 +63,9 @@ def endless(
     Args:
         keep_tokens (`int`, *optional*): how many of the last tokens logits processors and stopping criteria see, and are
             returned; by default the cache's capacity. Pass it to `generate()`, like all else.
-        past_key_values (`SinkWindowCache`): in `model_kwargs`. If it has seen tokens already, `input_ids` are new ones that
-            follow them (and not, as for `generate()`'s own loops, the whole text again).
+        past_key_values (`SinkWindowCache`): in `model_kwargs` (`cache` from transformers 5.24 on). If it has seen tokens
+            already, `input_ids` are new ones that follow them (and not, as for `generate()`'s own loops, the whole text
+            again).
 
     Returns:
         `torch.Tensor`: the last `keep_tokens` tokens at most, prompt included, `[batch_size, tokens]`; or a
@@ -73,7 +84,7 @@ def endless(
     >>> model.generate(**inputs, past_key_values=cache, custom_generate=endless, streamer=TextStreamer(tokenizer))
     ```
     """
-    cache = model_kwargs.pop("past_key_values", None)
+    cache = take_cache(model_kwargs)
     _check(cache, generation_config, input_ids, model_kwargs, keep_tokens)
     call = generate_call()
     streamer = model_kwargs.pop("streamer", None) or call.get("streamer")
@@ -83,7 +94,7 @@ def endless(
     _check_what_counts_tokens(generation_config, input_ids.shape[1], steps_left, keep_tokens or cache.capacity)
     criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria))
     has_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-    pad_token: Any = generation_config._pad_token_tensor
+    pad_token = pad_token_of(generation_config)
 
     recent: Any = _RecentTokens(input_ids, keep_tokens or cache.capacity)
     unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
@@ -109,7 +120,7 @@ def endless(
     if streamer is not None:
         streamer.end()
     if generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=recent.tokens.clone(), past_key_values=cache)
+        return generate_output(recent.tokens.clone(), cache)
     kept: torch.Tensor = recent.tokens.clone()
     return kept
 
@@ -203,7 +214,7 @@ def _next_logits(
     mask = model_kwargs.get("attention_mask")
     if mask is not None and mask.all():
         mask = None
-    kwargs: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "return_dict": True}
+    kwargs = {**cache_kwargs(cache, model), "use_cache": True, "return_dict": True}
     if "logits_to_keep" in model_kwargs:
         kwargs["logits_to_keep"] = model_kwargs["logits_to_keep"]
     seen = cache.get_seq_length()
@@ -267,9 +278,9 @@ class _Step:
         self.tokens = torch.empty_like(positions)
         self.forward: Any = model.__call__
         self.warm_up = -1  # steps until the graph is captured; negative for never
-        if model._valid_auto_compile_criteria({"past_key_values": cache}, config):  # type: ignore[operator]
+        if would_compile(model, cache, config):
             own = config.compile_config is None and {p.device.type for p in model.parameters()} == {"cuda"}
-            self.forward = model.get_compiled_call(CompileConfig(mode="default") if own else config.compile_config)
+            self.forward = compiled_forward(model, CompileConfig(mode="default") if own else config.compile_config)
             if own and len({p.device for p in model.parameters()}) == 1:
                 self.warm_up = 3
         self.graph: torch.cuda.CUDAGraph | None = None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from .internals import layers_of
 from .ring import POSITION_LIMIT
 from .static import DevicePositions
 from .twin import PositionScheme
@@ -32,7 +33,7 @@ def layers_for(
             f"n_sink + window is {capacity}, but this model ({config.model_type}) has attention biases for "
             f"{scheme.max_keys} tokens. Choose n_sink + window <= {scheme.max_keys}."
         )
-    layers: list[Any] = DynamicCache(config=config).layers
+    layers: list[Any] = layers_of(config)
     rotations = scheme.rotations
     if compileable:
         # Rings without sinks for sliding layers, too: transformers' own move all their keys.
@@ -71,4 +72,4 @@ def _refuse_changing_shapes(config: PreTrainedConfig, scheme: PositionScheme, th
 
 def kinds_of_layers(config: PreTrainedConfig) -> list[tuple[type, int | None]]:
     """What transformers has for a model of this config; the layers made for one model serve another only if it is the same."""
-    return [(type(layer), getattr(layer, "sliding_window", None)) for layer in DynamicCache(config=config).layers]
+    return [(type(layer), getattr(layer, "sliding_window", None)) for layer in layers_of(config)]

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AttentionMaskInterface
 
+from .internals import mask_functions, register_mask_function
 from .ring import SinkWindowLayer
 from .static import StaticSinkWindowLayer
 
@@ -64,10 +64,10 @@ KNOWN_TO = ("sdpa", "eager")  # attention functions
 
 def register_mask_functions() -> None:
     """Registers mask functions that know `ChunkOffset` and `NoMask`; once for the process."""
-    interface: Any = AttentionMaskInterface()
+    interface = mask_functions()
     for attention in KNOWN_TO:
         if not isinstance(interface[attention], _MaskFunction):
-            AttentionMaskInterface.register(attention, _MaskFunction(interface[attention], attention == "eager"))
+            register_mask_function(attention, _MaskFunction(interface[attention], attention == "eager"))
 
 
 class _MaskFunction:

@@ -15,8 +15,8 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
 
+from .internals import CacheLayerMixin
 from .rotary import ForwardRotation, Rotation
 
 # Models compute angles as float32 position * frequency; from here on float32 cannot tell neighbouring positions apart.

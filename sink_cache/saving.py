@@ -16,9 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
-from .discovery import device_of, text_model
+from .internals import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin, device_of, text_model
 from .ring import SinkWindowLayer
 
 if TYPE_CHECKING:

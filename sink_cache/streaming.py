@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .cache import SinkWindowCache
-from .discovery import text_model
+from .internals import attention_of, cache_kwargs, is_recurrent_only, layers_of, text_model
 from .masks import KNOWN_TO
 
 
@@ -53,18 +53,19 @@ def stream(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, but is {chunk_size}")
     config = text_model(model).config
-    if config._attn_implementation not in KNOWN_TO:
+    if attention_of(config) not in KNOWN_TO:
         raise ValueError(
-            f"stream needs attn_implementation 'sdpa' or 'eager', but this model has {config._attn_implementation!r}"
+            f"stream needs attn_implementation 'sdpa' or 'eager', but this model has {attention_of(config)!r}"
         )
-    if chunk_size > 1 and any(DynamicCache(config=config).is_linear):
+    if chunk_size > 1 and any(map(is_recurrent_only, layers_of(config))):
         raise NotImplementedError(
             f"stream cannot feed several tokens at once to model type {model.config.model_type!r}: it has linear-attention "
             "layers. Use chunk_size=1."
         )
+    kwargs = cache_kwargs(cache, model)
     for chunk in input_ids.split(chunk_size, dim=1):
         positions = cache.next_position_ids(chunk.shape[1]).to(chunk.device).expand(len(chunk), -1)
         with cache.exact_chunks():
-            output = model(chunk, position_ids=positions, past_key_values=cache, use_cache=True)
+            output = model(chunk, position_ids=positions, use_cache=True, **kwargs)
         yield output.logits
         del output  # or its logits would still be in memory while the next ones are made

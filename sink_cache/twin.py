@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 import itertools
 import logging
 from collections.abc import Iterator
@@ -23,8 +22,19 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer
 
+from .internals import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    attention_of,
+    cache_kwargs,
+    has_indexer,
+    layer_class_is_known,
+    layers_of,
+    set_attention,
+    takes_argument,
+)
 from .rotary import NotARotation, Rotation, first_unexplained, fit_rotation
 
 _SMALL = 150_000_000  # parameters that a twin may have
@@ -84,11 +94,11 @@ def bounded_layers(config: PreTrainedConfig) -> tuple[list[int], int | None]:
     Layers of full attention are replaced, beside a recurrent state too; all others keep transformers' own layer class. In a
     model that has only sliding layers, these are replaced.
     """
-    layers = DynamicCache(config=config).layers
+    layers = layers_of(config)
     kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
-    if any(hasattr(layer, "update_indexer") for layer in layers):
+    if any(has_indexer(layer) for layer in layers):
         raise CannotStream(f"its sparse attention looks keys up in an index of every token (its cache layers: {kinds})")
-    if any(type(layer).__module__ != DynamicLayer.__module__ for layer in layers):
+    if not all(map(layer_class_is_known, layers)):
         raise CannotStream(
             f"it has cache layers of its own, whose states cannot be bounded (its cache layers: {kinds})"
         )
@@ -107,7 +117,7 @@ def position_scheme(
     """Learns how models of this class, config and buffers use positions; remembers the answer for the process.
 
     Args:
-        model_class (`type[PreTrainedModel]`): a class whose forward takes `input_ids`, `position_ids`, `past_key_values`.
+        model_class (`type[PreTrainedModel]`): a class whose forward takes `input_ids`, `position_ids` and a cache.
         config (`PreTrainedConfig`): its (text) config, of any size.
         buffers (`dict[str, torch.Tensor]`): buffers of the live model, such as `inv_freq`; they replace the twin's, so that
             frequencies that were changed or rounded after loading are found too.
@@ -160,7 +170,7 @@ def _learn(
         for name, buffer in twin.named_buffers():
             if name in buffers and buffers[name].shape == buffer.shape:
                 buffer.copy_(buffers[name])
-        told = takes_positions(twin)
+        told = takes_argument(twin, "position_ids")
         scheme = _probe(twin, layers, sliding_window) if told else _probe_order(twin, layers, sliding_window)
         reason = ""
         for candidate in _candidates(scheme, told, getattr(config, "max_seq_len", None)):
@@ -201,7 +211,7 @@ def _probe(twin: PreTrainedModel, layers: list[int], sliding_window: int | None)
     chunked = getattr(twin.config, "attention_chunk_size", None) is not None
     sliding = [
         index
-        for index, layer in enumerate(DynamicCache(config=twin.config).layers)
+        for index, layer in enumerate(layers_of(twin.config))
         if type(layer) is DynamicSlidingWindowLayer and index not in layers and not chunked
     ]
     keys: dict[int, dict[int, torch.Tensor]] = {layer: {} for layer in (*layers, *sliding)}
@@ -296,25 +306,20 @@ def _one_token_alone(twin: PreTrainedModel, position: int, after: int = 0) -> li
     cache = DynamicCache(config=twin.config)
     input_ids = torch.arange(1, _TOKENS + 1)[:, None] % twin.config.vocab_size
     input_ids = torch.cat([input_ids.roll(shift, dims=0) for shift in range(after, -1, -1)], dim=1)
-    positions = {"position_ids": torch.full_like(input_ids, position)} if takes_positions(twin) else {}
-    twin(input_ids=input_ids, past_key_values=cache, use_cache=True, **positions)
+    positions = {"position_ids": torch.full_like(input_ids, position)} if takes_argument(twin, "position_ids") else {}
+    twin(input_ids=input_ids, use_cache=True, **cache_kwargs(cache, twin), **positions)
     return cache.layers
-
-
-def takes_positions(model: PreTrainedModel) -> bool:
-    """Whether the model can be told positions."""
-    return "position_ids" in inspect.signature(type(model).forward).parameters
 
 
 def build_twin(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """A float32 CPU model of this class with random weights, narrow where `config` is wide."""
     failures = []
-    own = config._attn_implementation
+    own = attention_of(config)
     implementations = (own,) if own in ("sdpa", "eager") else ("sdpa", "eager")  # others may need a GPU
     for variant, attention in itertools.product(range(1 + _NARROWINGS), implementations):
         try:
             candidate = copy.deepcopy(config) if variant == 0 else _narrow(config, variant)
-            candidate._attn_implementation = attention
+            set_attention(candidate, attention)
             with torch.device("meta"):
                 size = sum(p.numel() for p in model_class(copy.deepcopy(candidate)).parameters())
             if size > _SMALL:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
+from .internals import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 from .ring import SinkWindowLayer
 from .static import StaticSinkWindowLayer
 

@@ -9,15 +9,22 @@ cannot be told positions counts the keys in the `DynamicCache`, where they are i
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .cache import SinkWindowCache
-from .discovery import device_of, text_model
+from .internals import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    cache_kwargs,
+    device_of,
+    takes_any_keyword,
+    takes_argument,
+    text_model,
+    without_compiler,
+)
 from .twin import CannotStream, PositionScheme, bounded_layers
 
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -51,7 +58,7 @@ def verify(
             f"verify needs tokens > n_sink + window = {n_sink + window} to see an eviction, but tokens is {tokens}"
         )
     text_model(model)  # or a TypeError
-    model = getattr(model, "_orig_mod", model)  # of a compiled model, the model: it also says what its forward takes
+    model = without_compiler(model)  # of a compiled model, the model: it also says what its forward takes
     limit = _TOLERANCE.get(model.dtype, 1e-1) if tolerance is None else tolerance
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -92,7 +99,7 @@ def streaming_error(
     generator = torch.Generator("cpu").manual_seed(0)
     input_ids = torch.randint(config.vocab_size, (1, tokens), generator=generator, device="cpu").to(device_of(model))
     reference = _reference(model, input_ids, n_sink, window)
-    masked &= "attention_mask" in inspect.signature(type(model).forward).parameters
+    masked &= takes_argument(model, "attention_mask")
     worst = 0.0
     for t, expected in enumerate(reference):
         seen = {"attention_mask": torch.ones_like(input_ids[:, : t + 1])} if masked else {}
@@ -144,8 +151,7 @@ def _step(
 ) -> torch.Tensor:
     position_ids = torch.arange(position, position + input_ids.shape[1], device=input_ids.device)[None]
     # A model may hand positions on that it does not name, or ignore them (ALiBi).
-    accepted = inspect.signature(type(model).forward).parameters
-    if "position_ids" in accepted or any(one.kind is one.VAR_KEYWORD for one in accepted.values()):
+    if takes_argument(model, "position_ids") or takes_any_keyword(model):
         kwargs["position_ids"] = position_ids
-    output: torch.Tensor = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **kwargs)[0]
+    output: torch.Tensor = model(input_ids=input_ids, use_cache=True, **cache_kwargs(cache, model), **kwargs)[0]
     return output[:, -1]

@@ -144,6 +144,11 @@ def tiny_model(model_type: str, *, layers: int = 3, seed: int = 0, **overrides: 
     return model
 
 
+def cache_name(model: PreTrainedModel) -> str:
+    """What the model's forward calls its cache: `cache` from transformers 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 @torch.no_grad()
 def dense_is_right(model: PreTrainedModel, *, length: int = 12) -> str | None:
     """None if `length` tokens fed one at a time through a `DynamicCache` give the logits of one pass without a cache.
@@ -151,8 +156,8 @@ def dense_is_right(model: PreTrainedModel, *, length: int = 12) -> str | None:
     Otherwise a short reason: such a family cannot be asked to do better with another cache.
     """
     accepted = inspect.signature(model.forward).parameters
-    if "past_key_values" not in accepted:
-        return "forward takes no past_key_values"
+    if not {"cache", "past_key_values"} & accepted.keys():
+        return "forward takes no cache"
     input_ids = torch.randint(FIRST_WORD, VOCAB, (1, length), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(length)[None] if "position_ids" in accepted else None
 
@@ -164,7 +169,7 @@ def dense_is_right(model: PreTrainedModel, *, length: int = 12) -> str | None:
     try:
         expected = logits(0, length, use_cache=False)
         cache = DynamicCache(config=model.config)
-        steps = [logits(i, i + 1, use_cache=True, past_key_values=cache) for i in range(length)]
+        steps = [logits(i, i + 1, use_cache=True, **{cache_name(model): cache}) for i in range(length)]
     except Exception as error:
         return _one_line(error)
     error_size = ((torch.cat(steps, dim=1) - expected).abs().max() / expected.abs().max()).item()

@@ -13,6 +13,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer
 
+from .families import cache_name
+
 
 @torch.no_grad()
 def fresh_logits(model: PreTrainedModel, input_ids: torch.Tensor, n_sink: int, window: int) -> torch.Tensor:
@@ -25,12 +27,18 @@ def fresh_logits(model: PreTrainedModel, input_ids: torch.Tensor, n_sink: int, w
 
 
 @torch.no_grad()
-def streamed_logits(model: PreTrainedModel, input_ids: torch.Tensor, n_sink: int, window: int) -> torch.Tensor:
-    """Logits `[batch, tokens, vocab]` of a model of any depth, one token at a time."""
+def streamed_logits(
+    model: PreTrainedModel, input_ids: torch.Tensor, n_sink: int, window: int, first: int = 1
+) -> torch.Tensor:
+    """Logits `[batch, tokens - first + 1, vocab]` of a model of any depth, one token at a time.
+
+    The first call reads `first <= n_sink + window` tokens at once. Recurrent layers read several tokens with another formula
+    than one token, which rounds otherwise.
+    """
 
     def read(tokens: torch.Tensor, first_position: int, cache: DynamicCache) -> torch.Tensor:
         positions = torch.arange(first_position, first_position + tokens.shape[1]).expand(tokens.shape[0], -1)
-        return model(tokens, position_ids=positions, past_key_values=cache, use_cache=True).logits[:, -1]
+        return model(tokens, position_ids=positions, use_cache=True, **{cache_name(model): cache}).logits[:, -1]
 
     def new_cache() -> tuple[DynamicCache, list[int]]:
         cache = DynamicCache(config=model.config)
@@ -46,7 +54,8 @@ def streamed_logits(model: PreTrainedModel, input_ids: torch.Tensor, n_sink: int
     cache, bounded = new_cache()
     read_first = {i: ([], []) for i in bounded}  # layer -> keys and values of every token, as first computed
     logits = []
-    for t in range(input_ids.shape[1]):
+    for t in range(first - 1, input_ids.shape[1]):
+        new = t + 1 if t == first - 1 else 1
         evicted = max(0, t + 1 - (n_sink + window))
         if evicted:
             sinks, _ = new_cache()
@@ -58,10 +67,10 @@ def streamed_logits(model: PreTrainedModel, input_ids: torch.Tensor, n_sink: int
                     keys = torch.cat([sinks.layers[i].keys, keys], dim=2)
                     values = torch.cat([sinks.layers[i].values, values], dim=2)
                 cache.layers[i].keys, cache.layers[i].values = keys, values
-        logits.append(read(input_ids[:, t : t + 1], t, cache))
+        logits.append(read(input_ids[:, t + 1 - new : t + 1], t + 1 - new, cache))
         for i in bounded:
-            read_first[i][0].append(cache.layers[i].keys[:, :, -1:])
-            read_first[i][1].append(cache.layers[i].values[:, :, -1:])
+            read_first[i][0].append(cache.layers[i].keys[:, :, -new:])
+            read_first[i][1].append(cache.layers[i].values[:, :, -new:])
     return torch.stack(logits, dim=1)
 
 

@@ -243,12 +243,13 @@ def test_generate_can_be_asked_whether_and_how_it_compiles(llama: PreTrainedMode
     cache = StaticCache(config=llama.config, max_cache_len=16)
     everywhere = CompileConfig(backend="eager", fullgraph=False)
     everywhere._compile_all_devices = True
+    (generate_name,) = names_of(GenerationMixin.prepare_inputs_for_generation)
     choices = ({}, {"compile_config": everywhere}, {"compile_config": everywhere, "disable_compile": True})
     with assumed(
         "model._valid_auto_compile_criteria no longer says whether generate() would compile: endless steps ask it."
     ):
         configs = [GenerationConfig(**choice) for choice in choices]
-        criteria = [llama._valid_auto_compile_criteria({"past_key_values": cache}, config) for config in configs]
+        criteria = [llama._valid_auto_compile_criteria({generate_name: cache}, config) for config in configs]
         assert criteria == [False, True, False]
     with assumed("model.get_compiled_call no longer gives the model's forward, compiled: endless steps run with it."):
         compiled = llama.get_compiled_call(everywhere)

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import sink_cache.endless_loop
-from sink_cache import SinkWindowCache, endless, stream
+from sink_cache import SinkWindowCache, cache_kwargs, endless, stream
 
 TOLERANCE = 1e-4
 N_SINK, WINDOW, LAYERS = 4, 60, 5
@@ -145,7 +145,7 @@ def text(length: int, batch_size: int = 1) -> torch.Tensor:
 @torch.no_grad()
 def one_by_one(model: PreTrainedModel, input_ids: torch.Tensor, cache: Any) -> Results:
     steps = input_ids.to(devices_of_layers(model)[0]).split(1, dim=1)
-    return [model(step, past_key_values=cache).logits for step in steps]
+    return [model(step, **cache_kwargs(cache, model)).logits for step in steps]
 
 
 def generated(
@@ -161,7 +161,7 @@ def generated(
         with_logits = {} if "custom_generate" in more else {"return_dict_in_generate": True, "output_logits": True}
         torch.manual_seed(0)
         options = {"max_new_tokens": 200, "do_sample": False, "disable_compile": True, **with_logits, **more}
-        out = model.generate(**inputs, past_key_values=cache(model), **options)
+        out = model.generate(**inputs, **cache_kwargs(cache(model)), **options)
         return [out] if isinstance(out, torch.Tensor) else [out.sequences, *out.logits]
 
     return run

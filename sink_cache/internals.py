@@ -1,0 +1,385 @@
+"""Everything that the library uses of transformers beyond its documented interface.
+
+A new release of transformers can break the library here and nowhere else. Every definition says what it relies on, in a line
+that begins with "Relies on". tests/test_assumptions.py checks each line with transformers alone, and its failures say in a
+sentence what has changed. No other module of the library reads frames, private attributes or argument names of transformers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, cast
+
+import torch
+from transformers import (
+    AttentionMaskInterface,
+    Cache,
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+# Relies on: these are the layer classes of a DynamicCache. Recurrent states are LinearAttention layers, and a layer of attention
+# beside a recurrent state takes `number_of_states`, which says how many states it has.
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+# Relies on: these map a config to the model class that transformers builds for it.
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+__all__ = [
+    "CacheLayerMixin",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "GenerateDecoderOnlyOutput",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionCacheLayerMixin",
+    "LinearAttentionLayer",
+]
+
+# --- names of arguments ---
+
+_CACHE_NAMES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
+
+
+def cache_kwargs(cache: Cache | None, model: PreTrainedModel | None = None) -> dict[str, Any]:
+    """The cache as a keyword argument, by the name that the installed transformers has for it.
+
+    transformers 5.24 renamed `past_key_values` to `cache`, and warns of the old name. Code that runs on both sides of it,
+    without warnings, calls `model.generate(**inputs, **cache_kwargs(cache))` and `model(ids, **cache_kwargs(cache, model))`.
+
+    Relies on: a forward names its cache `cache` or `past_key_values` (older code, also on newer transformers). A forward that
+    names neither hands its keywords on to the text decoder. `GenerationMixin.prepare_inputs_for_generation` has the name that
+    `generate()` and its `model_kwargs` use.
+
+    Args:
+        cache (`Cache`, *optional*): any cache, or None.
+        model (`PreTrainedModel`, *optional*): whose forward will be called. Without it, the name is that of `generate()`.
+
+    Returns:
+        `dict[str, Any]`: the cache under its name.
+    """
+    owners: list[Callable[..., Any]] = [GenerationMixin.prepare_inputs_for_generation]
+    if model is not None:
+        owners = [type(model).forward, type(text_model(model)).forward, *owners]
+    parameters = [inspect.signature(owner).parameters for owner in owners]
+    return {next(name for names in parameters for name in _CACHE_NAMES if name in names): cache}
+
+
+def take_cache(model_kwargs: dict[str, Any]) -> Any:
+    """Takes the cache out of the keyword arguments of a decoding loop, whichever name it has; None without one.
+
+    Relies on: `generate()` hands a decoding loop its cache by one of the two names.
+    """
+    found = [model_kwargs.pop(name, None) for name in _CACHE_NAMES]
+    return next((cache for cache in found if cache is not None), None)
+
+
+def by_both_names(loop: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets `generate(cache=..., custom_generate=loop)` work before transformers 5.24, which would refuse the newer name.
+
+    Relies on: `generate()` hands a decoding loop the arguments that only the loop's signature names.
+    """
+    if "cache" not in cache_kwargs(None):
+        signature = inspect.signature(loop)
+        *parameters, keywords = signature.parameters.values()
+        cache = inspect.Parameter("cache", inspect.Parameter.KEYWORD_ONLY, default=None)
+        loop.__signature__ = signature.replace(parameters=[*parameters, cache, keywords])  # type: ignore[attr-defined]
+    return loop
+
+
+def takes_argument(model: PreTrainedModel | type[PreTrainedModel], name: str) -> bool:
+    """Whether the model's forward names this argument.
+
+    Relies on: decorators of a forward leave its signature visible.
+    """
+    model_class = model if isinstance(model, type) else type(model)
+    return name in inspect.signature(model_class.forward).parameters
+
+
+def takes_any_keyword(model: PreTrainedModel) -> bool:
+    """Whether the model's forward accepts arguments that it does not name, and perhaps hands them on."""
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
+# --- models and configs ---
+
+
+def text_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The text decoder in `model`: itself, or a part of a model of several modalities.
+
+    Relies on: a part's `config` is the object that `config.get_text_config(decoder=True)` returns, and its `base_model` is the
+    decoder without a head. Wrappers of a model (torch.compile, PEFT) are other classes, but have these attributes.
+
+    Raises:
+        TypeError: if it is no transformers model.
+    """
+    if not (isinstance(model, torch.nn.Module) and hasattr(model, "config")):
+        raise TypeError(f"model must be a transformers model, but is a {type(model).__name__}")
+    config = model.config.get_text_config(decoder=True)
+    parts = (module for module in model.modules() if isinstance(module, PreTrainedModel) and module.config is config)
+    # Without its head, so that generate(), called on the whole, and forward(), running in the part, show the same.
+    decoder = next(parts, model).base_model
+    return decoder if isinstance(decoder, PreTrainedModel) else model
+
+
+def without_compiler(model: PreTrainedModel) -> PreTrainedModel:
+    """The model inside what `torch.compile(model)` returned; any other model as it is.
+
+    Relies on: PyTorch keeps it as `_orig_mod`.
+    """
+    return cast(PreTrainedModel, getattr(model, "_orig_mod", model))
+
+
+def class_for_config(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The class that transformers builds for a (text) config.
+
+    Raises:
+        ValueError: if transformers has none (remote code).
+    """
+    config = config.get_text_config(decoder=True)
+    for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        model_class = mapping.get(type(config), None)
+        if isinstance(model_class, type):
+            return model_class, config
+    raise ValueError(
+        f"config= is a {type(config).__name__}, for which transformers has no causal language model class. Leave config "
+        "out: the cache then finds the model by itself in its first (uncompiled) call."
+    )
+
+
+def attention_of(config: PreTrainedConfig) -> str:
+    """The attention implementation of a model of this config, such as "sdpa".
+
+    Relies on: `config._attn_implementation`.
+    """
+    return str(config._attn_implementation)
+
+
+def set_attention(config: PreTrainedConfig, attention: str) -> None:
+    """Chooses the attention implementation of a model that will be made from this config; see `attention_of`."""
+    config._attn_implementation = attention
+
+
+def layers_of(config: PreTrainedConfig) -> list[Any]:
+    """The cache layers that transformers has for a model of this config, one for each layer of the model.
+
+    Relies on: `DynamicCache(config=...)` makes them at once.
+    """
+    return list(DynamicCache(config=config).layers)
+
+
+def layer_class_is_known(layer: Any) -> bool:
+    """Whether this cache layer's class is one of transformers' general ones, and not a model's own.
+
+    Relies on: the general ones are defined in one module, transformers.cache_utils.
+    """
+    return type(layer).__module__ == DynamicLayer.__module__
+
+
+def has_indexer(layer: Any) -> bool:
+    """Whether this cache layer keeps an index of every token, for sparse attention.
+
+    Relies on: such layers have a method `update_indexer`.
+    """
+    return hasattr(layer, "update_indexer")
+
+
+def is_recurrent_only(layer: Any) -> bool:
+    """Whether this cache layer holds a recurrent state and no keys.
+
+    Relies on: layers with keys are CacheLayerMixin, those with a recurrent state are LinearAttentionCacheLayerMixin.
+    """
+    return isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, CacheLayerMixin)
+
+
+def can_take_back(layer: Any) -> bool:
+    """Whether `layer.crop` can put the layer back as it was.
+
+    Relies on: layers say so in `is_croppable`. Before 5.18 they said nothing, and only recurrent states could not.
+    """
+    return bool(getattr(layer, "is_croppable", not isinstance(layer, LinearAttentionCacheLayerMixin)))
+
+
+def device_of(module: torch.nn.Module) -> torch.device | None:
+    """Where a module computes: where its first weight is, or where accelerate brings it (an offloaded weight is on "meta").
+
+    Relies on: accelerate's hook of a module is `_hf_hook` and has an `execution_device`.
+    """
+    for part in module.modules():
+        for weight in part.parameters(recurse=False):
+            if not weight.is_meta:
+                return weight.device
+            device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return None
+
+
+# --- masks ---
+
+
+def mask_functions() -> Any:
+    """The registry of functions that make attention masks, by attention implementation.
+
+    Relies on: mask functions are called with `q_offset` (what `Cache.get_query_offset` returned, unchanged), `q_length`,
+    `batch_size`, `device` and `dtype` by keyword. A function that returns None leaves the mask out.
+    """
+    return AttentionMaskInterface()
+
+
+def register_mask_function(attention: str, function: Callable[..., Any]) -> None:
+    """Puts a mask function in the place of transformers' own; see `mask_functions`."""
+    AttentionMaskInterface.register(attention, function)
+
+
+# --- what a decoding loop needs of generate() ---
+
+
+def pad_token_of(generation_config: GenerationConfig) -> Any:
+    """The token that fills finished rows, a tensor; None without one.
+
+    Relies on: `generate()` puts it into `generation_config._pad_token_tensor`.
+    """
+    return generation_config._pad_token_tensor
+
+
+def would_compile(model: PreTrainedModel, cache: Cache, generation_config: GenerationConfig) -> bool:
+    """Whether `generate()` would compile the steps of this model with this cache.
+
+    Relies on: `model._valid_auto_compile_criteria(model_kwargs, generation_config)`.
+    """
+    return bool(model._valid_auto_compile_criteria(cache_kwargs(cache), generation_config))  # type: ignore[operator]
+
+
+def compiled_forward(model: PreTrainedModel, compile_config: CompileConfig | None) -> Callable[..., Any]:
+    """The model's forward, compiled and kept as `generate()` keeps it.
+
+    Relies on: `model.get_compiled_call(compile_config)`.
+    """
+    return model.get_compiled_call(compile_config)
+
+
+def generate_output(sequences: torch.Tensor, cache: Cache) -> GenerateDecoderOnlyOutput:
+    """What `generate(return_dict_in_generate=True)` returns.
+
+    Relies on: the output names the cache as `generate()` does.
+    """
+    return GenerateDecoderOnlyOutput(sequences=sequences, **cache_kwargs(cache))  # type: ignore[arg-type]
+
+
+def generate_call() -> dict[str, Any]:
+    """The local variables of the `generate()` in which we are, for what it hands on neither to a model nor to a decoding loop;
+    empty without one.
+
+    Relies on: a function `generate` in a module of transformers, with local variables `generation_config`, `streamer`,
+    `stopping_criteria` and `has_default_max_length`.
+    """
+    for frame in _frames():
+        if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__", "").startswith("transformers."):
+            return frame.f_locals
+    return {}
+
+
+# --- frames: `generate()` and `forward()` pass a cache neither their model nor their padding mask ---
+
+# Their frames may lie between a model and the code that called it.
+_LIBRARIES = {"torch", "transformers", "transformers_modules", "accelerate", "peft"}
+
+
+def calling_model() -> PreTrainedModel | None:
+    """The innermost transformers model in whose `forward()` or `generate()` we are, or None.
+
+    Relies on: methods of a model have the model as their first local variable, `self`.
+    """
+    for owner, _ in _calling_modules():
+        if isinstance(owner, PreTrainedModel):
+            return owner
+    return None
+
+
+def calling_tensor(name: str, dimensions: set[int], *, of_models: bool = False) -> torch.Tensor | None:
+    """What the calling model was given as `attention_mask`, `position_ids` or the like: the innermost such tensor.
+
+    Relies on: a forward keeps these arguments in local variables of the same names. A forward that is given no positions
+    numbers its tokens from `cache.get_seq_length()` in `position_ids`.
+
+    Args:
+        of_models (`bool`): not what their layers were given. (Flash attention's padding masks are cut to the keys there.)
+    """
+    for owner, frame in _calling_modules():
+        if name in frame.f_code.co_varnames and (not of_models or isinstance(owner, PreTrainedModel)):
+            value = frame.f_locals.get(name)
+            if isinstance(value, torch.Tensor) and value.ndim in dimensions:
+                return value
+    return None
+
+
+def padding_mask_of_caller() -> torch.Tensor | None:
+    """The 2-D `attention_mask` of the function that makes masks, which asks the cache for sizes at every step.
+
+    Relies on: that function has it in a local variable `attention_mask`.
+    """
+    mask = _mask_making_local("attention_mask")
+    return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+
+
+def shows_blocks_of_tokens() -> bool:
+    """Whether a mask is being made in which blocks of tokens (images) also see what comes after them.
+
+    Relies on: the function that makes such masks has the blocks in a local variable `block_sequence_ids`.
+    """
+    return _mask_making_local("block_sequence_ids") is not None
+
+
+def _mask_making_local(name: str) -> Any:
+    """A local variable of the innermost mask-making function that has it; None outside of these.
+
+    Relies on: masks are made by functions of the module transformers.masking_utils, which call each other.
+    """
+    inside = False
+    for frame in _frames():
+        if frame.f_globals.get("__name__") == "transformers.masking_utils":
+            inside = True
+            if name in frame.f_code.co_varnames:
+                return frame.f_locals.get(name)
+        elif inside:
+            return None
+    return None
+
+
+def _frames() -> Iterator[FrameType]:
+    """The frames of our callers, innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _calling_modules() -> Iterator[tuple[Any, FrameType]]:
+    """The modules in whose methods we are and the frames of these, innermost first; ends where the model was called."""
+    inside_model = False
+    for frame in _frames():
+        caller = frame.f_globals.get("__name__", "").partition(".")[0]
+        # Reading f_locals keeps a frame's variables alive until it returns, so leave frames without `self` alone.
+        owner = frame.f_locals.get("self") if frame.f_code.co_varnames[:1] == ("self",) else None
+        is_model = isinstance(owner, PreTrainedModel)
+        if inside_model and not is_model and caller not in _LIBRARIES:
+            return
+        if isinstance(owner, torch.nn.Module):
+            yield owner, frame
+        inside_model |= is_model
