@@ -563,14 +563,15 @@ class SinkWindowCache(Cache):
         Only needed after `rebase()`; until then models count positions right by themselves.
         """
         if not self._rings or not self._rings[0].is_initialized:
-            return torch.arange(new_tokens)[None]
+            return torch.arange(new_tokens, device="cpu")[None]
         first, begins = self._rings[0], self._calls.first_positions
         if not first.pads and len(begins) == 1:
             # Made on the device: to copy them there would be to wait for it.
             start = begins[0] + first.position
             return torch.arange(start, start + new_tokens, device=first.device)[None]
-        starts = torch.tensor(begins) - torch.tensor(first.pads or (0,)) + first.position
-        return (starts[:, None] + torch.arange(new_tokens)).to(first.device)
+        pads = torch.tensor(first.pads or (0,), device="cpu")
+        starts = torch.tensor(begins, device="cpu") - pads + first.position
+        return (starts[:, None] + torch.arange(new_tokens, device="cpu")).to(first.device)
 
     def tokens_until_full(self) -> int:
         """How many more tokens until every row of every bounded layer is full, and one-token calls need no mask."""

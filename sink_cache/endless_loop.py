@@ -223,7 +223,7 @@ def _next_logits(
     start = 0
     for chunk in input_ids.split(config.prefill_chunk_size or input_ids.shape[1], dim=1):
         stop = start + chunk.shape[1]
-        positions = cache.next_position_ids(chunk.shape[1])
+        positions = cache.next_position_ids(chunk.shape[1]).to(chunk.device)
         if not seen and "position_ids" in model_kwargs:
             positions = model_kwargs["position_ids"][..., start:stop]
         chunk_mask = None if mask is None else mask[:, :stop]

@@ -346,7 +346,7 @@ class SinkWindowLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forgets all tokens; shape, dtype and device may differ afterwards."""
-        self.keys = self.values = self.sink_keys = torch.empty(0)
+        self.keys = self.values = self.sink_keys = torch.empty(0, device="cpu")
         self.storage = None
         self.index = 0  # among the layers of its storage
         self.is_initialized = False
@@ -440,13 +440,14 @@ class SharedStorage:
         return key_states.shape == self.token_shapes[0] and not (key_states.requires_grad or value_states.requires_grad)
 
     def _place_padded_rows(self, position: int, pads: tuple[int, ...]) -> None:
-        counts = position - torch.tensor(pads)
+        counts = position - torch.tensor(pads, device="cpu")
         self.slot_of_row = self.layers[0].slots_of(counts).to(self.keys.device)
         self.visible = None
         seen = torch.clamp(counts + 1, max=self.capacity)
         if int(seen.min()) < self.capacity:
             length = int(seen.max())
-            self.visible = torch.clamp(torch.arange(length) - (length - seen)[:, None], min=0).to(self.keys.device)
+            visible = torch.arange(length, device="cpu") - (length - seen)[:, None]
+            self.visible = visible.clamp(min=0).to(self.keys.device)
 
     def present_sinks(self, evicted: tuple[int, ...]) -> None:
         """Rotates the sinks of all layers and rows forward by `evicted` positions (if > 0), if they are not yet."""

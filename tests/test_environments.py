@@ -4,8 +4,9 @@ The judge is the oracle, on a plain model of the same weights. (For two GPUs: `p
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -363,3 +364,96 @@ def test_layers_on_two_devices(llama: PreTrainedModel) -> None:
     feed((1, 1))
     assert [layer.keys.device.type for layer in spread.layers] == devices
     assert spread.nbytes == plain.nbytes
+
+
+# --- default device ---
+
+
+@pytest.fixture
+def on_cpu(llama: PreTrainedModel) -> Iterator[SimpleNamespace]:
+    """A draft model and tensors on the CPU; what is made after them is by default on another device.
+
+    That is "meta": a tensor that is made there by mistake has no numbers, and an operation that mixes it with others fails.
+    """
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[0, :2] = 0
+    made = {"prompt": tokens(6), "text": tokens(30), "rows": tokens(6, 2), "mask": mask, "swap": torch.tensor([1, 0])}
+    draft = tiny_model("llama", layers=1)
+    torch.set_default_device("meta")
+    yield SimpleNamespace(draft=draft, **made)
+    torch.set_default_device(None)
+
+
+@BOTH_KINDS
+def test_generate_where_the_default_device_is_another(
+    on_cpu: SimpleNamespace, llama: PreTrainedModel, compileable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sink_cache.twin._remembered", {})
+    options, texts = PLAIN | {"max_new_tokens": 60}, []
+    for more in ({}, {"custom_generate": endless, "keep_tokens": 99}):
+        cache = SinkWindowCache(N_SINK, WINDOW, compileable=compileable)
+        texts.append(llama.generate(on_cpu.prompt, past_key_values=cache, **more, **options))
+    assert torch.equal(*texts)
+    turn = torch.cat([texts[1][:, -1:], on_cpu.prompt], dim=1)  # two turns in one cache
+    assert llama.generate(turn, past_key_values=cache, custom_generate=endless, **options).shape == (1, N_SINK + WINDOW)
+    torch.set_default_device(None)
+    expected = streamed_logits(llama, texts[0], N_SINK, WINDOW)[:, 5:-1].argmax(-1)
+    assert torch.equal(texts[0][:, 6:], expected)
+
+
+@pytest.mark.parametrize("more", [{}, {"custom_generate": endless, "keep_tokens": 99}], ids=["generate", "endless"])
+@pytest.mark.parametrize("model_type", ["llama", "mpt"])
+def test_padded_rows_where_the_default_device_is_another(
+    on_cpu: SimpleNamespace, model_type: str, more: dict[str, Any]
+) -> None:
+    # mpt is no model of rotary keys: they are put in order.
+    with torch.device("cpu"):
+        model = tiny_model(model_type)
+    options = PLAIN | {"max_new_tokens": 30, "use_cache": True} | more
+    caches = [SinkWindowCache(N_SINK, WINDOW) for _ in range(3)]
+    text = model.generate(on_cpu.rows, attention_mask=on_cpu.mask, past_key_values=caches[0], **options)
+    alone = [on_cpu.rows[:1, 2:], on_cpu.rows[1:]]
+    each = [model.generate(row, past_key_values=cache, **options) for row, cache in zip(alone, caches[1:], strict=True)]
+    assert torch.equal(text[0, -30:], each[0][0, -30:])
+    assert torch.equal(text[1, -30:], each[1][0, -30:])
+
+
+def test_candidates_where_the_default_device_is_another(on_cpu: SimpleNamespace, llama: PreTrainedModel) -> None:
+    options = PLAIN | {"max_new_tokens": 30}
+    plain = llama.generate(on_cpu.prompt, past_key_values=SinkWindowCache(N_SINK, WINDOW), **options)
+    for helped in ({"assistant_model": on_cpu.draft}, {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}):
+        cache = SinkWindowCache(N_SINK, WINDOW)
+        assert torch.equal(llama.generate(on_cpu.prompt, past_key_values=cache, **helped, **options), plain)
+
+
+@BOTH_KINDS
+def test_all_else_where_the_default_device_is_another(
+    on_cpu: SimpleNamespace, llama: PreTrainedModel, compileable: bool, tmp_path: Path
+) -> None:
+    cache, resumed = (SinkWindowCache(N_SINK, WINDOW, compileable=compileable) for _ in range(2))
+    assert cache.next_position_ids(5).device.type == "cpu"
+    logits = [*stream(llama, on_cpu.text[:, :24], cache, chunk_size=7)]
+    assert cache.rebase() == WINDOW
+    cache.save(tmp_path / "cache")
+    resumed.load(tmp_path / "cache", llama)
+    resumed.reorder_cache(on_cpu.swap[1:])
+    resumed.batch_repeat_interleave(2)
+    resumed.reorder_cache(on_cpu.swap)
+    both = on_cpu.text.repeat(2, 1)
+    with torch.no_grad():
+        for t in range(24, 30):
+            positions = resumed.next_position_ids().expand(2, -1)
+            logits.append(llama(both[:, t : t + 1], position_ids=positions, past_key_values=resumed).logits[:1])
+    assert verify(llama) < 1e-4
+    copied = copy.deepcopy(cache)
+    copied.reset()
+    if not compileable:
+        with torch.no_grad():
+            llama(on_cpu.text[:, :20], past_key_values=copied)
+            copied.activate_past_recording()
+            llama(on_cpu.text[:, 20:24], past_key_values=copied)
+            copied.crop(-3)
+        assert copied.get_seq_length() == 21
+    torch.set_default_device(None)
+    expected = streamed_logits(llama, on_cpu.text, N_SINK, WINDOW)
+    assert relative_error(torch.cat(logits, dim=1), expected) <= TOLERANCE
