@@ -355,8 +355,9 @@ def _mask_making_local(name: str) -> Any:
     for frame in _frames():
         if frame.f_globals.get("__name__") == "transformers.masking_utils":
             inside = True
-            if name in frame.f_code.co_varnames:
-                return frame.f_locals.get(name)
+            # A frame that the compiler resumes lacks what is no longer used in it; those that called it may have it still.
+            if name in frame.f_code.co_varnames and name in (local := frame.f_locals):
+                return local[name]
         elif inside:
             return None
     return None

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, pipeline
 
 from sink_cache import SinkWindowCache, endless, stream, verify
+from sink_cache.internals import padding_mask_of_caller
 
 from .families import VOCAB, tiny_model
 from .oracle import relative_error, streamed_logits
@@ -103,6 +104,52 @@ def test_compiled_models(
     model = compiled(tiny_model("llama"))
     assert streams_exactly(model, llama, compileable)
     assert goes_on_from_a_file(model, llama, compileable, tmp_path / "cache")
+
+
+class WatchingCache(SinkWindowCache):
+    """A cache of a user's own, between whose methods and ours there is one call more."""
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, Any]:
+        return super().get_mask_sizes(query_length, layer_idx)
+
+
+@pytest.mark.parametrize(
+    "compiled, cache_class",
+    [(lambda model: model, WatchingCache), (compiled_forward, WatchingCache), (compiled_in_place, SinkWindowCache)],
+)
+def test_pads_that_are_in_sight_in_compiled_models(
+    compiled: Callable[[PreTrainedModel], Any], cache_class: type[SinkWindowCache]
+) -> None:
+    # Compiled frames and a subclass put other frames between the cache and the function that has the mask.
+    torch._dynamo.reset()
+    prompt, mask = tokens(6, 2), torch.ones(2, 6, dtype=torch.long)
+    mask[0, :3] = 0
+    options = PLAIN | {"attention_mask": mask, "max_new_tokens": 8}
+    plain = tiny_model("llama").generate(prompt, past_key_values=SinkWindowCache(N_SINK, WINDOW), **options)
+    model = compiled(tiny_model("llama"))
+    assert torch.equal(model.generate(prompt, past_key_values=cache_class(N_SINK, WINDOW), **options), plain)
+
+
+def test_a_frame_that_has_lost_its_padding_mask() -> None:
+    # As frames that the compiler resumes may: what is no longer used is gone from them, but not from those that called them.
+    mask, found = torch.ones(2, 6, dtype=torch.long), []
+    masking: dict[str, Any] = {"__name__": "transformers.masking_utils", "ask": padding_mask_of_caller, "found": found}
+    source = """
+def outer(attention_mask):
+    inner(attention_mask)
+
+def inner(attention_mask):
+    del attention_mask
+    found.append(ask())
+
+def without(attention_mask):
+    found.append(ask())
+"""
+    exec(source, masking)
+    masking["outer"](mask)
+    masking["without"](None)
+    assert found[0] is mask
+    assert found[1] is None
 
 
 @pytest.mark.parametrize("compiled", [compiled_forward, compiled_module])
