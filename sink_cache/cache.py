@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from . import saving
 from .calls import Calls
+from .fed import FedText
 from .internals import (
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
@@ -70,6 +71,7 @@ class SinkWindowCache(Cache):
     Attributes:
         capacity (`int`): `n_sink + window`.
         nbytes (`int`): bytes of all keys and values held, and of the sinks' pristine keys.
+        fed_text (`FedText`, *optional*): the end of the text, if `stream` or `endless` fed it; `endless` asks for it.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type or size.
@@ -104,6 +106,7 @@ class SinkWindowCache(Cache):
         self._calls = Calls()
         self._exact = False
         self._no_mask: NoMask | None = None  # see `leave_out_masks_if_full`
+        self.fed_text: FedText | None = None
         self._chunk_offsets: dict[bool, ChunkOffset] = {}  # of layers that are sliding, and that are not
         super().__init__(layers=[])
         if config is not None:
@@ -490,6 +493,7 @@ class SinkWindowCache(Cache):
         for other in self._layers:
             if not isinstance(other, SinkWindowLayer) and (tokens_to_remove or getattr(other, "record_past", True)):
                 other.crop(tokens_to_remove)
+        self.fed_text = None
         for storage in self._storages():
             storage.bring_back(position)
         for ring in self._rings:
@@ -509,6 +513,7 @@ class SinkWindowCache(Cache):
                 # Not batch_select_indices, which recurrent states do not have, and which fails on a second device.
                 layer.reorder_cache(rows)
         self._calls.select(rows)
+        self.fed_text = None
         for storage in self._storages():
             storage.select(rows.to(storage.keys.device))
         for ring in rings:
@@ -651,7 +656,7 @@ class SinkWindowCache(Cache):
         """Forgets all tokens."""
         super().reset()  # type: ignore[no-untyped-call]
         self._calls.reset()
-        self._chunk_offsets, self._no_mask = {}, None
+        self._chunk_offsets, self._no_mask, self.fed_text = {}, None, None
         self._set_exact(False)
         self._stop_recording()
 
