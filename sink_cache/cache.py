@@ -25,6 +25,7 @@ from .internals import (
     class_for_config,
     generate_call,
     padding_mask_of_caller,
+    prompt_length,
     shows_blocks_of_tokens,
     text_model,
 )
@@ -313,12 +314,21 @@ class SinkWindowCache(Cache):
             return sizes
         if self.layers and not torch.compiler.is_compiling():
             self._calls.begin_masks(padding_mask_of_caller(), query_length)
+            if query_length > 1 and not self.compileable:
+                self._expect_prompt(query_length)
             if self.compileable and shows_blocks_of_tokens():
                 raise NotImplementedError(
                     "compileable=True is not possible for models that mask images by blocks: transformers looks the tokens of a "
                     "block up by their index in the whole text. Leave compileable out."
                 )
         return super().get_mask_sizes(query_length, layer_idx)
+
+    def _expect_prompt(self, new_tokens: int) -> None:
+        """Tells the rings which tokens of a first call are its prompt, where what comes after it is recorded."""
+        recorded = self._rings[0].record_past and not self.get_seq_length()
+        prompt = min(prompt_length(), new_tokens) if recorded and new_tokens > self.capacity else 0
+        for ring in self._rings:
+            ring.prompt = prompt
 
     def get_query_offset(self, layer_idx: int = 0) -> int | torch.Tensor | NoMask:  # type: ignore[override]
         """The index of the next token in masks."""
@@ -401,7 +411,9 @@ class SinkWindowCache(Cache):
     def activate_past_recording(self) -> None:
         """From now on keeps what each call overwrites until the next `crop`, and makes calls with several tokens exact.
 
-        For assisted decoding: candidates are checked as if they had been fed one at a time.
+        For assisted decoding: candidates are checked as if they had been fed one at a time. Its first call has the prompt and
+        the first candidates. There each token of the prompt sees the whole prompt before it, as in plain `generate()`, and
+        each candidate sees the sinks and its own window. So greedy decoding gives the same text with and without help.
         """
         if self.compileable:
             raise self._not_supported("assisted decoding with compileable=True", _NOT_COMPILEABLE)
@@ -420,14 +432,16 @@ class SinkWindowCache(Cache):
                 layer.record_past = False
 
     def _record(self, new_tokens: int) -> None:
-        position = self._rings[0].position
+        first = self._rings[0]
+        position = first.position
         if position == 0 or new_tokens == 1:
-            if new_tokens > self.capacity:
+            if new_tokens > self.capacity and not first.prompt:
                 raise NotImplementedError(
-                    f"the first call of assisted decoding has {new_tokens} tokens, prompt and candidates, and the cache holds "
-                    f"{self.capacity}. Use a larger window."
+                    f"the first call after activate_past_recording() has {new_tokens} tokens, and the cache holds "
+                    f"{self.capacity}. It cannot know which of them may have to be taken back: feed the prompt before you "
+                    "activate recording, or use a larger window."
                 )
-            return  # nothing is overwritten; single tokens are recorded by their storage
+            return  # nothing is overwritten, or the layers record it themselves; single tokens are recorded by their storage
         share_storage(self._rings)
         for storage in self._storages():
             storage.record(position, new_tokens)
@@ -466,6 +480,7 @@ class SinkWindowCache(Cache):
                 raise self._not_supported("crop with compileable=True", _NOT_COMPILEABLE)
             raise self._not_supported("crop of padded batches")
         seen, position = first.get_seq_length(), first.position + tokens_to_remove
+        share_storage(self._rings)  # which has what was recorded
         if seen + tokens_to_remove < 0:
             raise ValueError(f"crop({tokens_to_remove}) takes back more than the {seen} tokens that there are")
         recorded = min(

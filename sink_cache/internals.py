@@ -295,6 +295,15 @@ def generate_call() -> dict[str, Any]:
     return {}
 
 
+def prompt_length() -> int:
+    """How many tokens the prompt has of the `generate()` in which we are; 0 outside of one.
+
+    Relies on: `generate()` has the prompt in a local variable `input_ids` to its end, and hands decoding loops a reference.
+    """
+    prompt = generate_call().get("input_ids")
+    return prompt.shape[1] if isinstance(prompt, torch.Tensor) and prompt.ndim == 2 else 0
+
+
 # --- frames: `generate()` and `forward()` pass a cache neither their model nor their padding mask ---
 
 # Their frames may lie between a model and the code that called it.

@@ -45,7 +45,8 @@ def chunk_mask(layer: SinkWindowLayer, queries: int) -> torch.Tensor:
     owner = torch.arange(shifts.start, shifts.stop, device="cpu").repeat_interleave(layer.n_sink)[None]
     token = torch.tensor([*cached, *new], device="cpu")[None]
     in_window = (token >= layer.n_sink) & (position - token < layer.window)
-    return torch.cat([owner == shift, (token <= position) & ((shift <= 0) | in_window)], dim=1)
+    dense = (position < layer.dense()) & (position - token < (layer.sliding_window or len(position)))
+    return torch.cat([owner == shift, (token <= position) & ((shift <= 0) | in_window | dense)], dim=1)
 
 
 class NoMask:

@@ -42,6 +42,8 @@ class SinkWindowLayer(CacheLayerMixin):
         rebased (`int`): what `rebase` has taken off.
         pads (`tuple[int, ...]`): how many pads each row began with; empty if none did.
         exact_chunks (`bool`): give each query of a call with several tokens its own copy of the sinks.
+        prompt (`int`): of a first call that is recorded: how many of its tokens see all before them, as in a call that is not
+            recorded. Candidates follow them.
         record_past (`bool`): keep what is overwritten, so that `crop` can bring it back, and give each query its own sinks.
             (transformers' name: it turns recording off itself when it has done with it.)
     """
@@ -53,6 +55,8 @@ class SinkWindowLayer(CacheLayerMixin):
     storage: SharedStorage | None
     position: int
     rebased: int
+    prompt: int
+    overwritten: tuple[int, torch.Tensor, torch.Tensor, torch.Tensor] | None
     pads: tuple[int, ...]
 
     def __init__(
@@ -147,18 +151,29 @@ class SinkWindowLayer(CacheLayerMixin):
             )
         for row, count in self._rows():
             pads = max(0, -count)
-            self._store(row, max(0, count), key_states[row, :, pads:], value_states[row, :, pads:])
+            if not self.record_past or not self.evicts_within(key_states.shape[2]) or self.position:
+                self._store(row, max(0, count), key_states[row, :, pads:], value_states[row, :, pads:])
+                continue
+            prompt = self.dense()
+            self._store(row, 0, key_states[:, :, :prompt], value_states[:, :, :prompt])
+            self._record_first(prompt, key_states.shape[2] - prompt)
+            self._store(row, prompt, key_states[:, :, prompt:], value_states[:, :, prompt:])
         self._advance(key_states.shape[2])
         return attended
 
     def evicts_within(self, new_tokens: int) -> bool:
         """Whether the queries of a call see different tokens evicted, and each has to have its own copy of the sinks."""
         exact = self.exact_chunks or self.record_past
-        return exact and new_tokens > 1 and self.position + new_tokens > self.capacity
+        return exact and new_tokens > 1 and self.position + new_tokens > max(self.capacity, self.dense())
+
+    def dense(self) -> int:
+        """How many tokens of the next call see all before them, and not only what a query sees that comes alone."""
+        return 0 if self.position else self.prompt
 
     def chunk_tokens(self, queries: int) -> tuple[range, range, range]:
         """What a call that `evicts_within` attends to: a sink copy for each of these shifts, cached and new positions."""
-        evicted = range(self.position + 1 - self.capacity, self.position + 1 - self.capacity + queries)
+        alone = max(self.position, self.dense())  # the first query that sees what it would see alone
+        evicted = range(alone + 1 - self.capacity, self.position + 1 - self.capacity + queries)
         first = 0 if self.position < self.capacity else self.position + 1 - self.window
         return (
             range(max(1, evicted.start), evicted.stop),
@@ -187,6 +202,12 @@ class SinkWindowLayer(CacheLayerMixin):
                 [sink_values.repeat(1, 1, len(shifts), 1), self.values.index_select(2, slots), value_states], dim=2
             ),
         )
+
+    def _record_first(self, position: int, new_tokens: int) -> None:
+        """Keeps what candidates of a first call are about to overwrite, for the storage; see `SharedStorage.record`."""
+        if new_tokens <= self.window:
+            slots = self.slots_of(torch.arange(position, position + new_tokens, device=self.device))
+            self.overwritten = (position, slots, self.keys[:, :, slots], self.values[:, :, slots])
 
     def _sink_copies(self, sink_keys: torch.Tensor, shifts: range) -> torch.Tensor:
         if self.storage is None:
@@ -350,7 +371,8 @@ class SinkWindowLayer(CacheLayerMixin):
         self.storage = None
         self.index = 0  # among the layers of its storage
         self.is_initialized = False
-        self.position = self.rebased = 0
+        self.position = self.rebased = self.prompt = 0
+        self.overwritten = None
         self.pads = ()
 
 
@@ -385,6 +407,12 @@ class SharedStorage:
         self.rotates = self.n_sink > 0 and not all(layer.rotation.is_identity for layer in layers)
         self.visible: torch.Tensor | None = None
         self.overwritten: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        if first.overwritten is not None:
+            start, slots, *_ = first.overwritten
+            keys, values = zip(*(layer.overwritten[2:] for layer in layers if layer.overwritten), strict=True)
+            self.overwritten.append((start, slots, torch.stack(keys), torch.stack(values)))
+            for layer in layers:
+                layer.overwritten = None
         with torch.inference_mode(False):
             self._hold(*(torch.stack([layer.tensors()[name] for layer in layers]) for name in _NAMES))
 
