@@ -21,13 +21,17 @@ from .internals import (
     LinearAttentionCacheLayerMixin,
     attention_of,
     calling_model,
+    calling_model_with_virtual_tokens,
     can_take_back,
     class_for_config,
+    finds_cache,
     generate_call,
     padding_mask_of_caller,
     prompt_length,
     shows_blocks_of_tokens,
     text_model,
+    virtual_tokens,
+    virtual_tokens_in_cache,
 )
 from .layers import kinds_of_layers, layers_for
 from .masks import KNOWN_TO, ChunkOffset, NoMask, register_mask_functions
@@ -350,7 +354,24 @@ class SinkWindowCache(Cache):
         if self.compileable and torch.compiler.is_compiling():
             position: int = self._layers[self._first].get_query_offset()
             return position
+        if self._looks and not self._calls.begun and not torch.compiler.is_compiling():
+            self._refuse_virtual_tokens()
         return super().get_seq_length(layer_idx)
+
+    def _refuse_virtual_tokens(self) -> None:
+        """Where PEFT would use another cache, or feed its virtual tokens again and again; it asks for the length before."""
+        if (model := calling_model_with_virtual_tokens()) is None:
+            return
+        if virtual_tokens_in_cache(method := virtual_tokens(model)):
+            raise NotImplementedError(
+                f"SinkWindowCache does not support {method}: PEFT puts the virtual tokens into a cache of its own. "
+                "Use DynamicCache with this model."
+            )
+        if not finds_cache(model):
+            raise NotImplementedError(
+                f"this PEFT does not find the cache of this transformers, and so in {method} it would feed its virtual tokens at "
+                "every step. Use a newer PEFT, or transformers before 5.24."
+            )
 
     # Applied to the methods themselves, the decorator would cost more at every call than all else that they do.
     @torch.compiler.disable(reason=_NOT_IN_GRAPHS)  # type: ignore[untyped-decorator]

@@ -14,7 +14,13 @@ from typing import Any
 
 import torch
 
-from .internals import DynamicSlidingWindowLayer, calling_tensor, generate_call
+from .internals import (
+    DynamicSlidingWindowLayer,
+    calling_model_with_virtual_tokens,
+    calling_tensor,
+    generate_call,
+    virtual_tokens,
+)
 from .masks import ChunkOffset
 from .ring import POSITION_LIMIT, SinkWindowLayer
 from .static import StaticSinkWindowLayer
@@ -216,6 +222,11 @@ class Calls:
         zeros = tuple((~real).sum(dim=1).tolist())
         column = torch.arange(mask.shape[-1], device="cpu")
         if not torch.equal(real, column >= torch.tensor(zeros, device="cpu")[:, None]):
+            if (model := calling_model_with_virtual_tokens()) is not None:
+                raise NotImplementedError(
+                    f"SinkWindowCache does not support padded rows with {virtual_tokens(model)}: PEFT puts virtual tokens before "
+                    "the pads, and rows must begin with their pads. Generate one row at a time."
+                )
             raise NotImplementedError(
                 "SinkWindowCache supports left padding only, and attention_mask has zeros after the first token of a row. "
                 "Set tokenizer.padding_side = 'left'."

@@ -35,6 +35,7 @@ from .internals import (
     generate_output,
     pad_token_of,
     take_cache,
+    virtual_tokens,
     would_compile,
 )
 
@@ -83,6 +84,7 @@ def endless(
 
     Raises:
         TypeError: without a `SinkWindowCache`.
+        NotImplementedError: for models with PEFT's virtual tokens, or whose keys a rebase could not move.
         ValueError: if `input_ids` hold no new token, or may be the whole text as well as new tokens. For beams, for outputs that
             would grow with the text, and for options that count more tokens than are kept.
 
@@ -96,6 +98,11 @@ def endless(
     """
     cache = take_cache(model_kwargs)
     _check(cache, generation_config, input_ids, model_kwargs, keep_tokens)
+    if method := virtual_tokens(model):
+        raise NotImplementedError(
+            f"endless feeds the tokens of the text, and would leave out the virtual tokens of {method}. Use DynamicCache and "
+            "generate() without custom_generate."
+        )
     call = generate_call()
     streamer = model_kwargs.pop("streamer", None) or call.get("streamer")
     # generate() adds a MaxLengthCriteria of its own, also where nobody has asked for one.

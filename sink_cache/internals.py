@@ -215,6 +215,33 @@ def can_take_back(layer: Any) -> bool:
     return bool(getattr(layer, "is_croppable", not isinstance(layer, LinearAttentionCacheLayerMixin)))
 
 
+def virtual_tokens(model: torch.nn.Module) -> str:
+    """By which method PEFT gives this model virtual tokens ("prefix tuning", "prompt tuning", …); empty if it does not.
+
+    Relies on: PEFT's wrapper has `active_peft_config`, with `is_prompt_learning` and `peft_type`. While it generates, the model
+    has the wrapper's method `prepare_inputs_for_generation`, unless the adapter is disabled.
+    """
+    wrapper = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", model)
+    config = getattr(wrapper, "active_peft_config", None)
+    if not getattr(config, "is_prompt_learning", False):
+        return ""
+    return str(config.peft_type.value).replace("_", " ").lower()  # type: ignore[union-attr]
+
+
+def virtual_tokens_in_cache(method: str) -> bool:
+    """Whether this method of PEFT hands virtual tokens on as the keys and values of a cache that it makes itself."""
+    return method in ("prefix tuning", "cartridge")
+
+
+def finds_cache(model: torch.nn.Module) -> bool:
+    """Whether PEFT, which puts virtual tokens before a text whose cache is empty, knows the name of `generate()`'s cache.
+
+    Relies on: PEFT looks the cache up by its name in `prepare_inputs_for_generation`.
+    """
+    function = getattr(vars(model).get("prepare_inputs_for_generation"), "__func__", None)
+    return function is None or next(iter(cache_kwargs(None))) in function.__code__.co_consts
+
+
 def device_of(module: torch.nn.Module) -> torch.device | None:
     """Where a module computes: where its first weight is, or where accelerate brings it (an offloaded weight is on "meta").
 
@@ -319,6 +346,12 @@ def calling_model() -> PreTrainedModel | None:
         if isinstance(owner, PreTrainedModel):
             return owner
     return None
+
+
+def calling_model_with_virtual_tokens() -> PreTrainedModel | None:
+    """The model among our callers to which PEFT gives virtual tokens, or None; see `virtual_tokens`."""
+    models = (owner for owner, _ in _calling_modules() if isinstance(owner, PreTrainedModel))
+    return next((model for model in models if virtual_tokens(model)), None)
 
 
 def calling_tensor(name: str, dimensions: set[int], *, of_models: bool = False) -> torch.Tensor | None:

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, pipeline
 
-from sink_cache import SinkWindowCache, endless, stream, verify
+from sink_cache import SinkWindowCache, cache_kwargs, endless, stream, verify
 from sink_cache.internals import padding_mask_of_caller
 
 from .families import VOCAB, tiny_model
@@ -316,6 +316,74 @@ def test_lora_streams_and_verifies(adapted: tuple[Any, PreTrainedModel], llama: 
     assert verify(model) < 1e-4
     with model.disable_adapter():
         assert streams_exactly(model, llama, compileable=False)
+
+
+def with_virtual_tokens(kind: str) -> Any:
+    """A model that PEFT gives three virtual tokens: as keys and values ("Prefix"), or as embeddings ("Prompt")."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    torch.manual_seed(0)
+    config = getattr(peft, f"{kind}TuningConfig")(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    return peft.get_peft_model(tiny_model("llama"), config).eval()
+
+
+@pytest.mark.parametrize("more", [{}, {"custom_generate": endless}], ids=["generate", "endless"])
+@BOTH_KINDS
+def test_prefix_tuning_is_refused(compileable: bool, more: dict[str, Any]) -> None:
+    # PEFT would put the prefix into a cache of its own, and use that.
+    model = with_virtual_tokens("Prefix")
+    cache = SinkWindowCache(N_SINK, WINDOW, compileable=compileable)
+    for input_ids, mask in ((tokens(6), None), (tokens(6, 2), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6]))):
+        with pytest.raises(NotImplementedError, match=r"prefix tuning.*Use DynamicCache"):
+            model.generate(
+                input_ids=input_ids, attention_mask=mask, past_key_values=cache, max_new_tokens=9, **more, **PLAIN
+            )
+        assert not cache.get_seq_length()
+    # The cache is as good as new, and so is the model without its prefix.
+    with model.disable_adapter():
+        model.generate(input_ids=tokens(6), past_key_values=cache, max_new_tokens=9, **PLAIN)
+
+
+@pytest.mark.parametrize("kind", ["Prefix", "Prompt"])
+def test_verify_says_which_tuning_it_cannot_judge(kind: str) -> None:
+    with pytest.raises(NotImplementedError, match=f"{kind.lower()} tuning.*Verify the model"):
+        verify(with_virtual_tokens(kind))
+
+
+def test_prompt_tuning() -> None:
+    model = with_virtual_tokens("Prompt")
+    prompt, cache, other = tokens(6), SinkWindowCache(N_SINK, WINDOW), SinkWindowCache(N_SINK, WINDOW)
+    options: dict[str, Any] = {"past_key_values": cache, "max_new_tokens": 30, **PLAIN}
+    if "cache" in cache_kwargs(None):  # PEFT 0.21 looks for past_key_values, and feeds virtual tokens at every step
+        with pytest.raises(NotImplementedError, match=r"prompt tuning.*virtual tokens at every step.*newer PEFT"):
+            model.generate(input_ids=prompt, **options)
+        return
+    text = model.generate(input_ids=prompt, **options)
+    assert cache.get_seq_length() == 3 + 6 + 29
+    base = model.get_base_model()
+    embeddings = torch.cat([model.get_prompt(batch_size=1), base.get_input_embeddings()(prompt)], dim=1)
+    by_hand = prompt
+    with torch.no_grad():
+        logits = base(inputs_embeds=embeddings, past_key_values=other).logits
+        for _ in range(30):
+            by_hand = torch.cat([by_hand, logits[:, -1:].argmax(-1)], dim=1)
+            logits = base(by_hand[:, -1:], past_key_values=other).logits
+    assert torch.equal(text, by_hand)
+
+
+def test_prompt_tuning_of_padded_rows_is_refused_for_its_reason() -> None:
+    # They are padded on the left, and virtual tokens come before the pads.
+    model, mask = with_virtual_tokens("Prompt"), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    options = {"attention_mask": mask, "past_key_values": SinkWindowCache(N_SINK, WINDOW), "max_new_tokens": 9, **PLAIN}
+    reasons = ["prompt tuning.*virtual tokens before the pads.*one row at a time", "newer PEFT"]
+    with pytest.raises(NotImplementedError, match=reasons["cache" in cache_kwargs(None)]):
+        model.generate(input_ids=tokens(6, 2), **options)
+
+
+def test_endless_does_not_leave_virtual_tokens_out() -> None:
+    model = with_virtual_tokens("Prompt")
+    options = {"past_key_values": SinkWindowCache(N_SINK, WINDOW), "custom_generate": endless, "max_new_tokens": 9}
+    with pytest.raises(NotImplementedError, match=r"endless.*virtual tokens of prompt tuning"):
+        model.generate(input_ids=tokens(6), **options, **PLAIN)
 
 
 # --- weights elsewhere ---
