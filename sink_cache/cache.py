@@ -56,6 +56,9 @@ class SinkWindowCache(Cache):
     lets them see the sinks, the last `window - 1` cached tokens and each other causally, and drops what does not fit after
     attention; so a prompt longer than the cache is dense over the prompt.
 
+    Plain `generate()` numbers tokens for ever, and models compute angles in float32, with any cache. So logits move as positions
+    rise: by some 0.2% at 100,000 tokens and 4% at a million. For longer texts use `endless`, or call `rebase()`.
+
     The model's rotary embedding is found and checked by itself at the first use; a model on which the cache would not be
     exact is refused. Departures from the paper's code: nothing in the model is patched, and instead of rotating all cached
     keys at every step, only the sinks are.

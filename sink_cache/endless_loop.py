@@ -4,6 +4,8 @@
 transformers' own extension point for one, `custom_generate`. When a full cache has moved far enough, it is rebased, so
 positions never exceed a few times the capacity; of the text only the recent tokens are kept; and once the cache is full a
 compiled step needs no mask, because every slot is visible to the one query.
+
+Low positions are exact ones, too: with a position of 100,000 the logits of plain `generate()` have moved by some 0.2%.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ import torch
 from .internals import CacheLayerMixin
 from .rotary import ForwardRotation, Rotation
 
-# Models compute angles as float32 position * frequency; from here on float32 cannot tell neighbouring positions apart.
+# Models compute angles as float32 position * frequency, so logits move as positions rise: by some 0.2% at 100,000 and 4% at a
+# million (results/positions.json). From this limit on float32 cannot tell neighbouring positions apart at all.
 POSITION_LIMIT = 2**24
 
 
@@ -300,8 +301,8 @@ class SinkWindowLayer(CacheLayerMixin):
         if self.position + new_tokens > self.max_position:
             raise ValueError(
                 f"{self.position:,} tokens seen and {new_tokens:,} new are more than the {self.max_position:,} positions that "
-                "this model can tell apart. Call reset(), start a new cache from the recent text, or generate with "
-                "custom_generate=sink_cache.endless, which keeps positions bounded."
+                "this model can tell apart, and logits move long before. Generate with custom_generate=sink_cache.endless, or call "
+                "rebase() from time to time: both keep positions low. Or call reset(), and start from the recent text."
             )
 
     def visible(self) -> int:
