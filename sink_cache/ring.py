@@ -301,7 +301,7 @@ class SinkWindowLayer(CacheLayerMixin):
         if self.position + new_tokens > self.max_position:
             raise ValueError(
                 f"{self.position:,} tokens seen and {new_tokens:,} new are more than the {self.max_position:,} positions that "
-                "this model can tell apart, and logits move long before. Generate with custom_generate=sink_cache.endless, or call "
+                "this model can tell apart. Logits move long before. Generate with custom_generate=sink_cache.endless, or call "
                 "rebase() from time to time: both keep positions low. Or call reset(), and start from the recent text."
             )
 
