@@ -11,8 +11,8 @@ chunks that are exact (`sink_cache.stream`), pass after pass, without a reset. W
 it is rebased, so that positions stay bounded. Every pass predicts the same tokens; after the last comes the first one again.
 
 Count (`--until-the-end`). Nothing is rebased: positions count the tokens, as in plain `generate()`, up to 2**24, from where on
-float32 cannot tell them apart. Chunks of `--chunk-size` tokens bring the text near it, plain `generate()` takes it there,
-and the cache stops.
+float32 cannot tell them apart. (Logits move long before: results/positions.json.) Chunks of `--chunk-size` tokens bring the text
+near it, plain `generate()` takes it there, and the cache stops.
 
 A hundred times in a run, or once in a pass, are noted: the time per token, the memory that tensors take on the device, the
 resident memory of this process, and the position of the next token. Lines are fitted to the first three, the first tenth left

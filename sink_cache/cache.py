@@ -15,17 +15,23 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from . import saving
 from .calls import Calls
+from .fed import FedText
 from .internals import (
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
     attention_of,
     calling_model,
+    calling_model_with_virtual_tokens,
     can_take_back,
     class_for_config,
+    finds_cache,
     generate_call,
     padding_mask_of_caller,
+    prompt_length,
     shows_blocks_of_tokens,
     text_model,
+    virtual_tokens,
+    virtual_tokens_in_cache,
 )
 from .layers import kinds_of_layers, layers_for
 from .masks import KNOWN_TO, ChunkOffset, NoMask, register_mask_functions
@@ -50,6 +56,9 @@ class SinkWindowCache(Cache):
     lets them see the sinks, the last `window - 1` cached tokens and each other causally, and drops what does not fit after
     attention; so a prompt longer than the cache is dense over the prompt.
 
+    Plain `generate()` numbers tokens for ever, and models compute angles in float32, with any cache. So logits move as positions
+    rise: by some 0.2% at 100,000 tokens and 4% at a million. For longer texts use `endless`, or call `rebase()`.
+
     The model's rotary embedding is found and checked by itself at the first use; a model on which the cache would not be
     exact is refused. Departures from the paper's code: nothing in the model is patched, and instead of rotating all cached
     keys at every step, only the sinks are.
@@ -70,6 +79,7 @@ class SinkWindowCache(Cache):
     Attributes:
         capacity (`int`): `n_sink + window`.
         nbytes (`int`): bytes of all keys and values held, and of the sinks' pristine keys.
+        fed_text (`FedText`, *optional*): the end of the text, if `stream` or `endless` fed it; `endless` asks for it.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type or size.
@@ -104,6 +114,7 @@ class SinkWindowCache(Cache):
         self._calls = Calls()
         self._exact = False
         self._no_mask: NoMask | None = None  # see `leave_out_masks_if_full`
+        self.fed_text: FedText | None = None
         self._chunk_offsets: dict[bool, ChunkOffset] = {}  # of layers that are sliding, and that are not
         super().__init__(layers=[])
         if config is not None:
@@ -310,12 +321,21 @@ class SinkWindowCache(Cache):
             return sizes
         if self.layers and not torch.compiler.is_compiling():
             self._calls.begin_masks(padding_mask_of_caller(), query_length)
+            if query_length > 1 and not self.compileable:
+                self._expect_prompt(query_length)
             if self.compileable and shows_blocks_of_tokens():
                 raise NotImplementedError(
                     "compileable=True is not possible for models that mask images by blocks: transformers looks the tokens of a "
                     "block up by their index in the whole text. Leave compileable out."
                 )
         return super().get_mask_sizes(query_length, layer_idx)
+
+    def _expect_prompt(self, new_tokens: int) -> None:
+        """Tells the rings which tokens of a first call are its prompt, where what comes after it is recorded."""
+        recorded = self._rings[0].record_past and not self.get_seq_length()
+        prompt = min(prompt_length(), new_tokens) if recorded and new_tokens > self.capacity else 0
+        for ring in self._rings:
+            ring.prompt = prompt
 
     def get_query_offset(self, layer_idx: int = 0) -> int | torch.Tensor | NoMask:  # type: ignore[override]
         """The index of the next token in masks."""
@@ -337,7 +357,24 @@ class SinkWindowCache(Cache):
         if self.compileable and torch.compiler.is_compiling():
             position: int = self._layers[self._first].get_query_offset()
             return position
+        if self._looks and not self._calls.begun and not torch.compiler.is_compiling():
+            self._refuse_virtual_tokens()
         return super().get_seq_length(layer_idx)
+
+    def _refuse_virtual_tokens(self) -> None:
+        """Where PEFT would use another cache, or feed its virtual tokens again and again; it asks for the length before."""
+        if (model := calling_model_with_virtual_tokens()) is None:
+            return
+        if virtual_tokens_in_cache(method := virtual_tokens(model)):
+            raise NotImplementedError(
+                f"SinkWindowCache does not support {method}: PEFT puts the virtual tokens into a cache of its own. "
+                "Use DynamicCache with this model."
+            )
+        if not finds_cache(model):
+            raise NotImplementedError(
+                f"this PEFT does not find the cache of this transformers, and so in {method} it would feed its virtual tokens at "
+                "every step. Use a newer PEFT, or transformers before 5.24."
+            )
 
     # Applied to the methods themselves, the decorator would cost more at every call than all else that they do.
     @torch.compiler.disable(reason=_NOT_IN_GRAPHS)  # type: ignore[untyped-decorator]
@@ -398,7 +435,9 @@ class SinkWindowCache(Cache):
     def activate_past_recording(self) -> None:
         """From now on keeps what each call overwrites until the next `crop`, and makes calls with several tokens exact.
 
-        For assisted decoding: candidates are checked as if they had been fed one at a time.
+        For assisted decoding: candidates are checked as if they had been fed one at a time. Its first call has the prompt and
+        the first candidates. There each token of the prompt sees the whole prompt before it, as in plain `generate()`, and
+        each candidate sees the sinks and its own window. So greedy decoding gives the same text with and without help.
         """
         if self.compileable:
             raise self._not_supported("assisted decoding with compileable=True", _NOT_COMPILEABLE)
@@ -417,14 +456,16 @@ class SinkWindowCache(Cache):
                 layer.record_past = False
 
     def _record(self, new_tokens: int) -> None:
-        position = self._rings[0].position
+        first = self._rings[0]
+        position = first.position
         if position == 0 or new_tokens == 1:
-            if new_tokens > self.capacity:
+            if new_tokens > self.capacity and not first.prompt:
                 raise NotImplementedError(
-                    f"the first call of assisted decoding has {new_tokens} tokens, prompt and candidates, and the cache holds "
-                    f"{self.capacity}. Use a larger window."
+                    f"the first call after activate_past_recording() has {new_tokens} tokens, and the cache holds "
+                    f"{self.capacity}. It cannot know which of them may have to be taken back: feed the prompt before you "
+                    "activate recording, or use a larger window."
                 )
-            return  # nothing is overwritten; single tokens are recorded by their storage
+            return  # nothing is overwritten, or the layers record it themselves; single tokens are recorded by their storage
         share_storage(self._rings)
         for storage in self._storages():
             storage.record(position, new_tokens)
@@ -463,6 +504,7 @@ class SinkWindowCache(Cache):
                 raise self._not_supported("crop with compileable=True", _NOT_COMPILEABLE)
             raise self._not_supported("crop of padded batches")
         seen, position = first.get_seq_length(), first.position + tokens_to_remove
+        share_storage(self._rings)  # which has what was recorded
         if seen + tokens_to_remove < 0:
             raise ValueError(f"crop({tokens_to_remove}) takes back more than the {seen} tokens that there are")
         recorded = min(
@@ -490,6 +532,7 @@ class SinkWindowCache(Cache):
         for other in self._layers:
             if not isinstance(other, SinkWindowLayer) and (tokens_to_remove or getattr(other, "record_past", True)):
                 other.crop(tokens_to_remove)
+        self.fed_text = None
         for storage in self._storages():
             storage.bring_back(position)
         for ring in self._rings:
@@ -509,6 +552,7 @@ class SinkWindowCache(Cache):
                 # Not batch_select_indices, which recurrent states do not have, and which fails on a second device.
                 layer.reorder_cache(rows)
         self._calls.select(rows)
+        self.fed_text = None
         for storage in self._storages():
             storage.select(rows.to(storage.keys.device))
         for ring in rings:
@@ -563,14 +607,15 @@ class SinkWindowCache(Cache):
         Only needed after `rebase()`; until then models count positions right by themselves.
         """
         if not self._rings or not self._rings[0].is_initialized:
-            return torch.arange(new_tokens)[None]
+            return torch.arange(new_tokens, device="cpu")[None]
         first, begins = self._rings[0], self._calls.first_positions
         if not first.pads and len(begins) == 1:
             # Made on the device: to copy them there would be to wait for it.
             start = begins[0] + first.position
             return torch.arange(start, start + new_tokens, device=first.device)[None]
-        starts = torch.tensor(begins) - torch.tensor(first.pads or (0,)) + first.position
-        return (starts[:, None] + torch.arange(new_tokens)).to(first.device)
+        pads = torch.tensor(first.pads or (0,), device="cpu")
+        starts = torch.tensor(begins, device="cpu") - pads + first.position
+        return (starts[:, None] + torch.arange(new_tokens, device="cpu")).to(first.device)
 
     def tokens_until_full(self) -> int:
         """How many more tokens until every row of every bounded layer is full, and one-token calls need no mask."""
@@ -650,7 +695,7 @@ class SinkWindowCache(Cache):
         """Forgets all tokens."""
         super().reset()  # type: ignore[no-untyped-call]
         self._calls.reset()
-        self._chunk_offsets, self._no_mask = {}, None
+        self._chunk_offsets, self._no_mask, self.fed_text = {}, None, None
         self._set_exact(False)
         self._stop_recording()
 

@@ -14,7 +14,13 @@ from typing import Any
 
 import torch
 
-from .internals import DynamicSlidingWindowLayer, calling_tensor, generate_call
+from .internals import (
+    DynamicSlidingWindowLayer,
+    calling_model_with_virtual_tokens,
+    calling_tensor,
+    generate_call,
+    virtual_tokens,
+)
 from .masks import ChunkOffset
 from .ring import POSITION_LIMIT, SinkWindowLayer
 from .static import StaticSinkWindowLayer
@@ -141,8 +147,8 @@ class Calls:
         if position_ids.shape[-1] != new_tokens or position_ids.is_floating_point():
             return
         first = self._rings[0]
-        pads = torch.tensor(first.pads or (0,))[:, None]
-        index = torch.arange(new_tokens) + seen
+        pads = torch.tensor(first.pads or (0,), device="cpu")[:, None]
+        index = torch.arange(new_tokens, device="cpu") + seen
         counted = index - pads - first.rebased
         given = position_ids.cpu()
         # Rows may begin anywhere: what counts are distances.
@@ -151,7 +157,7 @@ class Calls:
         begins = [seen <= row_pads for row_pads in first.pads or (0,) * len(starts)]
         starts = [now if begin else before for now, begin, before in zip(starts, begins, known, strict=False)]
         first_positions = tuple(starts) if len(set(starts)) > 1 else (starts[0],)
-        counted = counted + torch.tensor(first_positions)[:, None]
+        counted = counted + torch.tensor(first_positions, device="cpu")[:, None]
         if not ((given == counted) | (index < pads)).all():
             raise NotImplementedError(
                 f"SinkWindowCache needs positions that rise by one with every token of a row, from "
@@ -214,7 +220,13 @@ class Calls:
             return
         real = mask.bool().cpu()
         zeros = tuple((~real).sum(dim=1).tolist())
-        if not torch.equal(real, torch.arange(mask.shape[-1]) >= torch.tensor(zeros)[:, None]):
+        column = torch.arange(mask.shape[-1], device="cpu")
+        if not torch.equal(real, column >= torch.tensor(zeros, device="cpu")[:, None]):
+            if (model := calling_model_with_virtual_tokens()) is not None:
+                raise NotImplementedError(
+                    f"SinkWindowCache does not support padded rows with {virtual_tokens(model)}: PEFT puts virtual tokens before "
+                    "the pads, and rows must begin with their pads. Generate one row at a time."
+                )
             raise NotImplementedError(
                 "SinkWindowCache supports left padding only, and attention_mask has zeros after the first token of a row. "
                 "Set tokenizer.padding_side = 'left'."

@@ -4,14 +4,16 @@
 transformers' own extension point for one, `custom_generate`. When a full cache has moved far enough, it is rebased, so
 positions never exceed a few times the capacity; of the text only the recent tokens are kept; and once the cache is full a
 compiled step needs no mask, because every slot is visible to the one query.
+
+Low positions are exact ones, too: with a position of 100,000 the logits of plain `generate()` have moved by some 0.2%.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Generator, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from transformers import (
 )
 
 from .cache import SinkWindowCache
+from .fed import KEPT, first_new_token, note_fed, text_fed_to
 from .internals import (
     GenerateDecoderOnlyOutput,
     by_both_names,
@@ -34,6 +37,7 @@ from .internals import (
     generate_output,
     pad_token_of,
     take_cache,
+    virtual_tokens,
     would_compile,
 )
 
@@ -63,9 +67,17 @@ def endless(
     Args:
         keep_tokens (`int`, *optional*): how many of the last tokens logits processors and stopping criteria see, and are
             returned; by default the cache's capacity. Pass it to `generate()`, like all else.
-        past_key_values (`SinkWindowCache`): in `model_kwargs` (`cache` from transformers 5.24 on). If it has seen tokens
-            already, `input_ids` are new ones that follow them (and not, as for `generate()`'s own loops, the whole text
-            again).
+        past_key_values (`SinkWindowCache`): in `model_kwargs` (`cache` from transformers 5.24 on).
+
+    If the cache has seen tokens already, `input_ids` may be one of these:
+
+    * The new tokens alone. The first of them is the last token of the answer before, which no forward has seen.
+    * The whole text, as `generate()`'s own loops want it: `input_ids` that begin with all tokens that the cache has seen. Of
+      these the last 256 are compared.
+    * What the last call returned, and the new tokens after it, also where not all of the text was returned.
+
+    Only what `stream` or `endless` fed last can be compared. If the cache was fed in another way and `input_ids` are longer
+    than what it has seen, they are refused.
 
     Returns:
         `torch.Tensor`: the last `keep_tokens` tokens at most, prompt included, `[batch_size, tokens]`; or a
@@ -74,7 +86,9 @@ def endless(
 
     Raises:
         TypeError: without a `SinkWindowCache`.
-        ValueError: for beams, for outputs that would grow with the text, and for options that count more tokens than are kept.
+        NotImplementedError: for models with PEFT's virtual tokens, or whose keys a rebase could not move.
+        ValueError: if `input_ids` hold no new token, or may be the whole text as well as new tokens. For beams, for outputs that
+            would grow with the text, and for options that count more tokens than are kept.
 
     Example:
 
@@ -86,6 +100,11 @@ def endless(
     """
     cache = take_cache(model_kwargs)
     _check(cache, generation_config, input_ids, model_kwargs, keep_tokens)
+    if method := virtual_tokens(model):
+        raise NotImplementedError(
+            f"endless feeds the tokens of the text, and would leave out the virtual tokens of {method}. Use DynamicCache and "
+            "generate() without custom_generate."
+        )
     call = generate_call()
     streamer = model_kwargs.pop("streamer", None) or call.get("streamer")
     # generate() adds a MaxLengthCriteria of its own, also where nobody has asked for one.
@@ -97,8 +116,10 @@ def endless(
     pad_token = pad_token_of(generation_config)
 
     recent: Any = _RecentTokens(input_ids, keep_tokens or cache.capacity)
+    new_tokens = input_ids[:, first_new_token(cache, input_ids) :]
     unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
-    with closing(_next_logits(model, cache, input_ids, generation_config, model_kwargs, recent)) as steps:
+    next_logits = _next_logits(model, cache, new_tokens, generation_config, model_kwargs, recent)
+    with _noting_what_is_fed(cache, recent, new_tokens), closing(next_logits) as steps:
         for logits in steps:
             scores = logits_processor(recent.tokens, logits.to(copy=True, dtype=torch.float32, device=input_ids.device))
             if generation_config.do_sample:
@@ -180,26 +201,48 @@ def _steps_left(
 
 
 class _RecentTokens:
-    """The last tokens of a text without end, in memory that does not grow."""
+    """The last tokens of a text without end, in memory that does not grow.
 
-    def __init__(self, input_ids: torch.Tensor, length: int) -> None:
-        self.length = length
-        kept = input_ids[:, -length:]
-        self._buffer = kept.new_zeros(len(kept), 2 * length)
+    Attributes:
+        appended (`int`): how many.
+    """
+
+    def __init__(self, input_ids: torch.Tensor, shown: int) -> None:
+        self.shown, self.length, self.appended = shown, max(shown, KEPT + 1), 0
+        kept = input_ids[:, -self.length :]
+        self._buffer = kept.new_zeros(len(kept), 2 * self.length)
         self._buffer[:, : kept.shape[1]] = kept
         self._end = kept.shape[1]
 
     @property
     def tokens(self) -> torch.Tensor:
-        """`[batch_size, <= length]`."""
-        return self._buffer[:, max(0, self._end - self.length) : self._end]
+        """`[batch_size, <= shown]`."""
+        return self.last(self.shown)
+
+    def last(self, number: int) -> torch.Tensor:
+        """`[batch_size, <= number]`."""
+        return self._buffer[:, max(0, self._end - min(number, self.length)) : self._end]
 
     def append(self, tokens: torch.Tensor) -> None:
         if self._end == self._buffer.shape[1]:
-            self._buffer[:, : self.length] = self.tokens.clone()
+            self._buffer[:, : self.length] = self.last(self.length).clone()
             self._end = self.length
         self._buffer[:, self._end] = tokens
         self._end += 1
+        self.appended += 1
+
+
+@contextmanager
+def _noting_what_is_fed(cache: SinkWindowCache, recent: _RecentTokens, prompt: torch.Tensor) -> Iterator[None]:
+    """Leaves the end of the text with the cache, for the next turn, also if something stops the loop."""
+    before, seen = text_fed_to(cache), cache.get_seq_length()
+    try:
+        yield
+    finally:
+        if fed := cache.get_seq_length() - seen:
+            unfed = prompt.shape[1] + recent.appended - fed
+            tokens = recent.last(fed + unfed)
+            note_fed(cache, before, tokens[:, : tokens.shape[1] - unfed], recent.tokens.clone() if unfed else None)
 
 
 def _next_logits(
@@ -223,7 +266,7 @@ def _next_logits(
     start = 0
     for chunk in input_ids.split(config.prefill_chunk_size or input_ids.shape[1], dim=1):
         stop = start + chunk.shape[1]
-        positions = cache.next_position_ids(chunk.shape[1])
+        positions = cache.next_position_ids(chunk.shape[1]).to(chunk.device)
         if not seen and "position_ids" in model_kwargs:
             positions = model_kwargs["position_ids"][..., start:stop]
         chunk_mask = None if mask is None else mask[:, :stop]

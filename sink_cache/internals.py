@@ -215,6 +215,33 @@ def can_take_back(layer: Any) -> bool:
     return bool(getattr(layer, "is_croppable", not isinstance(layer, LinearAttentionCacheLayerMixin)))
 
 
+def virtual_tokens(model: torch.nn.Module) -> str:
+    """By which method PEFT gives this model virtual tokens ("prefix tuning", "prompt tuning", …); empty if it does not.
+
+    Relies on: PEFT's wrapper has `active_peft_config`, with `is_prompt_learning` and `peft_type`. While it generates, the model
+    has the wrapper's method `prepare_inputs_for_generation`, unless the adapter is disabled.
+    """
+    wrapper = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", model)
+    config = getattr(wrapper, "active_peft_config", None)
+    if not getattr(config, "is_prompt_learning", False):
+        return ""
+    return str(config.peft_type.value).replace("_", " ").lower()  # type: ignore[union-attr]
+
+
+def virtual_tokens_in_cache(method: str) -> bool:
+    """Whether this method of PEFT hands virtual tokens on as the keys and values of a cache that it makes itself."""
+    return method in ("prefix tuning", "cartridge")
+
+
+def finds_cache(model: torch.nn.Module) -> bool:
+    """Whether PEFT, which puts virtual tokens before a text whose cache is empty, knows the name of `generate()`'s cache.
+
+    Relies on: PEFT looks the cache up by its name in `prepare_inputs_for_generation`.
+    """
+    function = getattr(vars(model).get("prepare_inputs_for_generation"), "__func__", None)
+    return function is None or next(iter(cache_kwargs(None))) in function.__code__.co_consts
+
+
 def device_of(module: torch.nn.Module) -> torch.device | None:
     """Where a module computes: where its first weight is, or where accelerate brings it (an offloaded weight is on "meta").
 
@@ -295,6 +322,15 @@ def generate_call() -> dict[str, Any]:
     return {}
 
 
+def prompt_length() -> int:
+    """How many tokens the prompt has of the `generate()` in which we are; 0 outside of one.
+
+    Relies on: `generate()` has the prompt in a local variable `input_ids` to its end, and hands decoding loops a reference.
+    """
+    prompt = generate_call().get("input_ids")
+    return prompt.shape[1] if isinstance(prompt, torch.Tensor) and prompt.ndim == 2 else 0
+
+
 # --- frames: `generate()` and `forward()` pass a cache neither their model nor their padding mask ---
 
 # Their frames may lie between a model and the code that called it.
@@ -310,6 +346,12 @@ def calling_model() -> PreTrainedModel | None:
         if isinstance(owner, PreTrainedModel):
             return owner
     return None
+
+
+def calling_model_with_virtual_tokens() -> PreTrainedModel | None:
+    """The model among our callers to which PEFT gives virtual tokens, or None; see `virtual_tokens`."""
+    models = (owner for owner, _ in _calling_modules() if isinstance(owner, PreTrainedModel))
+    return next((model for model in models if virtual_tokens(model)), None)
 
 
 def calling_tensor(name: str, dimensions: set[int], *, of_models: bool = False) -> torch.Tensor | None:
@@ -355,8 +397,9 @@ def _mask_making_local(name: str) -> Any:
     for frame in _frames():
         if frame.f_globals.get("__name__") == "transformers.masking_utils":
             inside = True
-            if name in frame.f_code.co_varnames:
-                return frame.f_locals.get(name)
+            # A frame that the compiler resumes lacks what is no longer used in it; those that called it may have it still.
+            if name in frame.f_code.co_varnames and name in (local := frame.f_locals):
+                return local[name]
         elif inside:
             return None
     return None

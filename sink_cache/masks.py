@@ -40,12 +40,13 @@ def chunk_mask(layer: SinkWindowLayer, queries: int) -> torch.Tensor:
             `SinkWindowLayer.chunk_tokens`: sinks for each query that needs a copy, cached tokens, the new tokens.
     """
     shifts, cached, new = layer.chunk_tokens(queries)
-    position = torch.arange(new.start, new.stop)[:, None]
+    position = torch.arange(new.start, new.stop, device="cpu")[:, None]
     shift = position + 1 - layer.capacity
-    owner = torch.arange(shifts.start, shifts.stop).repeat_interleave(layer.n_sink)[None]
-    token = torch.cat([torch.arange(cached.start, cached.stop), torch.arange(new.start, new.stop)])[None]
+    owner = torch.arange(shifts.start, shifts.stop, device="cpu").repeat_interleave(layer.n_sink)[None]
+    token = torch.tensor([*cached, *new], device="cpu")[None]
     in_window = (token >= layer.n_sink) & (position - token < layer.window)
-    return torch.cat([owner == shift, (token <= position) & ((shift <= 0) | in_window)], dim=1)
+    dense = (position < layer.dense()) & (position - token < (layer.sliding_window or len(position)))
+    return torch.cat([owner == shift, (token <= position) & ((shift <= 0) | in_window | dense)], dim=1)
 
 
 class NoMask:

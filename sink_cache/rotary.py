@@ -77,7 +77,7 @@ def fit_rotation(keys: dict[int, torch.Tensor], tolerance: float = 1e-3) -> Rota
     sin = (with_start * own - with_own * gram) / determinant
     residual = turned.pow(2).sum(1)[:, :, None] - cos * with_own - sin * with_start
     partner = residual.sum(0).fill_diagonal_(math.inf).argmin(dim=1)  # [head_dim]
-    every = torch.arange(start.shape[1])
+    every = torch.arange(start.shape[1], device=start.device)
     angle = torch.atan2(sin[:, every, partner], cos[:, every, partner])  # [positions, head_dim]
 
     # The angle at position 1 gives the frequency roughly; each longer stretch divides the error by 8.

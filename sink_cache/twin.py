@@ -304,7 +304,7 @@ def _one_token_alone(twin: PreTrainedModel, position: int, after: int = 0) -> li
     With `after`, not alone: after so many others.
     """
     cache = DynamicCache(config=twin.config)
-    input_ids = torch.arange(1, _TOKENS + 1)[:, None] % twin.config.vocab_size
+    input_ids = torch.arange(1, _TOKENS + 1, device="cpu")[:, None] % twin.config.vocab_size
     input_ids = torch.cat([input_ids.roll(shift, dims=0) for shift in range(after, -1, -1)], dim=1)
     positions = {"position_ids": torch.full_like(input_ids, position)} if takes_argument(twin, "position_ids") else {}
     twin(input_ids=input_ids, use_cache=True, **cache_kwargs(cache, twin), **positions)

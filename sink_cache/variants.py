@@ -26,8 +26,8 @@ class ChronologicalSinkWindowLayer(SinkWindowLayer):
     def _in_order(self, slots: torch.Tensor) -> torch.Tensor:
         """Sinks first, then the window from its oldest token on; of a row that is not full, what it has, at the end."""
         if self.pads:
-            counts = (self.position - torch.tensor(self.pads))[:, None]
-            rank = (torch.arange(self.capacity) - (self.capacity - counts).clamp(min=0)).clamp(min=0)
+            counts = (self.position - torch.tensor(self.pads, device="cpu"))[:, None]
+            rank = (torch.arange(self.capacity, device="cpu") - (self.capacity - counts).clamp(min=0)).clamp(min=0)
             token = torch.where(rank < self.n_sink, rank, rank + (counts - self.capacity).clamp(min=0))
             order = self.slots_of(token).to(slots.device)[:, None, :, None]
             return slots.gather(2, order.expand(-1, slots.shape[1], -1, slots.shape[-1]))

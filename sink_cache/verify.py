@@ -23,6 +23,7 @@ from .internals import (
     takes_any_keyword,
     takes_argument,
     text_model,
+    virtual_tokens,
     without_compiler,
 )
 from .twin import CannotStream, PositionScheme, bounded_layers
@@ -58,6 +59,10 @@ def verify(
             f"verify needs tokens > n_sink + window = {n_sink + window} to see an eviction, but tokens is {tokens}"
         )
     text_model(model)  # or a TypeError
+    if method := virtual_tokens(model):
+        raise NotImplementedError(
+            f"this model has virtual tokens from {method}, which PEFT adds to every call. Verify the model that it was made from."
+        )
     model = without_compiler(model)  # of a compiled model, the model: it also says what its forward takes
     limit = _TOLERANCE.get(model.dtype, 1e-1) if tolerance is None else tolerance
     training = [module for module in model.modules() if module.training]

@@ -235,6 +235,26 @@ def test_attention_gets_no_mask_where_the_mask_function_makes_none() -> None:
     )
 
 
+@torch.no_grad()
+def test_generate_keeps_its_prompt_in_a_local(llama: PreTrainedModel) -> None:
+    lengths: list[list[int]] = []
+
+    def watch(method: str, frames: list[Any]) -> None:
+        if method == "get_mask_sizes":
+            calls = [frame for frame in frames if frame.f_code.co_name == "generate"]
+            lengths.extend([frame.f_locals["input_ids"].shape[1]] for frame in calls if "input_ids" in frame.f_locals)
+
+    options = {"prompt_lookup_num_tokens": 2, "max_new_tokens": 4, "do_sample": False}
+    llama.generate(tokens(9), past_key_values=Watched(watch), **options)
+    assert lengths, (
+        "generate() no longer has a local variable input_ids: the first call of assisted decoding looks there."
+    )
+    assert all(one == [9] for one in lengths), (
+        "generate() no longer keeps the prompt in its local variable input_ids: what is more in the first call of assisted "
+        "decoding is taken for candidates."
+    )
+
+
 # --- compiling ---
 
 

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from sink_cache import SinkWindowCache, endless
+from sink_cache import SinkWindowCache, endless, stream
 from sink_cache.rotary import ForwardRotation
 
 from .families import tiny_model
@@ -190,6 +191,120 @@ def test_a_second_turn_takes_the_new_tokens_only(model: PreTrainedModel) -> None
     text = torch.cat([text, tokens(5, seed=3)], dim=1)
     text = go_on(model, text, plain, max_new_tokens=10, custom_generate=None)
     assert torch.equal(second[:, -10:], text[:, -10:])
+
+
+# The cache holds 11 tokens: turns that end before it is full, fill it, and turn it over.
+QUESTIONS = [3, 4, 1, 9, 2, 14]
+
+
+def talk(model: PreTrainedModel, given: str, **more: Any) -> torch.Tensor:
+    """All tokens of a conversation in which the user says `QUESTIONS`, and what is given to `endless` is `given`."""
+    cache, text = SinkWindowCache(2, 9, **more), torch.empty(1, 0, dtype=torch.long)
+    returned = text
+    for turn, length in enumerate(QUESTIONS):
+        said = tokens(length, seed=turn)
+        unfed = text[:, cache.get_seq_length() :]  # the last token of an answer
+        input_ids = {"new": [unfed, said], "whole": [text, said], "returned": [returned, said]}[given]
+        returned = go_on(model, torch.cat(input_ids, dim=1), cache, max_new_tokens=7)
+        text = torch.cat([text, said, returned[:, -7:]], dim=1)
+        assert cache.get_seq_length() == text.shape[1] - 1
+    return text
+
+
+@pytest.mark.parametrize("compileable", [False, True])
+@pytest.mark.parametrize("given", ["whole", "returned"])
+def test_a_conversation_that_is_given_again_is_not_read_again(
+    model: PreTrainedModel, given: str, compileable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # generate() wants the whole text in every turn; and torch.cat([returned, new]) is the whole as long as all is returned.
+    monkeypatch.setattr("sink_cache.endless_loop._REBASE_EVERY", 1)  # as often as the window turns over
+    assert torch.equal(talk(model, given, compileable=compileable), talk(model, "new"))
+
+
+def test_a_conversation_of_several_rows_that_is_given_again(model: PreTrainedModel) -> None:
+    caches = [SinkWindowCache(2, 9) for _ in range(2)]
+    first = [go_on(model, tokens(5, 3), cache, max_new_tokens=30, keep_tokens=99) for cache in caches]
+    new = tokens(4, 3, seed=1)
+    whole = go_on(model, torch.cat([first[0], new], dim=1), caches[0], max_new_tokens=9, keep_tokens=99)
+    alone = go_on(model, torch.cat([first[1][:, -1:], new], dim=1), caches[1], max_new_tokens=9)
+    assert torch.equal(whole[:, -9:], alone[:, -9:])
+    assert torch.equal(whole[:, :35], first[0])
+
+
+def test_the_same_text_once_more_is_an_answer_that_goes_on(model: PreTrainedModel) -> None:
+    cache = SinkWindowCache(2, 9)
+    text = go_on(model, tokens(5), cache, max_new_tokens=30, keep_tokens=99)
+    more = go_on(model, text, cache, max_new_tokens=10, keep_tokens=99)
+    assert torch.equal(more, go_on(model, tokens(5), SinkWindowCache(2, 9), max_new_tokens=40, keep_tokens=99))
+
+
+@pytest.mark.parametrize("answer", [1, 7])
+def test_a_question_that_is_asked_again_is_new(model: PreTrainedModel, answer: int) -> None:
+    # It looks like the beginning of the conversation, as does every turn of a chat template.
+    question, longer = tokens(6), torch.cat([tokens(6), tokens(20, seed=1)], dim=1)
+    for again in (question, longer):
+        cache = SinkWindowCache(2, 9)
+        first = go_on(model, question, cache, max_new_tokens=answer)
+        new = torch.cat([first[:, -1:], again], dim=1)
+        second = go_on(model, new, cache, max_new_tokens=5, keep_tokens=99)
+        assert cache.get_seq_length() == 6 + answer - 1 + new.shape[1] + 4
+        assert torch.equal(second[:, : new.shape[1]], new)
+
+
+def test_a_text_that_leaves_out_the_last_token_of_the_answer(model: PreTrainedModel) -> None:
+    # Either the whole text without the end of the answer, or the same question again and more.
+    cache = SinkWindowCache(2, 9)
+    first = go_on(model, tokens(6), cache, max_new_tokens=4)
+    other = (first[:, -1:] + 1) % 100
+    with pytest.raises(ValueError, match=r"begin with the 9 tokens.*and then differ.*last token"):
+        go_on(model, torch.cat([first[:, :-1], other, tokens(3)], dim=1), cache, max_new_tokens=4)
+    assert cache.get_seq_length() == 9
+
+
+def test_a_prompt_that_was_streamed_is_not_read_again(model: PreTrainedModel) -> None:
+    # As generate() wants it after stream(): the whole prompt, with at least one token that was not streamed.
+    prompt, texts = tokens(40), []
+    for given in (prompt, prompt[:, -3:]):
+        cache = SinkWindowCache(2, 9)
+        for _ in stream(model, prompt[:, :-3], cache, chunk_size=16):
+            pass
+        texts.append(go_on(model, given, cache, max_new_tokens=20)[:, -9:])
+        assert cache.get_seq_length() == 40 + 19
+    assert torch.equal(*texts)
+    cache.reset()
+    for _ in stream(model, prompt[:, :5], cache):
+        pass
+    with pytest.raises(ValueError, match="the 5 tokens that this cache has seen, and no new one"):
+        go_on(model, prompt[:, :5], cache, max_new_tokens=20)
+    go_on(model, tokens(9, seed=1), cache, max_new_tokens=3)  # longer than what was streamed, and new
+    assert cache.get_seq_length() == 5 + 9 + 2
+
+
+def test_a_text_of_which_endless_has_not_been_told(model: PreTrainedModel, tmp_path: Path) -> None:
+    # Whether these are new tokens or the whole text nobody can say who has only counted the tokens of the cache.
+    def by_generate(cache: SinkWindowCache) -> None:
+        go_on(model, tokens(5), cache, max_new_tokens=9, custom_generate=None)
+
+    def by_loading(cache: SinkWindowCache) -> None:
+        go_on(model, tokens(5), cache, max_new_tokens=9)
+        cache.save(tmp_path / "cache")
+        cache.load(tmp_path / "cache", model)
+
+    def by_cropping(cache: SinkWindowCache) -> None:
+        go_on(model, tokens(5), cache, max_new_tokens=6)
+        cache.crop(-1)
+        with torch.no_grad():
+            model(tokens(4), past_key_values=cache)
+
+    for fed in (by_generate, by_loading, by_cropping):
+        cache = SinkWindowCache(2, 60)
+        fed(cache)
+        with pytest.raises(
+            ValueError, match=r"14 tokens.*has seen 13.*otherwise than by stream\(\) or endless.*new ones"
+        ):
+            go_on(model, tokens(14), cache, max_new_tokens=4)
+        go_on(model, tokens(13, seed=1), cache, max_new_tokens=4)
+        assert cache.get_seq_length() == 13 + 13 + 3
 
 
 def test_nothing_grows(model: PreTrainedModel) -> None:

@@ -4,8 +4,9 @@ The judge is the oracle, on a plain model of the same weights. (For two GPUs: `p
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -14,7 +15,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, pipeline
 
-from sink_cache import SinkWindowCache, endless, stream, verify
+from sink_cache import SinkWindowCache, cache_kwargs, endless, stream, verify
+from sink_cache.internals import padding_mask_of_caller
 
 from .families import VOCAB, tiny_model
 from .oracle import relative_error, streamed_logits
@@ -102,6 +104,52 @@ def test_compiled_models(
     model = compiled(tiny_model("llama"))
     assert streams_exactly(model, llama, compileable)
     assert goes_on_from_a_file(model, llama, compileable, tmp_path / "cache")
+
+
+class WatchingCache(SinkWindowCache):
+    """A cache of a user's own, between whose methods and ours there is one call more."""
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, Any]:
+        return super().get_mask_sizes(query_length, layer_idx)
+
+
+@pytest.mark.parametrize(
+    "compiled, cache_class",
+    [(lambda model: model, WatchingCache), (compiled_forward, WatchingCache), (compiled_in_place, SinkWindowCache)],
+)
+def test_pads_that_are_in_sight_in_compiled_models(
+    compiled: Callable[[PreTrainedModel], Any], cache_class: type[SinkWindowCache]
+) -> None:
+    # Compiled frames and a subclass put other frames between the cache and the function that has the mask.
+    torch._dynamo.reset()
+    prompt, mask = tokens(6, 2), torch.ones(2, 6, dtype=torch.long)
+    mask[0, :3] = 0
+    options = PLAIN | {"attention_mask": mask, "max_new_tokens": 8}
+    plain = tiny_model("llama", layers=1).generate(prompt, past_key_values=SinkWindowCache(N_SINK, WINDOW), **options)
+    model = compiled(tiny_model("llama", layers=1))
+    assert torch.equal(model.generate(prompt, past_key_values=cache_class(N_SINK, WINDOW), **options), plain)
+
+
+def test_a_frame_that_has_lost_its_padding_mask() -> None:
+    # As frames that the compiler resumes may: what is no longer used is gone from them, but not from those that called them.
+    mask, found = torch.ones(2, 6, dtype=torch.long), []
+    masking: dict[str, Any] = {"__name__": "transformers.masking_utils", "ask": padding_mask_of_caller, "found": found}
+    source = """
+def outer(attention_mask):
+    inner(attention_mask)
+
+def inner(attention_mask):
+    del attention_mask
+    found.append(ask())
+
+def without(attention_mask):
+    found.append(ask())
+"""
+    exec(source, masking)
+    masking["outer"](mask)
+    masking["without"](None)
+    assert found[0] is mask
+    assert found[1] is None
 
 
 @pytest.mark.parametrize("compiled", [compiled_forward, compiled_module])
@@ -270,6 +318,74 @@ def test_lora_streams_and_verifies(adapted: tuple[Any, PreTrainedModel], llama: 
         assert streams_exactly(model, llama, compileable=False)
 
 
+def with_virtual_tokens(kind: str) -> Any:
+    """A model that PEFT gives three virtual tokens: as keys and values ("Prefix"), or as embeddings ("Prompt")."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    torch.manual_seed(0)
+    config = getattr(peft, f"{kind}TuningConfig")(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    return peft.get_peft_model(tiny_model("llama"), config).eval()
+
+
+@pytest.mark.parametrize("more", [{}, {"custom_generate": endless}], ids=["generate", "endless"])
+@BOTH_KINDS
+def test_prefix_tuning_is_refused(compileable: bool, more: dict[str, Any]) -> None:
+    # PEFT would put the prefix into a cache of its own, and use that.
+    model = with_virtual_tokens("Prefix")
+    cache = SinkWindowCache(N_SINK, WINDOW, compileable=compileable)
+    for input_ids, mask in ((tokens(6), None), (tokens(6, 2), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6]))):
+        with pytest.raises(NotImplementedError, match=r"prefix tuning.*Use DynamicCache"):
+            model.generate(
+                input_ids=input_ids, attention_mask=mask, past_key_values=cache, max_new_tokens=9, **more, **PLAIN
+            )
+        assert not cache.get_seq_length()
+    # The cache is as good as new, and so is the model without its prefix.
+    with model.disable_adapter():
+        model.generate(input_ids=tokens(6), past_key_values=cache, max_new_tokens=9, **PLAIN)
+
+
+@pytest.mark.parametrize("kind", ["Prefix", "Prompt"])
+def test_verify_says_which_tuning_it_cannot_judge(kind: str) -> None:
+    with pytest.raises(NotImplementedError, match=f"{kind.lower()} tuning.*Verify the model"):
+        verify(with_virtual_tokens(kind))
+
+
+def test_prompt_tuning() -> None:
+    model = with_virtual_tokens("Prompt")
+    prompt, cache, other = tokens(6), SinkWindowCache(N_SINK, WINDOW), SinkWindowCache(N_SINK, WINDOW)
+    options: dict[str, Any] = {"past_key_values": cache, "max_new_tokens": 30, **PLAIN}
+    if "cache" in cache_kwargs(None):  # PEFT 0.21 looks for past_key_values, and feeds virtual tokens at every step
+        with pytest.raises(NotImplementedError, match=r"prompt tuning.*virtual tokens at every step.*newer PEFT"):
+            model.generate(input_ids=prompt, **options)
+        return
+    text = model.generate(input_ids=prompt, **options)
+    assert cache.get_seq_length() == 3 + 6 + 29
+    base = model.get_base_model()
+    embeddings = torch.cat([model.get_prompt(batch_size=1), base.get_input_embeddings()(prompt)], dim=1)
+    by_hand = prompt
+    with torch.no_grad():
+        logits = base(inputs_embeds=embeddings, past_key_values=other).logits
+        for _ in range(30):
+            by_hand = torch.cat([by_hand, logits[:, -1:].argmax(-1)], dim=1)
+            logits = base(by_hand[:, -1:], past_key_values=other).logits
+    assert torch.equal(text, by_hand)
+
+
+def test_prompt_tuning_of_padded_rows_is_refused_for_its_reason() -> None:
+    # They are padded on the left, and virtual tokens come before the pads.
+    model, mask = with_virtual_tokens("Prompt"), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    options = {"attention_mask": mask, "past_key_values": SinkWindowCache(N_SINK, WINDOW), "max_new_tokens": 9, **PLAIN}
+    reasons = ["prompt tuning.*virtual tokens before the pads.*one row at a time", "newer PEFT"]
+    with pytest.raises(NotImplementedError, match=reasons["cache" in cache_kwargs(None)]):
+        model.generate(input_ids=tokens(6, 2), **options)
+
+
+def test_endless_does_not_leave_virtual_tokens_out() -> None:
+    model = with_virtual_tokens("Prompt")
+    options = {"past_key_values": SinkWindowCache(N_SINK, WINDOW), "custom_generate": endless, "max_new_tokens": 9}
+    with pytest.raises(NotImplementedError, match=r"endless.*virtual tokens of prompt tuning"):
+        model.generate(input_ids=tokens(6), **options, **PLAIN)
+
+
 # --- weights elsewhere ---
 
 
@@ -363,3 +479,96 @@ def test_layers_on_two_devices(llama: PreTrainedModel) -> None:
     feed((1, 1))
     assert [layer.keys.device.type for layer in spread.layers] == devices
     assert spread.nbytes == plain.nbytes
+
+
+# --- default device ---
+
+
+@pytest.fixture
+def on_cpu(llama: PreTrainedModel) -> Iterator[SimpleNamespace]:
+    """A draft model and tensors on the CPU; what is made after them is by default on another device.
+
+    That is "meta": a tensor that is made there by mistake has no numbers, and an operation that mixes it with others fails.
+    """
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[0, :2] = 0
+    made = {"prompt": tokens(6), "text": tokens(30), "rows": tokens(6, 2), "mask": mask, "swap": torch.tensor([1, 0])}
+    draft = tiny_model("llama", layers=1)
+    torch.set_default_device("meta")
+    yield SimpleNamespace(draft=draft, **made)
+    torch.set_default_device(None)
+
+
+@BOTH_KINDS
+def test_generate_where_the_default_device_is_another(
+    on_cpu: SimpleNamespace, llama: PreTrainedModel, compileable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sink_cache.twin._remembered", {})
+    options, texts = PLAIN | {"max_new_tokens": 60}, []
+    for more in ({}, {"custom_generate": endless, "keep_tokens": 99}):
+        cache = SinkWindowCache(N_SINK, WINDOW, compileable=compileable)
+        texts.append(llama.generate(on_cpu.prompt, past_key_values=cache, **more, **options))
+    assert torch.equal(*texts)
+    turn = torch.cat([texts[1][:, -1:], on_cpu.prompt], dim=1)  # two turns in one cache
+    assert llama.generate(turn, past_key_values=cache, custom_generate=endless, **options).shape == (1, N_SINK + WINDOW)
+    torch.set_default_device(None)
+    expected = streamed_logits(llama, texts[0], N_SINK, WINDOW)[:, 5:-1].argmax(-1)
+    assert torch.equal(texts[0][:, 6:], expected)
+
+
+@pytest.mark.parametrize("more", [{}, {"custom_generate": endless, "keep_tokens": 99}], ids=["generate", "endless"])
+@pytest.mark.parametrize("model_type", ["llama", "mpt"])
+def test_padded_rows_where_the_default_device_is_another(
+    on_cpu: SimpleNamespace, model_type: str, more: dict[str, Any]
+) -> None:
+    # mpt is no model of rotary keys: they are put in order.
+    with torch.device("cpu"):
+        model = tiny_model(model_type)
+    options = PLAIN | {"max_new_tokens": 30, "use_cache": True} | more
+    caches = [SinkWindowCache(N_SINK, WINDOW) for _ in range(3)]
+    text = model.generate(on_cpu.rows, attention_mask=on_cpu.mask, past_key_values=caches[0], **options)
+    alone = [on_cpu.rows[:1, 2:], on_cpu.rows[1:]]
+    each = [model.generate(row, past_key_values=cache, **options) for row, cache in zip(alone, caches[1:], strict=True)]
+    assert torch.equal(text[0, -30:], each[0][0, -30:])
+    assert torch.equal(text[1, -30:], each[1][0, -30:])
+
+
+def test_candidates_where_the_default_device_is_another(on_cpu: SimpleNamespace, llama: PreTrainedModel) -> None:
+    options = PLAIN | {"max_new_tokens": 30}
+    plain = llama.generate(on_cpu.prompt, past_key_values=SinkWindowCache(N_SINK, WINDOW), **options)
+    for helped in ({"assistant_model": on_cpu.draft}, {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}):
+        cache = SinkWindowCache(N_SINK, WINDOW)
+        assert torch.equal(llama.generate(on_cpu.prompt, past_key_values=cache, **helped, **options), plain)
+
+
+@BOTH_KINDS
+def test_all_else_where_the_default_device_is_another(
+    on_cpu: SimpleNamespace, llama: PreTrainedModel, compileable: bool, tmp_path: Path
+) -> None:
+    cache, resumed = (SinkWindowCache(N_SINK, WINDOW, compileable=compileable) for _ in range(2))
+    assert cache.next_position_ids(5).device.type == "cpu"
+    logits = [*stream(llama, on_cpu.text[:, :24], cache, chunk_size=7)]
+    assert cache.rebase() == WINDOW
+    cache.save(tmp_path / "cache")
+    resumed.load(tmp_path / "cache", llama)
+    resumed.reorder_cache(on_cpu.swap[1:])
+    resumed.batch_repeat_interleave(2)
+    resumed.reorder_cache(on_cpu.swap)
+    both = on_cpu.text.repeat(2, 1)
+    with torch.no_grad():
+        for t in range(24, 30):
+            positions = resumed.next_position_ids().expand(2, -1)
+            logits.append(llama(both[:, t : t + 1], position_ids=positions, past_key_values=resumed).logits[:1])
+    assert verify(llama) < 1e-4
+    copied = copy.deepcopy(cache)
+    copied.reset()
+    if not compileable:
+        with torch.no_grad():
+            llama(on_cpu.text[:, :20], past_key_values=copied)
+            copied.activate_past_recording()
+            llama(on_cpu.text[:, 20:24], past_key_values=copied)
+            copied.crop(-3)
+        assert copied.get_seq_length() == 21
+    torch.set_default_device(None)
+    expected = streamed_logits(llama, on_cpu.text, N_SINK, WINDOW)
+    assert relative_error(torch.cat(logits, dim=1), expected) <= TOLERANCE

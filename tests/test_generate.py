@@ -371,18 +371,22 @@ def test_crop_without_recording(llama: PreTrainedModel) -> None:
         assert relative_error(logits, expected) <= TOLERANCE
 
 
-@pytest.fixture(scope="module")
-def draft(llama: PreTrainedModel) -> PreTrainedModel:
+def draft_of(model: PreTrainedModel) -> PreTrainedModel:
     """A draft model that is sometimes right."""
-    model = copy.deepcopy(llama)
+    draft = copy.deepcopy(model)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for parameter in model.parameters():
+        for parameter in draft.parameters():
             parameter.add_(0.05 * parameter.std() * torch.randn_like(parameter) if parameter.ndim > 1 else 0)
-    model.generation_config.num_assistant_tokens = 4
-    model.generation_config.num_assistant_tokens_schedule = "constant"
-    model.generation_config.assistant_confidence_threshold = 0.0
-    return model
+    draft.generation_config.num_assistant_tokens = 4
+    draft.generation_config.num_assistant_tokens_schedule = "constant"
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    return draft
+
+
+@pytest.fixture(scope="module")
+def draft(llama: PreTrainedModel) -> PreTrainedModel:
+    return draft_of(llama)
 
 
 def count_crops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -420,21 +424,73 @@ def test_assisted_greedy_is_plain_greedy(
     assert relative_error(one_by_one(llama, after, cache), expected) <= TOLERANCE
 
 
-def test_assisted_decoding_begins_with_an_empty_cache_and_a_prompt_that_fits(
-    llama: PreTrainedModel, draft: PreTrainedModel
+@pytest.mark.parametrize("prompt_length", [11, 13, 40])  # the cache holds 12: candidates do not fit, or the prompt
+@pytest.mark.parametrize("by", ["draft", "lookup"])
+@pytest.mark.parametrize(
+    "model_type, n_sink, window", [("llama", 3, 9), ("llama", 0, 12), ("gemma3_text", 3, 9), ("mistral", 3, 9)]
+)
+def test_assisted_greedy_is_plain_greedy_after_a_long_prompt(
+    monkeypatch: pytest.MonkeyPatch, model_type: str, by: str, n_sink: int, window: int, prompt_length: int
 ) -> None:
-    # Its first call would be dense over prompt and candidates. After a streamed prompt transformers feeds all of it again,
-    # whatever the cache has seen: DynamicCache then gives another text, without a word.
-    prompt, cache = tokens(40), SinkWindowCache(3, 9)
-    with pytest.raises(NotImplementedError, match=r"first call of assisted decoding has 4. tokens.*cache holds 12"):
-        llama.generate(prompt, past_key_values=cache, assistant_model=draft, max_new_tokens=9, **PLAIN)
-    assert cache.get_seq_length() == 0
+    # The first call has prompt and candidates. Prompt tokens that do not see the whole prompt, as in plain generate(), or as
+    # much as the native window of mistral's layers shows; candidates that do; candidates that cannot be taken back.
+    # gemma3's own words would repeat themselves for ever.
+    overrides = {"mistral": {"sliding_window": 16}, "gemma3_text": {"tie_word_embeddings": False}}
+    model = tiny_model(model_type, **overrides.get(model_type, {}))
+    prompt = tokens(prompt_length, seed=3)
+    prompt[:, -3:] = prompt[:, 4:7]  # so that a lookup finds candidates in the first call
+    helped = {
+        "draft": {"assistant_model": draft_of(model)},
+        "lookup": {"prompt_lookup_num_tokens": 3},
+    }[by]
+    crops = count_crops(monkeypatch)
+    settings = {"max_new_tokens": 40, **PLAIN, **WITH_LOGITS}
+    plain = model.generate(prompt, past_key_values=SinkWindowCache(n_sink, window), **settings)
+    cache = SinkWindowCache(n_sink, window)
+    out = model.generate(prompt, past_key_values=cache, **helped, **settings)
+    assert torch.equal(out.sequences, plain.sequences)
+    assert relative_error(torch.stack(out.logits, dim=1), torch.stack(plain.logits, dim=1)) <= TOLERANCE
+    assert any(crops), "no candidate was ever rejected"
+    assert cache.get_seq_length() == prompt_length + 39
+
+
+def test_assisted_decoding_of_a_sampled_text_after_a_long_prompt(llama: PreTrainedModel) -> None:
+    # Speculative sampling rejects candidates by chance; what follows must be what the cache gives after the tokens kept.
     cache = SinkWindowCache(3, 9)
+    options = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1, "do_sample": True, "max_new_tokens": 30}
+    torch.manual_seed(0)
+    out = llama.generate(tokens(40), past_key_values=cache, **{**PLAIN, **options})
+    plain = SinkWindowCache(3, 9)
+    with torch.no_grad():
+        llama(out[:, :40], past_key_values=plain)
+    one_by_one(llama, out[:, 40:-1], plain)
+    after = tokens(5, seed=1)
+    assert relative_error(one_by_one(llama, after, cache), one_by_one(llama, after, plain)) <= TOLERANCE
+
+
+def test_assisted_decoding_begins_with_an_empty_cache(llama: PreTrainedModel, draft: PreTrainedModel) -> None:
+    # After a streamed prompt transformers feeds all of it again, whatever the cache has seen: DynamicCache then gives another
+    # text, without a word.
+    prompt, cache = tokens(40), SinkWindowCache(3, 9)
     for _ in stream(llama, prompt[:, :-1], cache, chunk_size=16):
         pass
     with pytest.raises(NotImplementedError, match="positions that rise by one"):
         llama.generate(prompt, past_key_values=cache, assistant_model=draft, max_new_tokens=9, **PLAIN)
     assert cache.get_seq_length() == 39
+
+
+def test_recording_outside_of_generate_begins_with_a_prompt_that_fits(llama: PreTrainedModel) -> None:
+    # Nobody says there which tokens are the prompt and which may be taken back. What was learned of a call of generate() is over.
+    cache = SinkWindowCache(3, 9)
+    llama.generate(tokens(40), past_key_values=cache, prompt_lookup_num_tokens=3, max_new_tokens=5, **PLAIN)
+    cache.reset()
+    cache.activate_past_recording()
+    with torch.no_grad(), pytest.raises(NotImplementedError, match=r"first call.*13 tokens.*holds 12"):
+        llama(tokens(13), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    cache.reset()
+    logits = torch.cat([*stream(llama, tokens(40), cache, chunk_size=16)], dim=1)
+    assert relative_error(logits, streamed_logits(llama, tokens(40), 3, 9)) <= TOLERANCE
 
 
 def test_what_is_recorded_does_not_grow(llama: PreTrainedModel, draft: PreTrainedModel) -> None:
