@@ -6,6 +6,7 @@ import copy
 import math
 import operator
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -98,7 +99,8 @@ class SinkWindowCache(Cache):
         self._scheme: PositionScheme | None = None
         self._kinds: list[tuple[type, int | None]] = []  # of layers that a DynamicCache has for the model
         self._model_sizes: dict[str, Any] = {}
-        self._looks, self._prepared_for = True, 0  # the id of the text model that last was looked at
+        self._looks = True
+        self._prepared_for: weakref.ref[PreTrainedModel] | None = None  # the text model that last was looked at
         self._rings: list[SinkWindowLayer] = []  # those of the layers that are ours
         self._first = 0  # the index of the first layer that takes in tokens: of ours, or natively sliding
         self._calls = Calls()
@@ -166,7 +168,7 @@ class SinkWindowCache(Cache):
             )
         if (scheme := self._scheme_if_other(text)) is not None:
             self._make_layers(text.config, scheme)
-        self._prepared_for = id(text)
+        self._prepared_for = weakref.ref(text)
 
     def _scheme_if_other(self, text: PreTrainedModel) -> PositionScheme | None:
         """How this model uses positions, if the layers are not right for it; None if they are."""
@@ -178,14 +180,14 @@ class SinkWindowCache(Cache):
         """In the middle of a text: its keys rotate in the way of the model that made them."""
         model = calling_model() if self._looks else None
         text = None if model is None else text_model(model)
-        if text is None or id(text) == self._prepared_for:
+        if text is None or (self._prepared_for is not None and self._prepared_for() is text):
             return
         if self._scheme_if_other(text) is not None:
             raise ValueError(
                 f"this cache holds {self.get_seq_length()} tokens of another model than this {type(text).__name__}. Use one "
                 "cache for each model, or call reset()."
             )
-        self._prepared_for = id(text)
+        self._prepared_for = weakref.ref(text)
 
     def prepare(self, config: PreTrainedConfig, scheme: PositionScheme) -> None:
         """Makes the layers for a model of this config, whose positions work as `scheme` says, whoever calls later."""
@@ -364,8 +366,12 @@ class SinkWindowCache(Cache):
         with torch.inference_mode(False):
             copied = type(self).__new__(type(self))
             memo[id(self)] = copied
-            copied.__setstate__(copy.deepcopy(vars(self), memo))
+            copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A weak reference cannot be pickled; a copy looks at its model when it is used.
+        return vars(self) | {"_prepared_for": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
