@@ -175,6 +175,18 @@ def set_attention(config: PreTrainedConfig, attention: str) -> None:
     config._attn_implementation = attention
 
 
+def leave_dtype_open(config: PreTrainedConfig) -> None:
+    """Lets a model that will be made from this config, and its parts, have the default dtype.
+
+    Relies on: a part that is made by `AutoModel.from_config` sets the default dtype of the process to `config.dtype`, if it
+    is not None.
+    """
+    for name in config.sub_configs:
+        if isinstance(part := getattr(config, name, None), PreTrainedConfig):
+            leave_dtype_open(part)
+    config.dtype = None
+
+
 def layers_of(config: PreTrainedConfig) -> list[Any]:
     """The cache layers that transformers has for a model of this config, one for each layer of the model.
 

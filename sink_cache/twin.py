@@ -14,15 +14,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from .apart import Defaults, OwnRandomNumbers, apart
 from .internals import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -32,6 +31,7 @@ from .internals import (
     has_indexer,
     layer_class_is_known,
     layers_of,
+    leave_dtype_open,
     set_attention,
     takes_argument,
 )
@@ -165,7 +165,7 @@ def _learn(
     from .verify import streaming_error
 
     layers, sliding_window = bounded_layers(config)
-    with _quiet_and_apart():
+    with apart():
         twin = build_twin(model_class, config)
         for name, buffer in twin.named_buffers():
             if name in buffers and buffers[name].shape == buffer.shape:
@@ -320,13 +320,15 @@ def build_twin(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> 
         try:
             candidate = copy.deepcopy(config) if variant == 0 else _narrow(config, variant)
             set_attention(candidate, attention)
-            with torch.device("meta"):
+            leave_dtype_open(candidate)
+            with Defaults("meta"):
                 size = sum(p.numel() for p in model_class(copy.deepcopy(candidate)).parameters())
             if size > _SMALL:
                 failures.append(f"{size:,} parameters")
                 continue
-            twin: PreTrainedModel = model_class(candidate).float().eval()
-            _randomise(twin)
+            with OwnRandomNumbers():
+                twin: PreTrainedModel = model_class(candidate).float().eval()
+                _randomise(twin)
             _one_token_alone(twin, 0)
             return twin
         except Exception as failure:
@@ -385,28 +387,6 @@ def _randomise(model: PreTrainedModel) -> None:
             parameter.uniform_(0.7, 1.3)
         else:
             parameter.normal_(std=0.1)
-
-
-@contextmanager
-def _quiet_and_apart() -> Iterator[None]:
-    """Leaves the caller's random numbers, default device and dtype, autocast, grad mode and log alone."""
-    dtype, log = torch.get_default_dtype(), logging.getLogger("transformers")
-    level = log.level
-    with (
-        torch.random.fork_rng(devices=[]),
-        torch.device("cpu"),
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast("cpu", enabled=False),
-    ):
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs as well
-        torch.set_default_dtype(torch.float32)
-        log.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            log.setLevel(level)
-            torch.set_default_dtype(dtype)
 
 
 def _short(failure: Any) -> str:
