@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from .apart import Defaults, OwnRandomNumbers, apart
 from .internals import (
@@ -32,9 +32,11 @@ from .internals import (
     layer_class_is_known,
     layers_of,
     leave_dtype_open,
+    modules_that_use_a_cache,
     set_attention,
     takes_argument,
 )
+from .live_model import KnownModule, classes_changed, known_modules
 from .rotary import NotARotation, Rotation, first_unexplained, fit_rotation
 
 _SMALL = 150_000_000  # parameters that a twin may have
@@ -125,10 +127,20 @@ def position_scheme(
     Raises:
         CannotStream: with the reason.
     """
+    return learn(model_class, config, buffers)[0]
+
+
+Learned = tuple[PositionScheme, dict[str, KnownModule]]
+
+
+def learn(model_class: type[PreTrainedModel], config: PreTrainedConfig, buffers: dict[str, torch.Tensor]) -> Learned:
+    """As `position_scheme`, with the modules of the twin that decide what positions mean."""
     digest = hashlib.sha256(config.to_json_string(use_diff=False).encode())
     for name, buffer in sorted(buffers.items()):
         digest.update(name.encode() + buffer.detach().cpu().double().numpy().tobytes())
     key = (model_class, digest.hexdigest())
+    if isinstance(known := _remembered.get(key), tuple) and classes_changed(known[1]):
+        del _remembered[key]
     if key not in _remembered:
         try:
             _remembered[key] = _learn(model_class, config, buffers)
@@ -156,12 +168,10 @@ def _of_rounding(model_class: type[PreTrainedModel], config: PreTrainedConfig, b
     return ""
 
 
-_remembered: dict[tuple[type, str], PositionScheme | str] = {}
+_remembered: dict[tuple[type, str], Learned | str] = {}
 
 
-def _learn(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, buffers: dict[str, torch.Tensor]
-) -> PositionScheme:
+def _learn(model_class: type[PreTrainedModel], config: PreTrainedConfig, buffers: dict[str, torch.Tensor]) -> Learned:
     from .verify import streaming_error
 
     layers, sliding_window = bounded_layers(config)
@@ -185,7 +195,8 @@ def _learn(
                     reason = "it makes its attention biases (ALiBi) for the whole text, and not for the keys that it is shown"
             else:
                 if error <= _EXACT:
-                    return candidate
+                    attention = modules_that_use_a_cache(twin, lambda cache: _one_token_alone(twin, 0, cache=cache))
+                    return candidate, known_modules(twin, attention)
                 reason = (
                     f"{how} does not reproduce it (relative error {error:.1g}): its attention uses positions in another way "
                     "than through rotary keys or their order"
@@ -298,12 +309,12 @@ def _fit_sliding_layers(keys: dict[int, dict[int, torch.Tensor]]) -> dict[int, R
         return {}
 
 
-def _one_token_alone(twin: PreTrainedModel, position: int, after: int = 0) -> list[Any]:
+def _one_token_alone(twin: PreTrainedModel, position: int, after: int = 0, cache: Cache | None = None) -> list[Any]:
     """The layers of a fresh `DynamicCache` after one token, `[_TOKENS, 1]` of them as a batch, at this position.
 
     With `after`, not alone: after so many others.
     """
-    cache = DynamicCache(config=twin.config)
+    cache = DynamicCache(config=twin.config) if cache is None else cache
     input_ids = torch.arange(1, _TOKENS + 1)[:, None] % twin.config.vocab_size
     input_ids = torch.cat([input_ids.roll(shift, dims=0) for shift in range(after, -1, -1)], dim=1)
     positions = {"position_ids": torch.full_like(input_ids, position)} if takes_argument(twin, "position_ids") else {}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from .cache import SinkWindowCache
+from .cache import SinkWindowCache, accept_as_it_is
 from .internals import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -38,6 +38,9 @@ def verify(
     model: PreTrainedModel, *, n_sink: int = 4, window: int = 12, tokens: int = 48, tolerance: float | None = None
 ) -> float:
     """Checks `SinkWindowCache` on your model: for remote code, fine-tuned oddities, anything that we have never seen.
+
+    A model that was changed on its instance (a module replaced, patched or hooked) is refused by `SinkWindowCache`, until it
+    has passed here. Then it is accepted, as long as it exists and is not changed again.
 
     Streams random tokens one at a time through a `SinkWindowCache` and through a reference that shares nothing with it
     (see the module's text), and compares the outputs after every token.
@@ -89,6 +92,7 @@ def verify(
             f"SinkWindowCache is not exact on this {type(model).__name__} (model type {model.config.model_type!r}): relative "
             f"error {error:.2g}, allowed {limit:.2g}. Use DynamicCache."
         )
+    accept_as_it_is(model)
     return error
 
 
@@ -108,6 +112,8 @@ def streaming_error(
     cache = SinkWindowCache(n_sink, window)
     if scheme is not None:
         cache.prepare(config, scheme)
+    else:
+        cache.prepare_to_measure(model)
     input_ids = _random_tokens(model, tokens)
     reference = _reference(model, input_ids, n_sink, window)
     masked &= takes_argument(model, "attention_mask")
