@@ -6,6 +6,7 @@ import copy
 import math
 import operator
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,11 +35,12 @@ from .internals import (
     virtual_tokens_in_cache,
 )
 from .layers import kinds_of_layers, layers_for
+from .live_model import accept, refuse_changed
 from .masks import KNOWN_TO, ChunkOffset, NoMask, register_mask_functions
 from .ring import SharedStorage, SinkWindowLayer, share_storage
 from .rotary import move_in_place
 from .static import StaticSinkWindowLayer
-from .twin import CannotStream, PositionScheme, position_scheme
+from .twin import CannotStream, Learned, PositionScheme, learn
 
 _LARGEST_TABLE = 2**20  # numbers in a buffer
 _MODEL_SIZES = ("model_type", "hidden_size", "num_attention_heads", "num_key_value_heads")
@@ -108,7 +110,9 @@ class SinkWindowCache(Cache):
         self._scheme: PositionScheme | None = None
         self._kinds: list[tuple[type, int | None]] = []  # of layers that a DynamicCache has for the model
         self._model_sizes: dict[str, Any] = {}
-        self._looks, self._prepared_for = True, 0  # the id of the text model that last was looked at
+        self._looks = True
+        self._measures = False  # whether it is exact on a model, which may be changed on its instance: for `verify`
+        self._prepared_for: weakref.ref[PreTrainedModel] | None = None  # the text model that last was looked at
         self._rings: list[SinkWindowLayer] = []  # those of the layers that are ours
         self._first = 0  # the index of the first layer that takes in tokens: of ours, or natively sliding
         self._calls = Calls()
@@ -121,7 +125,7 @@ class SinkWindowCache(Cache):
             if not isinstance(config, PreTrainedConfig):
                 raise TypeError(f"config must be a model's config (model.config), but is a {type(config).__name__}")
             model_class, text_config = class_for_config(config)
-            self._make_layers(text_config, _scheme_of(model_class, text_config, {}))
+            self._make_layers(text_config, _learned_of(model_class, text_config, {})[0])
 
     # The layers depend on the model, and the model shows itself only when it first uses the cache, so look then.
     @property
@@ -177,11 +181,13 @@ class SinkWindowCache(Cache):
             )
         if (scheme := self._scheme_if_other(text)) is not None:
             self._make_layers(text.config, scheme)
-        self._prepared_for = id(text)
+        self._prepared_for = weakref.ref(text)
 
     def _scheme_if_other(self, text: PreTrainedModel) -> PositionScheme | None:
         """How this model uses positions, if the layers are not right for it; None if they are."""
-        scheme = _scheme_of(type(text), text.config, _small_buffers(text))
+        scheme, known = _learned_of(type(text), text.config, _small_buffers(text))
+        if not self._measures:
+            refuse_changed(text, known)
         fits = bool(self._layers) and scheme.agrees_with(self._scheme) and self._kinds == kinds_of_layers(text.config)
         return None if fits else scheme
 
@@ -189,14 +195,19 @@ class SinkWindowCache(Cache):
         """In the middle of a text: its keys rotate in the way of the model that made them."""
         model = calling_model() if self._looks else None
         text = None if model is None else text_model(model)
-        if text is None or id(text) == self._prepared_for:
+        if text is None or (self._prepared_for is not None and self._prepared_for() is text):
             return
         if self._scheme_if_other(text) is not None:
             raise ValueError(
                 f"this cache holds {self.get_seq_length()} tokens of another model than this {type(text).__name__}. Use one "
                 "cache for each model, or call reset()."
             )
-        self._prepared_for = id(text)
+        self._prepared_for = weakref.ref(text)
+
+    def prepare_to_measure(self, model: PreTrainedModel) -> None:
+        """As `prepare_for`, but the model may have been changed on its instance: whether the cache is exact will be seen."""
+        self._measures = True
+        self.prepare_for(model)
 
     def prepare(self, config: PreTrainedConfig, scheme: PositionScheme) -> None:
         """Makes the layers for a model of this config, whose positions work as `scheme` says, whoever calls later."""
@@ -401,8 +412,12 @@ class SinkWindowCache(Cache):
         with torch.inference_mode(False):
             copied = type(self).__new__(type(self))
             memo[id(self)] = copied
-            copied.__setstate__(copy.deepcopy(vars(self), memo))
+            copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A weak reference cannot be pickled; a copy looks at its model when it is used.
+        return vars(self) | {"_prepared_for": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -708,12 +723,18 @@ class SinkWindowCache(Cache):
         raise self._not_supported("offloading")
 
 
-def _scheme_of(
+def accept_as_it_is(model: PreTrainedModel) -> None:
+    """From now on, what was changed on the instance of this model is no reason to refuse it: it has been verified."""
+    text = text_model(model)
+    accept(text, _learned_of(type(text), text.config, _small_buffers(text))[1])
+
+
+def _learned_of(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, buffers: dict[str, torch.Tensor]
-) -> PositionScheme:
-    """`position_scheme`, with a refusal that users can read."""
+) -> Learned:
+    """What `learn` returns, with a refusal that users can read."""
     try:
-        return position_scheme(model_class, config, buffers)
+        return learn(model_class, config, buffers)
     except CannotStream as reason:
         raise NotImplementedError(
             f"SinkWindowCache does not support model type {config.model_type!r} ({model_class.__name__}): {reason}. "

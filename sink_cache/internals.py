@@ -7,6 +7,7 @@ sentence what has changed. No other module of the library reads frames, private 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -145,6 +146,70 @@ def without_compiler(model: PreTrainedModel) -> PreTrainedModel:
     return cast(PreTrainedModel, getattr(model, "_orig_mod", model))
 
 
+def without_wrappers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    """All modules of a model by their path, as if no library had wrapped any of them.
+
+    Relies on: torch.compile keeps a module as `_orig_mod`, FSDP as `_fsdp_wrapped_module`, activation checkpointing as
+    `_checkpoint_wrapped_module`.
+    """
+    wrappers = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+    paths = {}
+    for path, module in model.named_modules():
+        # A module comes after its wrapper, and takes its place.
+        paths[".".join(part for part in path.split(".") if part not in wrappers)] = module
+    return paths
+
+
+# Packages whose hooks and forwards leave results as they are: they compile, shard, offload, or record outputs.
+_TRUSTED = {"torch", "transformers", "accelerate", "peft", "deepspeed"}
+
+
+def is_of_library(function: Any) -> bool:
+    """Whether a hook was made by a library that hooks modules without changing what they compute.
+
+    Relies on: a function's globals are those of the module that defines it (`functools.wraps` copies `__module__`).
+    """
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    home = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
+    return str(home).partition(".")[0] in _TRUSTED
+
+
+def forward_before_libraries(module: torch.nn.Module) -> Any:
+    """The `forward` that a module would have if libraries had not wrapped it on the instance.
+
+    Relies on: accelerate puts a partial function of its own there, and keeps the one before as `_old_forward`. A compiled
+    function has the one before as `_torchdynamo_orig_callable`, perhaps in a function that has it as `__wrapped__`.
+    """
+    forward: Any = module.forward
+    while not inspect.ismethod(forward):
+        before: Any = getattr(forward, "_torchdynamo_orig_callable", None)
+        if before is None and is_of_library(forward):
+            is_accelerates = isinstance(forward, functools.partial)
+            before = getattr(module, "_old_forward", None) if is_accelerates else getattr(forward, "__wrapped__", None)
+        if before is None or before is forward:
+            break
+        forward = before
+    return forward
+
+
+def modules_that_use_a_cache(model: PreTrainedModel, call: Callable[[Cache], Any]) -> list[torch.nn.Module]:
+    """The modules that put keys into a cache, while `call` calls the model with the cache that it is given.
+
+    Relies on: the innermost module among the callers of `Cache.update` is the attention.
+    """
+    users: list[torch.nn.Module] = []
+
+    class Watching(DynamicCache):
+        def update(self, *args: Any, **kwargs: Any) -> Any:
+            users.append(next(_calling_modules())[0])
+            return super().update(*args, **kwargs)
+
+    call(Watching(config=model.config))
+    return users
+
+
 def class_for_config(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """The class that transformers builds for a (text) config.
 
@@ -173,6 +238,18 @@ def attention_of(config: PreTrainedConfig) -> str:
 def set_attention(config: PreTrainedConfig, attention: str) -> None:
     """Chooses the attention implementation of a model that will be made from this config; see `attention_of`."""
     config._attn_implementation = attention
+
+
+def leave_dtype_open(config: PreTrainedConfig) -> None:
+    """Lets a model that will be made from this config, and its parts, have the default dtype.
+
+    Relies on: a part that is made by `AutoModel.from_config` sets the default dtype of the process to `config.dtype`, if it
+    is not None.
+    """
+    for name in config.sub_configs:
+        if isinstance(part := getattr(config, name, None), PreTrainedConfig):
+            leave_dtype_open(part)
+    config.dtype = None
 
 
 def layers_of(config: PreTrainedConfig) -> list[Any]:

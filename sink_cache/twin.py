@@ -14,15 +14,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from .apart import Defaults, OwnRandomNumbers, apart
 from .internals import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -32,9 +31,12 @@ from .internals import (
     has_indexer,
     layer_class_is_known,
     layers_of,
+    leave_dtype_open,
+    modules_that_use_a_cache,
     set_attention,
     takes_argument,
 )
+from .live_model import KnownModule, classes_changed, known_modules
 from .rotary import NotARotation, Rotation, first_unexplained, fit_rotation
 
 _SMALL = 150_000_000  # parameters that a twin may have
@@ -125,10 +127,20 @@ def position_scheme(
     Raises:
         CannotStream: with the reason.
     """
+    return learn(model_class, config, buffers)[0]
+
+
+Learned = tuple[PositionScheme, dict[str, KnownModule]]
+
+
+def learn(model_class: type[PreTrainedModel], config: PreTrainedConfig, buffers: dict[str, torch.Tensor]) -> Learned:
+    """As `position_scheme`, with the modules of the twin that decide what positions mean."""
     digest = hashlib.sha256(config.to_json_string(use_diff=False).encode())
     for name, buffer in sorted(buffers.items()):
         digest.update(name.encode() + buffer.detach().cpu().double().numpy().tobytes())
     key = (model_class, digest.hexdigest())
+    if isinstance(known := _remembered.get(key), tuple) and classes_changed(known[1]):
+        del _remembered[key]
     if key not in _remembered:
         try:
             _remembered[key] = _learn(model_class, config, buffers)
@@ -156,16 +168,14 @@ def _of_rounding(model_class: type[PreTrainedModel], config: PreTrainedConfig, b
     return ""
 
 
-_remembered: dict[tuple[type, str], PositionScheme | str] = {}
+_remembered: dict[tuple[type, str], Learned | str] = {}
 
 
-def _learn(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, buffers: dict[str, torch.Tensor]
-) -> PositionScheme:
+def _learn(model_class: type[PreTrainedModel], config: PreTrainedConfig, buffers: dict[str, torch.Tensor]) -> Learned:
     from .verify import streaming_error
 
     layers, sliding_window = bounded_layers(config)
-    with _quiet_and_apart():
+    with apart():
         twin = build_twin(model_class, config)
         for name, buffer in twin.named_buffers():
             if name in buffers and buffers[name].shape == buffer.shape:
@@ -185,7 +195,8 @@ def _learn(
                     reason = "it makes its attention biases (ALiBi) for the whole text, and not for the keys that it is shown"
             else:
                 if error <= _EXACT:
-                    return candidate
+                    attention = modules_that_use_a_cache(twin, lambda cache: _one_token_alone(twin, 0, cache=cache))
+                    return candidate, known_modules(twin, attention)
                 reason = (
                     f"{how} does not reproduce it (relative error {error:.1g}): its attention uses positions in another way "
                     "than through rotary keys or their order"
@@ -298,12 +309,12 @@ def _fit_sliding_layers(keys: dict[int, dict[int, torch.Tensor]]) -> dict[int, R
         return {}
 
 
-def _one_token_alone(twin: PreTrainedModel, position: int, after: int = 0) -> list[Any]:
+def _one_token_alone(twin: PreTrainedModel, position: int, after: int = 0, cache: Cache | None = None) -> list[Any]:
     """The layers of a fresh `DynamicCache` after one token, `[_TOKENS, 1]` of them as a batch, at this position.
 
     With `after`, not alone: after so many others.
     """
-    cache = DynamicCache(config=twin.config)
+    cache = DynamicCache(config=twin.config) if cache is None else cache
     input_ids = torch.arange(1, _TOKENS + 1, device="cpu")[:, None] % twin.config.vocab_size
     input_ids = torch.cat([input_ids.roll(shift, dims=0) for shift in range(after, -1, -1)], dim=1)
     positions = {"position_ids": torch.full_like(input_ids, position)} if takes_argument(twin, "position_ids") else {}
@@ -320,13 +331,15 @@ def build_twin(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> 
         try:
             candidate = copy.deepcopy(config) if variant == 0 else _narrow(config, variant)
             set_attention(candidate, attention)
-            with torch.device("meta"):
+            leave_dtype_open(candidate)
+            with Defaults("meta"):
                 size = sum(p.numel() for p in model_class(copy.deepcopy(candidate)).parameters())
             if size > _SMALL:
                 failures.append(f"{size:,} parameters")
                 continue
-            twin: PreTrainedModel = model_class(candidate).float().eval()
-            _randomise(twin)
+            with OwnRandomNumbers():
+                twin: PreTrainedModel = model_class(candidate).float().eval()
+                _randomise(twin)
             _one_token_alone(twin, 0)
             return twin
         except Exception as failure:
@@ -385,28 +398,6 @@ def _randomise(model: PreTrainedModel) -> None:
             parameter.uniform_(0.7, 1.3)
         else:
             parameter.normal_(std=0.1)
-
-
-@contextmanager
-def _quiet_and_apart() -> Iterator[None]:
-    """Leaves the caller's random numbers, default device and dtype, autocast, grad mode and log alone."""
-    dtype, log = torch.get_default_dtype(), logging.getLogger("transformers")
-    level = log.level
-    with (
-        torch.random.fork_rng(devices=[]),
-        torch.device("cpu"),
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast("cpu", enabled=False),
-    ):
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs as well
-        torch.set_default_dtype(torch.float32)
-        log.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            log.setLevel(level)
-            torch.set_default_dtype(dtype)
 
 
 def _short(failure: Any) -> str:

@@ -4,17 +4,21 @@ When transformers moves, the tests of this file fail first, each with a sentence
 sink_cache/ rests on it. They use transformers alone, so that a failure here is never ours.
 """
 
+import copy
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    AutoModel,
     CompileConfig,
     DynamicCache,
     GenerationConfig,
@@ -24,7 +28,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .families import tiny_model
+from .families import cache_name, tiny_model
 from .test_exact import tokens
 
 # One model from modular code, one that is older, one with layers of two kinds, one of a model with vision.
@@ -370,3 +374,37 @@ def test_the_text_decoder_is_known_by_its_config(model_type: str) -> None:
     assert numbered == set(range(config.num_hidden_layers)), (
         "Attention modules no longer have a layer_idx: SinkWindowCache.load would not know on which device a layer is."
     )
+
+
+@MODELS
+@torch.no_grad()
+def test_the_attention_is_the_innermost_module_that_calls_a_cache(model_type: str) -> None:
+    model, users = tiny_model(model_type), []
+
+    def watch(method: str, frames: list[Any]) -> None:
+        owners = (frame.f_locals.get("self") for frame in frames if frame.f_code.co_varnames[:1] == ("self",))
+        if method == "update":
+            users.append(next(type(owner).__name__ for owner in owners if isinstance(owner, torch.nn.Module)))
+
+    model(tokens(3), **{cache_name(model): Watched(watch, config=model.config)})
+    assert users, "attention no longer calls Cache.update"
+    assert all("Attention" in user for user in users), f"the innermost module that calls Cache.update is {set(users)}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+def test_a_part_is_made_in_the_dtype_of_its_config(dtype: torch.dtype | None) -> None:
+    config = copy.deepcopy(tiny_model("llama").config)
+    config.dtype = dtype
+    made = AutoModel.from_config(config).dtype
+    assert made == (dtype or torch.float32), (
+        "AutoModel.from_config no longer takes config.dtype as None for the default"
+    )
+
+
+def test_accelerate_keeps_the_forward_before_its_own() -> None:
+    rotary = copy.deepcopy(tiny_model("llama").model.rotary_emb)
+    accelerate.hooks.add_hook_to_module(rotary, accelerate.hooks.ModelHook())
+    sentence = "accelerate no longer keeps a module's forward as _old_forward beneath a partial function of its own"
+    assert isinstance(rotary.forward, functools.partial), sentence
+    assert rotary.forward.func.__globals__["__name__"].startswith("accelerate."), sentence
+    assert rotary._old_forward.__func__ is type(rotary).forward, sentence

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import re
 import warnings
 import weakref
@@ -18,6 +19,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     LogitsProcessor,
     PreTrainedModel,
 )
@@ -438,6 +440,36 @@ def test_another_model_in_the_middle_of_a_text(
                 tiny_model("llama", **other)(tokens(new_tokens), past_key_values=cache)
         copy.deepcopy(llama)(tokens(3), past_key_values=cache)  # one that is the same
     assert cache.get_seq_length() == 8
+
+
+def test_another_model_at_the_address_of_the_first() -> None:
+    # Python gives the address of an object that is gone to the next one of its size, and id() is the address.
+    cache, text = SinkWindowCache(4, 8), tiny_model("llama").model
+    config = tiny_model("llama", **OTHER_ROPE).config
+    with torch.no_grad():
+        text(tokens(5), past_key_values=cache)
+        address = id(text)
+        del text
+        gc.collect()
+        others: list[Any] = []
+        while len(others) < 100_000 and (not others or id(others[-1]) != address):
+            others.append(LlamaModel.__new__(LlamaModel))
+        assert id(others[-1]) == address
+        others[-1].__init__(config)
+        with pytest.raises(ValueError, match="holds 5 tokens of another model than this LlamaModel"):
+            others[-1](tokens(3), past_key_values=cache)
+    assert cache.get_seq_length() == 5
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_copies_know_their_model(llama: PreTrainedModel, copied: Callable[[SinkWindowCache], SinkWindowCache]) -> None:
+    expected = streamed_logits(llama, tokens(40), 4, 8)[:, 20:]
+    cache = SinkWindowCache(4, 8)
+    one_by_one(llama, tokens(40)[:, :20], cache)
+    again = copied(cache)
+    with torch.no_grad(), pytest.raises(ValueError, match="holds 20 tokens of another model"):
+        tiny_model("llama", **OTHER_ROPE)(tokens(3), past_key_values=again)
+    assert relative_error(one_by_one(llama, tokens(40)[:, 20:], again), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("tokens_to_remove", ["x", -2.5, None])
