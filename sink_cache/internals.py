@@ -329,6 +329,16 @@ def calling_tensor(name: str, dimensions: set[int], *, of_models: bool = False) 
     return None
 
 
+def positions_of_caller() -> torch.Tensor | None:
+    """The positions by which the calling model rotates: `[rows, tokens]`, or `[axes, rows, tokens]` with axes for images.
+
+    Relies on: a text model with several axes (M-RoPE) keeps them in its own `position_ids`, and may give its layers another
+    tensor of that name, the index of each token. (With a fourth axis before the three, that is the index, too.)
+    """
+    of_model = calling_tensor("position_ids", {2, 3}, of_models=True)
+    return of_model if of_model is not None and of_model.ndim == 3 else calling_tensor("position_ids", {2, 3})
+
+
 def padding_mask_of_caller() -> torch.Tensor | None:
     """The 2-D `attention_mask` of the function that makes masks, which asks the cache for sizes at every step.
 

@@ -62,9 +62,15 @@ QUIRKS: dict[str, dict[str, Any]] = {
             "full_attention": None,
         },
     },
+    "cosmos3_edge_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "ernie4_5_vl_moe_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
+    },
+    "hunyuan_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2, 2]}},
+    "hy_v4_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
     "lfm2_moe": {"layer_types": _cycle("conv", "full_attention")},
     "qwen4_exp_text": {
         "indexer_n_heads": 16,
@@ -97,6 +103,10 @@ QUIRKS: dict[str, dict[str, Any]] = {
     "nemotron_h": {"time_step_min": 1e-9, "time_step_floor": 1e-2},
     "zamba2": {"time_step_min": 1e-9, "time_step_floor": 1e-2},
     # Sizes that are arguments and no fields of the config, or that have to fit each other.
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 5, "vision_end_token_id": 6},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 5, "vision_end_token_id": 6},
+    "glm_image_vqmodel": {"num_embeddings": VOCAB, "embed_dim": HIDDEN},
+    "qwen2_vl_vision": {"depth": 1, "embed_dim": HIDDEN},
     "dots3_note_text": {
         "sliding_window": WINDOW,
         "swa_num_attention_heads": KV_HEADS,
@@ -129,15 +139,23 @@ def tiny_model(model_type: str, *, layers: int = 3, seed: int = 0, **overrides: 
 
     `overrides` are fields of the (text) config. Ids from `FIRST_WORD` up to `VOCAB` are ordinary tokens.
     """
-    try:
+
+    def build() -> PreTrainedModel:
         config_class = CONFIG_MAPPING[model_type]
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
         if model_class.config_class in config_class.sub_configs.values():
             config_class = model_class.config_class  # the class models the text part of a composite config alone
-        config = _tiny_config(config_class, layers, overrides)
+        return model_class(tiny_config(config_class, layers, overrides))
+
+    return random_model(build, seed)
+
+
+def random_model(build: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
+    """What `build` makes, with random weights of this seed: float32, on the CPU, in eval mode."""
+    try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = model_class(config).float().eval()
+            model = build().float().eval()
             _randomise(model)
     except Exception as error:  # whatever a family cannot do, the sweep has to go on with the next one
         raise CannotBuild(_one_line(error)) from error
@@ -180,7 +198,7 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
 
 
-def _tiny_config(config_class: type[PreTrainedConfig], layers: int, overrides: dict[str, Any]) -> PreTrainedConfig:
+def tiny_config(config_class: type[PreTrainedConfig], layers: int, overrides: dict[str, Any]) -> PreTrainedConfig:
     """The default config of the class with tiny sizes and `layers` layers; `overrides` go to its text config."""
     default = config_class()
     text_config = default.get_text_config(decoder=True)
@@ -191,7 +209,7 @@ def _tiny_config(config_class: type[PreTrainedConfig], layers: int, overrides: d
         current = vars(default).get(field.name)
         if isinstance(current, PreTrainedConfig):
             is_text = current is text_config
-            tiny[field.name] = _tiny_config(type(current), layers if is_text else 1, overrides if is_text else {})
+            tiny[field.name] = tiny_config(type(current), layers if is_text else 1, overrides if is_text else {})
         elif DEPTH.fullmatch(field.name) and isinstance(value, int):
             tiny[field.name] = layers
         elif field.name == "is_decoder":

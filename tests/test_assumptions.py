@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .families import tiny_model
+from .multimodal import tiny_multimodal
 from .test_exact import tokens
 
 # One model from modular code, one that is older, one with layers of two kinds, one of a model with vision.
@@ -112,6 +113,25 @@ def test_positions_are_in_a_frame_where_none_are_given(model_type: str) -> None:
         "A forward no longer numbers tokens from cache.get_seq_length() in a local variable position_ids: SinkWindowCache "
         "counts tokens seen, so that models number them right."
     )
+
+
+@torch.no_grad()
+def test_a_text_model_with_several_axes_keeps_them_in_a_local() -> None:
+    model = tiny_multimodal("qwen2_vl.Qwen2VLForConditionalGeneration")
+    axes = torch.stack([torch.arange(5), torch.arange(5), torch.tensor([0, 1, 1, 2, 3]), torch.arange(5)])[:, None]
+    seen: dict[str, bool] = {}
+
+    def watch(method: str, frames: list[Any]) -> None:
+        owned = [frame for frame in frames if isinstance(frame.f_locals.get("self"), PreTrainedModel)]
+        local = next((f.f_locals["position_ids"] for f in owned if f.f_locals.get("position_ids") is not None), None)
+        seen[method] = local is not None and torch.equal(local, axes[1:])
+
+    model(tokens(5), position_ids=axes, past_key_values=Watched(watch))
+    for method in ("get_mask_sizes", "update"):
+        assert seen[method], (
+            f"When Qwen2-VL calls Cache.{method}, its text model no longer has the three axes of positions in a local variable "
+            "position_ids: internals.positions_of_caller finds images there."
+        )
 
 
 @torch.no_grad()
