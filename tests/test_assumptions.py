@@ -156,6 +156,23 @@ def test_masks_are_sized_where_the_padding_mask_is(llama: PreTrainedModel) -> No
     )
 
 
+def test_generate_tells_a_cache_that_it_was_given_it(llama: PreTrainedModel) -> None:
+    told: list[str] = []
+
+    class Told(DynamicCache):
+        def __setattr__(self, name: str, value: Any) -> None:
+            told.append(name)
+            super().__setattr__(name, value)
+
+    cache = Told(config=llama.config)
+    told.clear()
+    llama.generate(tokens(3), past_key_values=cache, max_new_tokens=1)
+    assert told[:1] == ["_is_user_defined"], (
+        "generate() no longer begins by setting _is_user_defined on a cache that it was given: internals.GivenToGenerate refuses "
+        "encoder-decoders there."
+    )
+
+
 def test_what_generate_hands_to_nobody_is_in_its_locals(llama: PreTrainedModel) -> None:
     found: dict[str, Any] = {}
 
