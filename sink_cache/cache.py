@@ -19,6 +19,7 @@ from .calls import Calls
 from .fed import FedText
 from .internals import (
     DynamicSlidingWindowLayer,
+    GivenToGenerate,
     LinearAttentionCacheLayerMixin,
     attention_of,
     calling_model,
@@ -49,7 +50,7 @@ _NOT_COMPILEABLE = "Leave compileable out."
 _NOT_IN_GRAPHS = "SinkWindowCache works outside of graphs: compile the model without fullgraph=True"
 
 
-class SinkWindowCache(Cache):
+class SinkWindowCache(GivenToGenerate, Cache):
     """Attention sinks and a sliding window: a key-value cache of constant size for streams of any length.
 
     StreamingLLM (Xiao et al., arXiv 2309.17453). Each token attends to the first `n_sink` tokens and to the last `window`
@@ -146,6 +147,10 @@ class SinkWindowCache(Cache):
         model = calling_model() if self._looks else None
         if model is not None:
             self.prepare_for(model)
+
+    def _refuse_generate(self) -> None:
+        if self._looks:
+            calling_model()  # or a refusal
 
     def _look_if_not_begun(self) -> None:
         # The cache may have been prepared for another model: by config=, or in its life before a reset. What a forward asks

@@ -19,6 +19,7 @@ from .internals import (
     calling_model_with_virtual_tokens,
     calling_tensor,
     generate_call,
+    positions_of_caller,
     virtual_tokens,
 )
 from .masks import ChunkOffset
@@ -89,7 +90,7 @@ class Calls:
                     "in pieces that attend to no more than the cache holds.",
                     stacklevel=4,
                 )
-        self._refuse_gaps(calling_tensor("position_ids", {2, 3}), seen, new_tokens)
+        self._refuse_gaps(positions_of_caller(), seen, new_tokens)
         self._positions_unread = _READ_EVERY if seen == 0 or new_tokens > 1 else 0  # the first step of a loop is read
         self.positions_moved, self.begun = False, True
         if kinds := {ring.is_sliding for ring in self._rings if ring.evicts_within(new_tokens)}:
@@ -144,13 +145,23 @@ class Calls:
                 f"position_ids has one position for {new_tokens} tokens, and models would give it to all of them: pass "
                 f"next_position_ids({new_tokens})."
             )
-        if position_ids.shape[-1] != new_tokens or position_ids.is_floating_point():
+        has_axes = position_ids.ndim == 3
+        # (Qwen3-Omni's positions on several axes are whole numbers in floating point.)
+        if position_ids.shape[-1] != new_tokens or (position_ids.is_floating_point() and not has_axes):
             return
         first = self._rings[0]
         pads = torch.tensor(first.pads or (0,), device="cpu")[:, None]
         index = torch.arange(new_tokens, device="cpu") + seen
         counted = index - pads - first.rebased
         given = position_ids.cpu()
+        if has_axes:
+            if ((given != given[:1]) & (index >= pads)).any():
+                raise NotImplementedError(
+                    "SinkWindowCache does not support images in this model: it gives the tokens of an image or a video positions "
+                    "on several axes (M-RoPE), which do not count tokens, and this cache moves its sinks by a number of tokens. "
+                    "Nothing of this call was stored. Texts without images are exact; use DynamicCache for those with images."
+                )
+            given = given[0]
         # Rows may begin anywhere: what counts are distances.
         starts = (given - counted).reshape(-1, new_tokens)[:, -1].tolist()
         known = self.first_positions * (len(starts) // len(self.first_positions) or 1)
@@ -159,6 +170,13 @@ class Calls:
         first_positions = tuple(starts) if len(set(starts)) > 1 else (starts[0],)
         counted = counted + torch.tensor(first_positions, device="cpu")[:, None]
         if not ((given == counted) | (index < pads)).all():
+            if has_axes:
+                raise NotImplementedError(
+                    f"SinkWindowCache needs positions that rise by one with every token of a row, from {counted[0, 0]:,} on in "
+                    f"this call, but position_ids are {given.flatten()[:8].tolist()}… on every axis. A model with M-RoPE "
+                    "remembers how far an image moved positions, also an image of another text, in its attribute rope_deltas. "
+                    "Set that to None before a text without images, or use DynamicCache; for another text, call reset()."
+                )
             raise NotImplementedError(
                 f"SinkWindowCache needs positions that rise by one with every token of a row, from "
                 f"{counted[0, 0]:,} on in this call, but position_ids are {given.flatten()[:8].tolist()}… For another "
@@ -166,6 +184,12 @@ class Calls:
                 "rebase(), use next_position_ids(); images and packed texts are not supported."
             )
         self.first_positions = first_positions
+
+    def _refuse_images(self, new_tokens: int) -> None:
+        """Where the model has positions on several axes. Others are refused when the first layer of attention is called."""
+        position_ids = positions_of_caller()
+        if position_ids is not None and position_ids.ndim == 3:
+            self._refuse_gaps(position_ids, self._rings[0].get_seq_length(), new_tokens)
 
     def must_read_positions(self) -> bool:
         """Whether to look at the positions of a step: to read them means to walk up the stack, and to wait for a GPU."""
@@ -197,6 +221,8 @@ class Calls:
         if not is_step or mask is None or mask.device.type == "cpu" or self._masks_unread >= _READ_EVERY:
             self._masks_unread = 0
             self._note_padding(mask)
+        if not is_step or self._positions_unread + 1 >= _READ_EVERY:  # now, before recurrent layers take anything in
+            self._refuse_images(new_tokens)
         if first.is_compileable and new_tokens == 1:
             return  # what follows would wait, too
         self.refuse_interrupted()

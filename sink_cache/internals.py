@@ -128,14 +128,31 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         TypeError: if it is no transformers model.
+        NotImplementedError: if it is an encoder-decoder.
     """
     if not (isinstance(model, torch.nn.Module) and hasattr(model, "config")):
         raise TypeError(f"model must be a transformers model, but is a {type(model).__name__}")
+    refuse_encoder_decoder(model.config, type(model))
     config = model.config.get_text_config(decoder=True)
     parts = (module for module in model.modules() if isinstance(module, PreTrainedModel) and module.config is config)
     # Without its head, so that generate(), called on the whole, and forward(), running in the part, show the same.
     decoder = next(parts, model).base_model
     return decoder if isinstance(decoder, PreTrainedModel) else model
+
+
+def refuse_encoder_decoder(config: PreTrainedConfig, model_class: type) -> None:
+    """Refuses what a sink window is not for; `model_class` is for the message.
+
+    Relies on: `config.is_encoder_decoder`, which is False in a decoder that is taken out of such a model.
+
+    Raises:
+        NotImplementedError: if it is an encoder-decoder.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise NotImplementedError(
+            f"SinkWindowCache does not support model type {config.model_type!r} ({model_class.__name__}): it is an "
+            "encoder-decoder, whose decoder also keeps keys of all that the encoder read. Use DynamicCache with this model."
+        )
 
 
 def without_compiler(model: PreTrainedModel) -> PreTrainedModel:
@@ -215,7 +232,9 @@ def class_for_config(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], P
 
     Raises:
         ValueError: if transformers has none (remote code).
+        NotImplementedError: if it is the config of an encoder-decoder.
     """
+    refuse_encoder_decoder(config, type(config))
     config = config.get_text_config(decoder=True)
     for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
         model_class = mapping.get(type(config), None)
@@ -386,6 +405,27 @@ def generate_output(sequences: torch.Tensor, cache: Cache) -> GenerateDecoderOnl
     return GenerateDecoderOnlyOutput(sequences=sequences, **cache_kwargs(cache))  # type: ignore[arg-type]
 
 
+class GivenToGenerate:
+    """A cache that hears that `generate()` was given it, before encoder-decoders can refuse it in other words than its own.
+
+    Relies on: `generate()` sets `_is_user_defined` on a cache that it was given, before it does anything else with it.
+    """
+
+    _given = False
+
+    @property
+    def _is_user_defined(self) -> bool:
+        return self._given
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, given: bool) -> None:
+        self._refuse_generate()
+        self._given = given
+
+    def _refuse_generate(self) -> None:
+        """Raises an error if the cache is not for the calling model."""
+
+
 def generate_call() -> dict[str, Any]:
     """The local variables of the `generate()` in which we are, for what it hands on neither to a model nor to a decoding loop;
     empty without one.
@@ -418,11 +458,14 @@ def calling_model() -> PreTrainedModel | None:
     """The innermost transformers model in whose `forward()` or `generate()` we are, or None.
 
     Relies on: methods of a model have the model as their first local variable, `self`.
+
+    Raises:
+        NotImplementedError: if it is a part of an encoder-decoder.
     """
-    for owner, _ in _calling_modules():
-        if isinstance(owner, PreTrainedModel):
-            return owner
-    return None
+    models = [owner for owner, _ in _calling_modules() if isinstance(owner, PreTrainedModel)]
+    for model in models:  # an encoder-decoder is further out than its decoder, which may not say so
+        refuse_encoder_decoder(model.config, type(model))
+    return models[0] if models else None
 
 
 def calling_model_with_virtual_tokens() -> PreTrainedModel | None:
@@ -446,6 +489,16 @@ def calling_tensor(name: str, dimensions: set[int], *, of_models: bool = False) 
             if isinstance(value, torch.Tensor) and value.ndim in dimensions:
                 return value
     return None
+
+
+def positions_of_caller() -> torch.Tensor | None:
+    """The positions by which the calling model rotates: `[rows, tokens]`, or `[axes, rows, tokens]` with axes for images.
+
+    Relies on: a text model with several axes (M-RoPE) keeps them in its own `position_ids`, and may give its layers another
+    tensor of that name, the index of each token. (With a fourth axis before the three, that is the index, too.)
+    """
+    of_model = calling_tensor("position_ids", {2, 3}, of_models=True)
+    return of_model if of_model is not None and of_model.ndim == 3 else calling_tensor("position_ids", {2, 3})
 
 
 def padding_mask_of_caller() -> torch.Tensor | None:

@@ -7,7 +7,7 @@ but for the window sizes, which shrink so that a dozen tokens are enough to leav
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -62,9 +62,15 @@ QUIRKS: dict[str, dict[str, Any]] = {
             "full_attention": None,
         },
     },
+    "cosmos3_edge_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "ernie4_5_vl_moe_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
+    },
+    "hunyuan_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2, 2]}},
+    "hy_v4_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
     "lfm2_moe": {"layer_types": _cycle("conv", "full_attention")},
     "qwen4_exp_text": {
         "indexer_n_heads": 16,
@@ -78,8 +84,8 @@ QUIRKS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": lambda layers: list(range(0, layers, 2))},
     "gpt_neo": {"attention_types": lambda layers: [[_cycle("global", "local")(layers), 1]]},
     "granitemoehybrid": {"layer_types": _cycle("full_attention", "linear_attention")},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 0},
-    "laguna": {"layer_types": _SLIDING_AND_FULL},
+    "jamba": {"attn_layer_period": 3, "attn_layer_offset": 0},  # one with experts and one without follow
+    "laguna": {"layer_types": _cycle("full_attention", "sliding_attention")},  # the first has no experts
     "lfm2": {"layer_types": _cycle("conv", "full_attention")},
     "mellum": {"layer_types": _SLIDING_AND_FULL},
     "minimax_m3_vl_text": {
@@ -87,9 +93,21 @@ QUIRKS: dict[str, dict[str, Any]] = {
         "index_block_size": 2,
         "index_topk_blocks": 2,
     },
-    "zaya": {"layer_types": _cycle("hybrid_sliding", "hybrid"), "sliding_window": WINDOW},
+    "zaya": {"layer_types": _cycle("hybrid", "hybrid", "hybrid_sliding"), "sliding_window": WINDOW},
     # Layers are tied to an earlier one of their kind, so that kind has to come twice.
-    "gemma3n_text": {"layer_types": _SLIDING_AND_FULL, "num_kv_shared_layers": 1},
+    "gemma3n_text": {
+        "layer_types": _SLIDING_AND_FULL,
+        "num_kv_shared_layers": lambda layers: 1 if layers < 8 else 2,
+        "activation_sparsity_pattern": lambda layers: [0.95] * 2 + [0.0] * (layers - 2),
+    },
+    # A loop over some layers in the middle.
+    "dory": {"n_input_layers": 1, "n_output_layers": 1, "n_recurrent_layers": lambda layers: layers - 2},
+    "inkling2_loop_text": {
+        "layer_types": _cycle("hybrid_sliding", "hybrid_sliding", "hybrid"),
+        "n_layers_per_attn_res_block": 3,
+        "loop_layer_index_start": 3,
+        "loop_layer_index_end": 6,
+    },
     "zamba": {"layers_block_type": lambda layers: ["linear_attention"] + ["hybrid"] * (layers - 1)},
     # These models disagree with themselves: moshi masks without regard to the window that its cache keeps, the others
     # bound the time step from below in the scan over many tokens and not in the step for one.
@@ -97,6 +115,10 @@ QUIRKS: dict[str, dict[str, Any]] = {
     "nemotron_h": {"time_step_min": 1e-9, "time_step_floor": 1e-2},
     "zamba2": {"time_step_min": 1e-9, "time_step_floor": 1e-2},
     # Sizes that are arguments and no fields of the config, or that have to fit each other.
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 5, "vision_end_token_id": 6},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 5, "vision_end_token_id": 6},
+    "glm_image_vqmodel": {"num_embeddings": VOCAB, "embed_dim": HIDDEN},
+    "qwen2_vl_vision": {"depth": 1, "embed_dim": HIDDEN},
     "dots3_note_text": {
         "sliding_window": WINDOW,
         "swa_num_attention_heads": KV_HEADS,
@@ -114,6 +136,33 @@ QUIRKS: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds": False},
 }
 
+# Layers that a tiny model needs so that every kind of layer of the default config is among them, where three are too few.
+DEPTHS = {
+    "bailing_hybrid": 5,
+    "beam": 4,
+    "deepseek_v3": 4,
+    "exaone_moe": 4,
+    "flint": 6,
+    "gemma4": 7,
+    "gemma4_text": 7,
+    "gemma4_unified": 7,
+    "gemma4_unified_text": 7,
+    "gemma3n_text": 8,
+    "inkling2_loop_text": 7,
+    "inkling2_text": 7,
+    "kimi_linear": 5,
+    "lfm2_moe": 4,
+    "mimo_v2_flash": 6,
+    "mllama": 4,
+    "modernbert-decoder": 4,
+    "nemotron_h": 4,
+}
+# Quirks that replace which kinds of layer there are.
+_PATTERNS = {
+    "layer_types", "attn_layer_indices", "attention_types", "attn_layer_period", "attn_layer_offset", "layers_block_type",
+    "num_kv_shared_layers",
+}  # fmt: skip
+
 
 class CannotBuild(Exception):
     """The family has no tiny causal language model; the text says why in one short line."""
@@ -124,20 +173,79 @@ def model_types() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def tiny_model(model_type: str, *, layers: int = 3, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+def tiny_model(model_type: str, *, layers: int | None = None, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random model of the family: float32, on the CPU, in eval mode, with "sdpa" attention where it is supported.
 
-    `overrides` are fields of the (text) config. Ids from `FIRST_WORD` up to `VOCAB` are ordinary tokens.
+    Every kind of layer of the family's default config is in it, if `layers` is not given. `overrides` are fields of the (text)
+    config. Ids from `FIRST_WORD` up to `VOCAB` are ordinary tokens.
     """
+
+    def build() -> PreTrainedModel:
+        config_class, model_class = _classes(model_type)
+        return model_class(tiny_config(config_class, layers or depth(model_type), overrides))
+
+    return random_model(build, seed)
+
+
+def depth(model_type: str) -> int:
+    """How many layers a tiny model of the family has."""
+    return DEPTHS.get(model_type, 3)
+
+
+def _classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    config_class = CONFIG_MAPPING[model_type]
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    if model_class.config_class in config_class.sub_configs.values():
+        config_class = model_class.config_class  # the class models the text part of a composite config alone
+    return config_class, model_class
+
+
+def missing_kinds(model_type: str) -> list[int]:
+    """The indices of layers of the family's default config of whose kind the tiny model has none.
+
+    Two layers are of one kind if they have the same modules, with parameters of the same shapes, and equal settings in these:
+    words, true or false, none or zero. So it does not matter by which list, period or offset a config says it.
+    """
+    config_class, model_class = _classes(model_type)
+    default = config_class().get_text_config(decoder=True)
+    tiny = tiny_config(config_class, depth(model_type), {})
+    with torch.device("meta"):
+        known = _kinds(model_class(tiny))
+        try:
+            deep = model_class(tiny_config(config_class, default.num_hidden_layers, {}, _PATTERNS))
+        except TypeError:  # the default config is no model without its quirks
+            deep = model_class(tiny_config(config_class, default.num_hidden_layers, {}))
+        all_kinds = _kinds(deep)
+    return [index for index, kind in enumerate(all_kinds) if kind not in known and kind not in all_kinds[:index]]
+
+
+def _kinds(model: PreTrainedModel) -> list[frozenset]:
+    """The kind of each layer."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return [
+        frozenset(
+            (
+                re.sub(r"\d+", "#", name),  # such as adapters, of which there may be one for each other layer
+                type(module).__name__,
+                *((key, tuple(weight.shape)) for key, weight in module.named_parameters(recurse=False)),
+                *(
+                    (key, value if isinstance(value, bool | str) else bool(value))
+                    for key, value in vars(module).items()
+                    if value is None or isinstance(value, bool | str | float)
+                ),
+            )
+            for name, module in layer.named_modules()
+        )
+        for layer in max(lists, key=len)
+    ]
+
+
+def random_model(build: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
+    """What `build` makes, with random weights of this seed: float32, on the CPU, in eval mode."""
     try:
-        config_class = CONFIG_MAPPING[model_type]
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
-        if model_class.config_class in config_class.sub_configs.values():
-            config_class = model_class.config_class  # the class models the text part of a composite config alone
-        config = _tiny_config(config_class, layers, overrides)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = model_class(config).float().eval()
+            model = build().float().eval()
             _randomise(model)
     except Exception as error:  # whatever a family cannot do, the sweep has to go on with the next one
         raise CannotBuild(_one_line(error)) from error
@@ -180,8 +288,13 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
 
 
-def _tiny_config(config_class: type[PreTrainedConfig], layers: int, overrides: dict[str, Any]) -> PreTrainedConfig:
-    """The default config of the class with tiny sizes and `layers` layers; `overrides` go to its text config."""
+def tiny_config(
+    config_class: type[PreTrainedConfig], layers: int, overrides: dict[str, Any], but_for: Collection[str] = ()
+) -> PreTrainedConfig:
+    """The default config of the class with tiny sizes and `layers` layers; `overrides` go to its text config.
+
+    `but_for` are names of quirks that are left out.
+    """
     default = config_class()
     text_config = default.get_text_config(decoder=True)
     # Built anew and not edited, so that the class derives by itself what follows from the sizes.
@@ -191,7 +304,9 @@ def _tiny_config(config_class: type[PreTrainedConfig], layers: int, overrides: d
         current = vars(default).get(field.name)
         if isinstance(current, PreTrainedConfig):
             is_text = current is text_config
-            tiny[field.name] = _tiny_config(type(current), layers if is_text else 1, overrides if is_text else {})
+            tiny[field.name] = tiny_config(
+                type(current), layers if is_text else 1, overrides if is_text else {}, but_for
+            )
         elif DEPTH.fullmatch(field.name) and isinstance(value, int):
             tiny[field.name] = layers
         elif field.name == "is_decoder":
@@ -200,7 +315,8 @@ def _tiny_config(config_class: type[PreTrainedConfig], layers: int, overrides: d
             tiny[field.name] = size
     tiny |= _layer_window(default, layers)
     for name, value in QUIRKS.get(config_class.model_type, {}).items():
-        tiny[name] = value(layers) if callable(value) else value
+        if name not in but_for:
+            tiny[name] = value(layers) if callable(value) else value
     if text_config is default:
         tiny |= {default.attribute_map.get(name, name): value for name, value in overrides.items()}
     return config_class(**tiny)
@@ -237,7 +353,7 @@ def _layer_window(default: PreTrainedConfig, layers: int) -> dict[str, list]:
     kinds = list(zip(*lists.values(), strict=True))
     types = lists.get("layer_types", kinds)
     runs = [slice(start, start + layers) for start in range(len(kinds) - layers + 1)]
-    run = max(runs, key=lambda run: (len(set(types[run])), len(set(kinds[run]))))
+    run = max(runs, key=lambda run: (len(set(kinds[run])), len(set(types[run]))))
     return {name: _tiny_size(name, value[run], default) or value[run] for name, value in lists.items()}
 
 

@@ -29,6 +29,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .families import cache_name, tiny_model
+from .multimodal import tiny_multimodal
 from .test_exact import tokens
 
 # One model from modular code, one that is older, one with layers of two kinds, one of a model with vision.
@@ -119,6 +120,25 @@ def test_positions_are_in_a_frame_where_none_are_given(model_type: str) -> None:
 
 
 @torch.no_grad()
+def test_a_text_model_with_several_axes_keeps_them_in_a_local() -> None:
+    model = tiny_multimodal("qwen2_vl.Qwen2VLForConditionalGeneration")
+    axes = torch.stack([torch.arange(5), torch.arange(5), torch.tensor([0, 1, 1, 2, 3]), torch.arange(5)])[:, None]
+    seen: dict[str, bool] = {}
+
+    def watch(method: str, frames: list[Any]) -> None:
+        owned = [frame for frame in frames if isinstance(frame.f_locals.get("self"), PreTrainedModel)]
+        local = next((f.f_locals["position_ids"] for f in owned if f.f_locals.get("position_ids") is not None), None)
+        seen[method] = local is not None and torch.equal(local, axes[1:])
+
+    model(tokens(5), position_ids=axes, past_key_values=Watched(watch))
+    for method in ("get_mask_sizes", "update"):
+        assert seen[method], (
+            f"When Qwen2-VL calls Cache.{method}, its text model no longer has the three axes of positions in a local variable "
+            "position_ids: internals.positions_of_caller finds images there."
+        )
+
+
+@torch.no_grad()
 def test_masks_are_sized_where_the_padding_mask_is(llama: PreTrainedModel) -> None:
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
     sized: list[bool] = []
@@ -137,6 +157,23 @@ def test_masks_are_sized_where_the_padding_mask_is(llama: PreTrainedModel) -> No
     assert all(sized), (
         "The function that calls Cache.get_mask_sizes no longer has the 2-D padding mask as its local attention_mask: "
         "discovery.padding_mask_of_caller looks there at every step."
+    )
+
+
+def test_generate_tells_a_cache_that_it_was_given_it(llama: PreTrainedModel) -> None:
+    told: list[str] = []
+
+    class Told(DynamicCache):
+        def __setattr__(self, name: str, value: Any) -> None:
+            told.append(name)
+            super().__setattr__(name, value)
+
+    cache = Told(config=llama.config)
+    told.clear()
+    llama.generate(tokens(3), past_key_values=cache, max_new_tokens=1)
+    assert told[:1] == ["_is_user_defined"], (
+        "generate() no longer begins by setting _is_user_defined on a cache that it was given: internals.GivenToGenerate refuses "
+        "encoder-decoders there."
     )
 
 

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedModel
 
 from sink_cache import SinkWindowCache, stream
 
-from .families import FIRST_WORD, VOCAB, model_types, tiny_model
+from .families import DEPTHS, FIRST_WORD, VOCAB, CannotBuild, missing_kinds, model_types, tiny_model
 from .oracle import relative_error, streamed_logits
 from .sweep import RESULT, ROOT, examine, listing, one_by_one
 
@@ -20,6 +20,28 @@ MUST_BE_EXACT = set(
     "helium olmo2 olmo3 granite smollm3 falcon llama4_text nanochat gpt_oss qwen3_next deepseek_v2 deepseek_v3 "
     "minicpm3 glm4_moe_lite longcat_flash mpt falcon_h1 zamba zamba2 jamba".split()
 )
+
+
+@pytest.mark.parametrize("model_type", model_types())
+def test_the_tiny_model_has_every_kind_of_layer(model_type: str) -> None:
+    # A family is exact only if all that its real config has was judged: with three layers, mllama has no cross-attention.
+    try:
+        tiny_model(model_type)
+        missing = missing_kinds(model_type)
+    except CannotBuild as reason:
+        pytest.skip(f"not built: {reason}")
+    except AttributeError as reason:
+        assert "num_hidden_layers" in str(reason)
+        pytest.skip(f"a model of several stacks: {reason}")
+    assert not missing, f"layers {missing} of the default config are of kinds that the tiny model lacks: see DEPTHS"
+
+
+def test_layers_of_another_kind_are_missed() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(DEPTHS, "mllama")
+        assert missing_kinds("mllama") == [3]  # the first cross-attention
+        patch.delitem(DEPTHS, "deepseek_v3")
+        assert missing_kinds("deepseek_v3") == [3]  # the first with experts
 
 
 @pytest.mark.parametrize("model_type", model_types())
