@@ -10,6 +10,7 @@ assumptions a test checks, and the last test compares the two lists.
 import ast
 import copy
 import dataclasses
+import importlib
 import inspect
 import sys
 import warnings
@@ -31,21 +32,13 @@ from transformers import (
     PreTrainedModel,
     StaticCache,
     StoppingCriteriaList,
+    cache_utils,
 )
-from transformers.cache_utils import (
-    CacheLayerMixin,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionCacheLayerMixin,
-    LinearAttentionLayer,
-)
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.generation import utils as generation_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.auto import modeling_auto
 
-from .families import tiny_model
-from .test_exact import tokens
+from .families import tiny_model, tokens
 
 INTERNALS = Path(__file__).parents[1] / "sink_cache" / "internals.py"
 GUARDED: dict[str, list[str]] = {}  # what in internals.py relies on something -> the tests of it
@@ -82,7 +75,11 @@ def names_of(function: Callable[..., Any]) -> set[str]:
 
 def generate_name() -> str:
     """What `generate()` calls its cache."""
-    (name,) = names_of(GenerationMixin.prepare_inputs_for_generation)
+    with assumed(
+        "GenerationMixin.prepare_inputs_for_generation no longer has exactly one of the arguments `cache` and `past_key_values`: "
+        "internals.cache_kwargs reads there what generate() calls its cache."
+    ):
+        (name,) = names_of(GenerationMixin.prepare_inputs_for_generation)
     return name
 
 
@@ -115,6 +112,23 @@ class Watched(DynamicCache):
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> Any:
         self._show("get_mask_sizes")
         return super().get_mask_sizes(*args, **kwargs)
+
+
+# --- imports ---
+
+
+def imports() -> list[tuple[str, str]]:
+    """What sink_cache/internals.py imports from modules within transformers."""
+    statements = ast.parse(INTERNALS.read_text()).body
+    modules = [s for s in statements if isinstance(s, ast.ImportFrom) and (s.module or "").startswith("transformers.")]
+    return [(module.module or "", alias.name) for module in modules for alias in module.names]
+
+
+@guards("transformers.cache_utils", "transformers.models.auto.modeling_auto")
+@pytest.mark.parametrize("module, name", imports())
+def test_what_is_imported_is_there(module: str, name: str) -> None:
+    with assumed(f"{module} no longer has {name}, which internals.py imports: sink_cache cannot even be imported."):
+        assert hasattr(importlib.import_module(module), name)
 
 
 # --- names of arguments ---
@@ -166,10 +180,6 @@ def test_a_forward_that_names_no_cache_hands_it_on(wrapper: str) -> None:
 
 @guards("cache_kwargs", "take_cache", "by_both_names", "generate_output")
 def test_generate_and_its_loops_call_a_cache_by_one_name(llama: PreTrainedModel) -> None:
-    assert len(names_of(GenerationMixin.prepare_inputs_for_generation)) == 1, (
-        "GenerationMixin.prepare_inputs_for_generation no longer has exactly one of the names `cache` and `past_key_values`: "
-        "internals.cache_kwargs reads there what generate() calls its cache."
-    )
     name, cache, given = generate_name(), DynamicCache(), {}
 
     def loop(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
@@ -197,13 +207,13 @@ def test_generate_and_its_loops_call_a_cache_by_one_name(llama: PreTrainedModel)
         "generate() no longer hands a custom_generate function an argument that only the function's __signature__ names: "
         "internals.by_both_names lets endless() take `cache` this way where generate() itself does not."
     )
-    fields = {field.name for field in dataclasses.fields(GenerateDecoderOnlyOutput)}
+    fields = {field.name for field in dataclasses.fields(generation_utils.GenerateDecoderOnlyOutput)}
     assert {"sequences", name} <= fields, (
         f"GenerateDecoderOnlyOutput no longer has the fields `sequences` and {name!r}: internals.generate_output makes it for "
         "endless()."
     )
     out = llama.generate(tokens(3), return_dict_in_generate=True, **{name: cache}, **options)
-    assert type(out) is GenerateDecoderOnlyOutput, (
+    assert type(out) is generation_utils.GenerateDecoderOnlyOutput, (
         "generate(return_dict_in_generate=True) no longer returns a GenerateDecoderOnlyOutput, which endless() returns too "
         "(internals.generate_output)."
     )
@@ -500,22 +510,26 @@ def test_a_dynamic_cache_knows_the_layers_of_a_config() -> None:
         "DynamicCache(config=config).layers no longer has one layer of the known class for each layer of the model: it decides "
         "which layers a SinkWindowCache replaces (internals.layers_of, twin.bounded_layers)."
     )
-    assert kinds("llama") == [DynamicLayer] * 3, says
-    assert set(kinds("gemma3_text")) == {DynamicLayer, DynamicSlidingWindowLayer}, says
-    assert set(kinds("mistral")) == {DynamicSlidingWindowLayer}, says
-    assert set(kinds("lfm2")) == {LinearAttentionLayer, DynamicLayer}, says
-    assert set(kinds("zamba2")) == {LinearAttentionLayer, LinearAttentionAndFullAttentionLayer}, says
+    assert kinds("llama") == [cache_utils.DynamicLayer] * 3, says
+    assert set(kinds("gemma3_text")) == {cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer}, says
+    assert set(kinds("mistral")) == {cache_utils.DynamicSlidingWindowLayer}, says
+    assert set(kinds("lfm2")) == {cache_utils.LinearAttentionLayer, cache_utils.DynamicLayer}, says
+    assert set(kinds("zamba2")) == {
+        cache_utils.LinearAttentionLayer,
+        cache_utils.LinearAttentionAndFullAttentionLayer,
+    }, says
 
 
 @guards("layer_class_is_known")
 def test_layers_of_one_model_alone_are_defined_elsewhere() -> None:
+    general = cache_utils.DynamicLayer.__module__
     modules = {
         model_type: {type(layer).__module__ for layer in DynamicCache(config=tiny_model(model_type).config).layers}
         for model_type in ("llama", "gemma3_text", "zamba2", "deepseek_v4", "minimax_m3_vl_text")
     }
-    of_one_model = [model_type for model_type, found in modules.items() if found != {DynamicLayer.__module__}]
+    of_one_model = [model_type for model_type, found in modules.items() if found != {general}]
     assert of_one_model == ["deepseek_v4", "minimax_m3_vl_text"], (
-        f"It is no longer so that general cache layers are defined in {DynamicLayer.__module__}, and those that one model alone "
+        f"It is no longer so that general cache layers are defined in {general}, and those that one model alone "
         "has in other modules: internals.layer_class_is_known refuses the latter."
     )
 
@@ -536,13 +550,16 @@ def test_layers_with_an_index_of_every_token_can_be_told() -> None:
 @guards("is_recurrent_only", "transformers.cache_utils")
 def test_recurrent_states_and_keys_can_be_told_apart() -> None:
     kinds = {
-        DynamicLayer: (True, False),
-        DynamicSlidingWindowLayer: (True, False),
-        LinearAttentionLayer: (False, True),
-        LinearAttentionAndFullAttentionLayer: (True, True),
+        cache_utils.DynamicLayer: (True, False),
+        cache_utils.DynamicSlidingWindowLayer: (True, False),
+        cache_utils.LinearAttentionLayer: (False, True),
+        cache_utils.LinearAttentionAndFullAttentionLayer: (True, True),
     }
     for layer_class, expected in kinds.items():
-        has = (issubclass(layer_class, CacheLayerMixin), issubclass(layer_class, LinearAttentionCacheLayerMixin))
+        has = (
+            issubclass(layer_class, cache_utils.CacheLayerMixin),
+            issubclass(layer_class, cache_utils.LinearAttentionCacheLayerMixin),
+        )
         assert has == expected, (
             f"{layer_class.__name__} no longer says by its base classes whether it has keys (CacheLayerMixin) and a recurrent "
             "state (LinearAttentionCacheLayerMixin): internals.is_recurrent_only, variants.py and saving.py ask for these."
@@ -557,14 +574,14 @@ def test_layers_say_whether_they_can_take_back() -> None:
         "them, and SinkWindowCache.crop refuses recurrent states by it."
     )
     expected = {
-        "llama": {DynamicLayer: True},
-        "gemma3_text": {DynamicLayer: True, DynamicSlidingWindowLayer: True},
-        "zamba2": {LinearAttentionLayer: False, LinearAttentionAndFullAttentionLayer: False},
+        "llama": {"DynamicLayer": True},
+        "gemma3_text": {"DynamicLayer": True, "DynamicSlidingWindowLayer": True},
+        "zamba2": {"LinearAttentionLayer": False, "LinearAttentionAndFullAttentionLayer": False},
     }
     for model_type, kinds in expected.items():
         layers = DynamicCache(config=tiny_model(model_type).config).layers
-        assert {type(layer): getattr(layer, "is_croppable", None) for layer in layers} == kinds, says
-    layer = DynamicLayer()
+        assert {type(layer).__name__: getattr(layer, "is_croppable", None) for layer in layers} == kinds, says
+    layer = cache_utils.DynamicLayer()
     keys = torch.randn(1, 2, 5, 16)
     layer.update(keys, keys)
     layer.crop(-2)
@@ -576,13 +593,14 @@ def test_layers_say_whether_they_can_take_back() -> None:
 def test_sliding_layers_hold_what_is_saved_and_moved() -> None:
     model = tiny_model("gemma3_text")
     model(tokens(30), **{generate_name(): (cache := DynamicCache(config=model.config))})
-    layer = next(layer for layer in cache.layers if type(layer) is DynamicSlidingWindowLayer)
-    held = (layer.keys.shape[2], layer.values.shape[2], layer.cumulative_length, layer.sliding_window)
+    layer = next(layer for layer in cache.layers if type(layer) is cache_utils.DynamicSlidingWindowLayer)
     window = model.config.sliding_window
-    assert held == (window - 1, window - 1, 30, window), (
+    with assumed(
         "A DynamicSlidingWindowLayer no longer keeps the last sliding_window - 1 keys and values, and counts tokens in "
         "cumulative_length: saving.py writes these, and rebase() moves the keys (see the imports of internals.py)."
-    )
+    ):
+        held = (layer.keys.shape[2], layer.values.shape[2], layer.cumulative_length, layer.sliding_window)
+        assert held == (window - 1, window - 1, 30, window)
 
 
 @guards("transformers.cache_utils")
@@ -621,7 +639,7 @@ def test_recording_layers_take_back() -> None:
 @guards("transformers.cache_utils")
 def test_hybrid_layers_are_made_as_ours_make_them() -> None:
     layers = DynamicCache(config=tiny_model("zamba2").config).layers
-    theirs = next(layer for layer in layers if isinstance(layer, LinearAttentionAndFullAttentionLayer))
+    theirs = next(layer for layer in layers if isinstance(layer, cache_utils.LinearAttentionAndFullAttentionLayer))
     assert isinstance(getattr(theirs, "number_of_states", None), int), (
         "Layers of attention beside a recurrent state no longer have number_of_states: variants.py makes ours with it (see the "
         "imports of internals.py)."
@@ -630,7 +648,7 @@ def test_hybrid_layers_are_made_as_ours_make_them() -> None:
         "Layers with a recurrent state no longer take number_of_states as their first argument: variants.py makes ours with it "
         "(see the imports of internals.py)."
     ):
-        assert LinearAttentionLayer(theirs.number_of_states + 1).number_of_states == theirs.number_of_states + 1
+        assert cache_utils.LinearAttentionLayer(2).number_of_states == 2
 
 
 # --- models ---
@@ -702,7 +720,10 @@ def test_attention_modules_know_their_layer(model_type: str) -> None:
 def test_the_class_of_a_model_is_in_a_mapping(model_type: str) -> None:
     model = tiny_model(model_type)
     config = model.config.get_text_config(decoder=True)
-    found = [mapping.get(type(config), None) for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)]
+    found = [
+        mapping.get(type(config), None)
+        for mapping in (modeling_auto.MODEL_MAPPING, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING)
+    ]
     classes = {type(part) for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is config}
     assert found[0] in {type(part.base_model) for part in model.modules() if type(part) in classes}, (
         "MODEL_MAPPING no longer maps a text config to the class of the decoder without a head: "
