@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import transformers
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer
 
@@ -17,8 +16,6 @@ from sink_cache import SinkWindowCache, cache_kwargs
 
 from . import harness, models
 
-# Until 5.17 generate() hands a mask of ones on from step to step; from 5.18 on it drops it before the first.
-MASKS_OF_ONES = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18)
 BLOCK_LIMIT = 63  # steps of a turn; with the untimed one before, a static cache keeps 64 slots free for them
 
 
@@ -57,7 +54,6 @@ class Bench:
         shape = (1, max(self.contexts) + 2**16)
         self.tokens = torch.randint(self.config.vocab_size, shape, generator=generator).to(self.device)
         self.positions = torch.arange(shape[1], device=self.device)[None]
-        self.ones = torch.ones_like(self.positions)
         self.token = self.tokens[:, :1].clone()
         # What forward() and generate() call their cache, asked once and not within timed steps.
         (self.forward_name,), (self.generate_name,) = cache_kwargs(None, self.model), cache_kwargs(None)
@@ -96,7 +92,7 @@ class Bench:
             self.tokens[:, : seen + 1],
             next_sequence_length=1,
             **{self.generate_name: cache},
-            attention_mask=self.ones[:, : seen + 1] if MASKS_OF_ONES else None,
+            attention_mask=None,
             position_ids=self.positions[:, : seen + 1],
             use_cache=True,
             **self.keep_last,

@@ -36,6 +36,7 @@ from .internals import (
     generate_call,
     generate_output,
     pad_token_of,
+    stops_at_token,
     take_cache,
     virtual_tokens,
     would_compile,
@@ -112,7 +113,7 @@ def endless(
     steps_left = _steps_left(generation_config, input_ids, call.get("has_default_max_length", False), asked_for)
     _check_what_counts_tokens(generation_config, input_ids.shape[1], steps_left, keep_tokens or cache.capacity)
     criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria))
-    has_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+    has_eos = any(map(stops_at_token, criteria))
     pad_token = pad_token_of(generation_config)
 
     recent: Any = _RecentTokens(input_ids, keep_tokens or cache.capacity)

@@ -27,7 +27,9 @@ from transformers import (
 )
 
 # Relies on: these are the layer classes of a DynamicCache. Recurrent states are LinearAttention layers, and a layer of attention
-# beside a recurrent state takes `number_of_states`, which says how many states it has.
+# beside a recurrent state takes `number_of_states`, which says how many states it has. A sliding layer has the last
+# `sliding_window - 1` keys and values in `keys` and `values`, and counts tokens in `cumulative_length`. Layers forget all tokens
+# at `reset()`. After `activate_past_recording()`, `crop(-n)` takes back the last n tokens.
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
@@ -306,9 +308,18 @@ def is_recurrent_only(layer: Any) -> bool:
 def can_take_back(layer: Any) -> bool:
     """Whether `layer.crop` can put the layer back as it was.
 
-    Relies on: layers say so in `is_croppable`. Before 5.18 they said nothing, and only recurrent states could not.
+    Relies on: layers say so in `is_croppable`.
     """
-    return bool(getattr(layer, "is_croppable", not isinstance(layer, LinearAttentionCacheLayerMixin)))
+    return bool(layer.is_croppable)
+
+
+def layer_index(module: torch.nn.Module) -> int | None:
+    """Which layer of the model this module of attention belongs to; None for other modules.
+
+    Relies on: modules of attention have it as `layer_idx`.
+    """
+    index = getattr(module, "layer_idx", None)
+    return index if isinstance(index, int) else None
 
 
 def virtual_tokens(model: torch.nn.Module) -> str:
@@ -379,6 +390,14 @@ def pad_token_of(generation_config: GenerationConfig) -> Any:
     Relies on: `generate()` puts it into `generation_config._pad_token_tensor`.
     """
     return generation_config._pad_token_tensor
+
+
+def stops_at_token(criterion: Any) -> bool:
+    """Whether a stopping criterion is the one that `generate()` makes for an `eos_token_id`.
+
+    Relies on: this criterion has an attribute `eos_token_id`.
+    """
+    return hasattr(criterion, "eos_token_id")
 
 
 def would_compile(model: PreTrainedModel, cache: Cache, generation_config: GenerationConfig) -> bool:

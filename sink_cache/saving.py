@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from .internals import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin, device_of, text_model
+from .internals import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin, device_of, layer_index, text_model
 from .ring import SinkWindowLayer
 
 if TYPE_CHECKING:
@@ -94,8 +94,8 @@ def load(cache: SinkWindowCache, path: str | os.PathLike[str], model: PreTrained
             )
     devices = {}
     for module in text_model(model).modules():
-        index, device = getattr(module, "layer_idx", None), device_of(module)
-        if isinstance(index, int) and device is not None:
+        index, device = layer_index(module), device_of(module)
+        if index is not None and device is not None:
             devices[index] = device
     for index, (layer, state) in enumerate(zip(fresh.layers, header["layers"], strict=True)):
         held = {

@@ -1,34 +1,34 @@
-import re
+from collections.abc import Iterator
 
 import pytest
 import torch
-import transformers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from .families import tiny_model
+from .families import VOCAB, tiny_model
+from .own_calls import warned_of_us
+
+TEMPLATE = (
+    "{% for message in messages %}<start> {{ message['role'] }} {{ message['content'] }} <end> <line> {% endfor %}"
+    "{% if add_generation_prompt %}<start> assistant {% endif %}"
+)
+WORDS = ["<pad>", "<start>", "<end>", "<line>", "system", "user", "assistant", "?", "ANSWER"]
 
 torch.set_num_threads(1)  # the models are tiny, and pytest-xdist runs one process for each core
 
 
-# Why setup.cfg asks for 5.18: what transformers itself gets wrong before, by the tests that show it.
-WRONG_BEFORE_5_18 = {
-    r"test_exact_or_refused\[moshi\]": "Moshi makes no mask without attention_mask, and attends to empty slots",
-    r"test_layers_forget_at_reset|test_rows_of_unusual_layers\[zaya\]"
-    r"|test_a_model_of_another_kind_after_reset\[gemma3_text-gemma3_text\]"
-    r"|test_a_refused_call_of_a_hybrid_is_noticed\[20-.-zaya-False\]"
-    r"|test_a_model_within_another_models_generate\[reset-llama-gemma3_text\]": "sliding layers keep zeros at reset()",
-    r"test_recording_layers_take_back|test_cropped_tokens_were_never_fed\[.*gemma3_text.*\]"
-    r"|test_until_full_every_mode_gives_what_dynamic_cache_gives\[gemma3_text\]": "recording sliding layers outgrow their masks",
-}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 18):
-        return
-    for item in items:
-        for tests, reason in WRONG_BEFORE_5_18.items():
-            if re.fullmatch(tests, item.name):
-                item.add_marker(pytest.mark.xfail(reason=f"transformers before 5.18: {reason}"))
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    with warned_of_us() as lines:
+        yield
+    if lines:
+        pytest.fail(
+            f"{', '.join(sorted(set(lines)))} uses the name past_key_values, and the installed transformers warns of it: no "
+            "warning may come from our own calls. Pass a cache by **cache_kwargs(cache, model).",
+            pytrace=False,
+        )
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +46,16 @@ def tiny_llama() -> LlamaForCausalLM:
     )  # fmt: skip
     torch.manual_seed(0)
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each word of `WORDS` and of w9, w10 …, and a chat template."""
+    words = {word: i for i, word in enumerate([*WORDS, *(f"w{i}" for i in range(len(WORDS), VOCAB))])}
+    backend = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", unk_token="<pad>"
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer

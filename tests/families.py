@@ -252,6 +252,10 @@ def random_model(build: Callable[[], PreTrainedModel], seed: int) -> PreTrainedM
     return model
 
 
+def tokens(length: int, batch_size: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randint(FIRST_WORD, VOCAB, (batch_size, length), generator=torch.Generator().manual_seed(seed))
+
+
 def cache_name(model: PreTrainedModel) -> str:
     """What the model's forward calls its cache: `cache` from transformers 5.24 on, `past_key_values` before."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -2,14 +2,22 @@
 
 When transformers moves, the tests of this file fail first, each with a sentence that says which assumption broke and what in
 sink_cache/ rests on it. They use transformers alone, so that a failure here is never ours.
+
+sink_cache/internals.py writes down every assumption after the words "Relies on". `@guards` names the definitions whose
+assumptions a test checks, and the last test compares the two lists.
 """
 
+import ast
 import copy
+import dataclasses
 import functools
+import importlib
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -22,15 +30,34 @@ from transformers import (
     CompileConfig,
     DynamicCache,
     GenerationConfig,
+    GenerationMixin,
+    LlamaForCausalLM,
     PreTrainedModel,
     StaticCache,
+    StoppingCriteriaList,
+    cache_utils,
 )
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer
+from transformers.generation import utils as generation_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.auto import modeling_auto
 
-from .families import cache_name, tiny_model
+from .families import cache_name, tiny_model, tokens
 from .multimodal import tiny_multimodal
-from .test_exact import tokens
+
+INTERNALS = Path(__file__).parents[1] / "sink_cache" / "internals.py"
+GUARDED: dict[str, list[str]] = {}  # what in internals.py relies on something -> the tests of it
+
+
+def guards(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Marks a test of what these definitions of sink_cache/internals.py rely on; an import goes by its module's name."""
+
+    def mark(test: Callable[..., None]) -> Callable[..., None]:
+        for name in names:
+            GUARDED.setdefault(name, []).append(test.__name__)
+        return test
+
+    return mark
+
 
 # One model from modular code, one that is older, one with layers of two kinds, one of a model with vision.
 MODELS = pytest.mark.parametrize("model_type", ["llama", "gpt_neox", "gemma3_text", "gemma3"])
@@ -43,6 +70,29 @@ def assumed(sentence: str) -> Iterator[None]:
         yield
     except Exception as failure:
         raise AssertionError(sentence) from failure
+
+
+def names_of(function: Callable[..., Any]) -> set[str]:
+    """Which names of a cache a function has among its arguments."""
+    return {"cache", "past_key_values"} & inspect.signature(function).parameters.keys()
+
+
+def generate_name() -> str:
+    """What `generate()` calls its cache."""
+    with assumed(
+        "GenerationMixin.prepare_inputs_for_generation no longer has exactly one of the arguments `cache` and `past_key_values`: "
+        "internals.cache_kwargs reads there what generate() calls its cache."
+    ):
+        (name,) = names_of(GenerationMixin.prepare_inputs_for_generation)
+    return name
+
+
+@contextmanager
+def no_renaming() -> Iterator[None]:
+    """Fails where transformers warns of a name that it has renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*past_key_values.*is deprecated", category=FutureWarning)
+        yield
 
 
 class Watched(DynamicCache):
@@ -68,9 +118,118 @@ class Watched(DynamicCache):
         return super().get_mask_sizes(*args, **kwargs)
 
 
+# --- imports ---
+
+
+def imports() -> list[tuple[str, str]]:
+    """What sink_cache/internals.py imports from modules within transformers."""
+    statements = ast.parse(INTERNALS.read_text()).body
+    modules = [s for s in statements if isinstance(s, ast.ImportFrom) and (s.module or "").startswith("transformers.")]
+    return [(module.module or "", alias.name) for module in modules for alias in module.names]
+
+
+@guards("transformers.cache_utils", "transformers.models.auto.modeling_auto")
+@pytest.mark.parametrize("module, name", imports())
+def test_what_is_imported_is_there(module: str, name: str) -> None:
+    with assumed(f"{module} no longer has {name}, which internals.py imports: sink_cache cannot even be imported."):
+        assert hasattr(importlib.import_module(module), name)
+
+
+# --- names of arguments ---
+
+
+@guards("cache_kwargs", "takes_argument")
+@MODELS
+@torch.no_grad()
+def test_a_forward_shows_its_arguments_and_what_it_calls_its_cache(model_type: str) -> None:
+    model = tiny_model(model_type)
+    decoder = model.base_model
+    for owner in (type(model), type(decoder)):
+        parameters = inspect.signature(owner.forward).parameters
+        assert {"input_ids", "attention_mask", "position_ids"} <= parameters.keys(), (
+            f"The signature of {owner.__name__}.forward no longer shows its arguments: internals.takes_argument reads from it "
+            "whether a model can be told positions."
+        )
+        assert len(names_of(owner.forward)) == 1, (
+            f"{owner.__name__}.forward no longer has exactly one of the names `cache` and `past_key_values` for its cache: "
+            "internals.cache_kwargs would not find the one to call it by."
+        )
+        (name,) = names_of(owner.forward)
+        cache = DynamicCache(config=model.config)
+        with assumed(
+            f"{owner.__name__}.forward no longer takes its cache by the name {name!r} that its signature has, or warns of it: "
+            "stream() and endless() call models by the name that internals.cache_kwargs reads there."
+        ):
+            with no_renaming():
+                (model if owner is type(model) else decoder)(tokens(3), **{name: cache})
+            assert cache.get_seq_length() == 3
+
+
+@guards("cache_kwargs")
+@pytest.mark.parametrize("wrapper", ["peft", "torch.compile"])
+@torch.no_grad()
+def test_a_forward_that_names_no_cache_hands_it_on(wrapper: str) -> None:
+    model = wrapped(wrapper)
+    assert not names_of(type(model).forward)  # or it would be no example
+    (name,) = names_of(LlamaForCausalLM.forward)
+    cache = DynamicCache()
+    with assumed(
+        f"The forward of a model inside {wrapper} no longer gets the keyword {name!r} from the forward around it, which names no "
+        "cache: internals.cache_kwargs takes the name that the text decoder has."
+    ):
+        with no_renaming():
+            model(tokens(3), **{name: cache})
+        assert cache.get_seq_length() == 3
+
+
+@guards("cache_kwargs", "take_cache", "by_both_names", "generate_output")
+def test_generate_and_its_loops_call_a_cache_by_one_name(llama: PreTrainedModel) -> None:
+    name, cache, given = generate_name(), DynamicCache(), {}
+
+    def loop(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        given.update(kwargs)
+        return input_ids
+
+    # As a loop shows it that is to take `cache` before transformers 5.24.
+    signature = inspect.signature(loop)
+    own = inspect.Parameter("own", inspect.Parameter.KEYWORD_ONLY, default=None)
+    *positional, keywords = signature.parameters.values()
+    loop.__signature__ = signature.replace(parameters=[*positional, own, keywords])  # type: ignore[attr-defined]
+    options = {"pad_token_id": 0, "max_new_tokens": 2, "do_sample": False}
+    with (
+        assumed(
+            f"generate() no longer takes its cache, without a warning, by the name {name!r}: internals.cache_kwargs."
+        ),
+        no_renaming(),
+    ):
+        llama.generate(tokens(3), custom_generate=loop, own=1, **{name: cache}, **options)
+    assert given.get(name) is cache, (
+        f"generate() no longer hands a custom_generate function its cache by the name {name!r}: internals.take_cache, without "
+        "which endless() finds no cache."
+    )
+    assert given.get("own") == 1, (
+        "generate() no longer hands a custom_generate function an argument that only the function's __signature__ names: "
+        "internals.by_both_names lets endless() take `cache` this way where generate() itself does not."
+    )
+    fields = {field.name for field in dataclasses.fields(generation_utils.GenerateDecoderOnlyOutput)}
+    assert {"sequences", name} <= fields, (
+        f"GenerateDecoderOnlyOutput no longer has the fields `sequences` and {name!r}: internals.generate_output makes it for "
+        "endless()."
+    )
+    out = llama.generate(tokens(3), return_dict_in_generate=True, **{name: cache}, **options)
+    assert type(out) is generation_utils.GenerateDecoderOnlyOutput, (
+        "generate(return_dict_in_generate=True) no longer returns a GenerateDecoderOnlyOutput, which endless() returns too "
+        "(internals.generate_output)."
+    )
+    assert out[name] is cache, (
+        f"What generate() returns no longer has its cache as {name!r}: internals.generate_output."
+    )
+
+
 # --- frames ---
 
 
+@guards("calling_model", "calling_tensor")
 @MODELS
 @torch.no_grad()
 def test_a_forward_keeps_its_arguments_in_locals(model_type: str) -> None:
@@ -90,14 +249,16 @@ def test_a_forward_keeps_its_arguments_in_locals(model_type: str) -> None:
                     if isinstance(local, torch.Tensor) and local.ndim == 2 and torch.equal(local, value):
                         seen.add(name)
 
-    model(input_ids, attention_mask=mask, position_ids=positions, past_key_values=Watched(watch))
+    model(input_ids, attention_mask=mask, position_ids=positions, **{generate_name(): Watched(watch)})
     for name in ("self", "attention_mask", "position_ids"):
         assert name in seen, (
             f"When {type(model).__name__} calls Cache.update, no forward of a PreTrainedModel among the callers has a local "
-            f"variable {name!r} with what it was called with: sink_cache.discovery finds model, padding and positions there."
+            f"variable {name!r} with what it was called with: internals.calling_model and calling_tensor find model, padding and "
+            "positions there."
         )
 
 
+@guards("calling_tensor")
 @MODELS
 @torch.no_grad()
 def test_positions_are_in_a_frame_where_none_are_given(model_type: str) -> None:
@@ -110,15 +271,19 @@ def test_positions_are_in_a_frame_where_none_are_given(model_type: str) -> None:
 
     cache = Watched(watch)
     model = tiny_model(model_type)
-    model(tokens(5), past_key_values=cache)
-    model(tokens(2), past_key_values=cache)
-    assert [0, 1, 2, 3, 4] in seen, "A forward no longer numbers tokens from 0 in a local variable position_ids."
+    model(tokens(5), **{generate_name(): cache})
+    model(tokens(2), **{generate_name(): cache})
+    assert [0, 1, 2, 3, 4] in seen, (
+        "A forward no longer numbers tokens from 0 in a local variable position_ids, where internals.calling_tensor looks for "
+        "gaps."
+    )
     assert [5, 6] in seen, (
         "A forward no longer numbers tokens from cache.get_seq_length() in a local variable position_ids: SinkWindowCache "
-        "counts tokens seen, so that models number them right."
+        "counts tokens seen, so that models number them right (internals.calling_tensor)."
     )
 
 
+@guards("padding_mask_of_caller", "_mask_making_local")
 @torch.no_grad()
 def test_a_text_model_with_several_axes_keeps_them_in_a_local() -> None:
     model = tiny_multimodal("qwen2_vl.Qwen2VLForConditionalGeneration")
@@ -141,22 +306,53 @@ def test_a_text_model_with_several_axes_keeps_them_in_a_local() -> None:
 @torch.no_grad()
 def test_masks_are_sized_where_the_padding_mask_is(llama: PreTrainedModel) -> None:
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
-    sized: list[bool] = []
+    sized: list[list[Any]] = []
 
     def watch(method: str, frames: list[Any]) -> None:
         if method == "get_mask_sizes":
-            local = frames[0].f_locals.get("attention_mask")
-            sized.append(local is not None and torch.equal(local.long(), mask))
-            assert "block_sequence_ids" in frames[1].f_code.co_varnames, (
-                "Two frames above Cache.get_mask_sizes there is no longer a function with the argument block_sequence_ids: "
-                "discovery.shows_blocks_of_tokens looks there whether tokens of an image see what follows them."
-            )
+            makers = mask_makers(frames)
+            sized.append([frame.f_locals.get("attention_mask") for frame in makers[:1]])
 
-    llama(tokens(4, 2), attention_mask=mask, past_key_values=Watched(watch))
-    assert sized, "A forward with a padding mask no longer asks its cache for get_mask_sizes before its layers run."
+    llama(tokens(4, 2), attention_mask=mask, **{generate_name(): Watched(watch)})
+    assert sized, (
+        "A forward with a padding mask no longer asks its cache for get_mask_sizes before its layers run: "
+        "internals.padding_mask_of_caller is asked there."
+    )
     assert all(sized), (
-        "The function that calls Cache.get_mask_sizes no longer has the 2-D padding mask as its local attention_mask: "
-        "discovery.padding_mask_of_caller looks there at every step."
+        "Cache.get_mask_sizes is no longer called by a function of the module transformers.masking_utils: "
+        "internals._mask_making_local looks for its local variables."
+    )
+    for (local,) in sized:
+        assert local is not None, (
+            "The function that calls Cache.get_mask_sizes no longer has a local attention_mask: internals.padding_mask_of_caller "
+            "looks there at every step."
+        )
+        assert torch.equal(local.long(), mask), (
+            "The local attention_mask of the function that calls Cache.get_mask_sizes is no longer the 2-D padding mask: "
+            "internals.padding_mask_of_caller looks there at every step."
+        )
+
+
+@guards("shows_blocks_of_tokens", "_mask_making_local")
+@pytest.mark.parametrize("has_image", [False, True])
+@torch.no_grad()
+def test_blocks_of_tokens_are_in_a_local_of_mask_makers(has_image: bool) -> None:
+    model, found = tiny_model("gemma3"), []
+
+    def watch(method: str, frames: list[Any]) -> None:
+        if method == "get_mask_sizes":
+            makers = [frame for frame in mask_makers(frames) if "block_sequence_ids" in frame.f_code.co_varnames]
+            found.extend(frame.f_locals["block_sequence_ids"] is not None for frame in makers[:1])
+
+    image = {"token_type_ids": torch.tensor([[0, 1, 1, 0, 0]])} if has_image else {}
+    model(tokens(5), **image, **{generate_name(): Watched(watch, config=model.config)})
+    assert found, (
+        "No function of transformers.masking_utils among the callers of Cache.get_mask_sizes has the argument "
+        "block_sequence_ids: internals.shows_blocks_of_tokens looks there whether tokens of an image see what follows."
+    )
+    assert any(found) == has_image, (
+        "The local block_sequence_ids of the function that makes masks no longer tells whether there are tokens of an image: "
+        "internals.shows_blocks_of_tokens would let the cache show them the wrong tokens."
     )
 
 
@@ -177,6 +373,14 @@ def test_generate_tells_a_cache_that_it_was_given_it(llama: PreTrainedModel) -> 
     )
 
 
+def mask_makers(frames: list[Any]) -> list[Any]:
+    """The innermost functions that make masks and call each other."""
+    names = [frame.f_globals.get("__name__") == "transformers.masking_utils" for frame in frames]
+    first = names.index(True) if True in names else len(names)
+    return frames[first : first + [*names[first:], False].index(False)]
+
+
+@guards("generate_call", "pad_token_of", "by_both_names", "stops_at_token")
 def test_what_generate_hands_to_nobody_is_in_its_locals(llama: PreTrainedModel) -> None:
     found: dict[str, Any] = {}
 
@@ -192,35 +396,54 @@ def test_what_generate_hands_to_nobody_is_in_its_locals(llama: PreTrainedModel) 
         found.update(frame.f_locals, module=frame.f_globals["__name__"], kwargs=kwargs, own=own)
         return input_ids
 
-    streamer = Streamer()
-    llama.generate(
-        tokens(3), custom_generate=loop, streamer=streamer, past_key_values=DynamicCache(), pad_token_id=0, own=1
+    streamer, criteria = Streamer(), StoppingCriteriaList()
+    options = {"pad_token_id": 0, "eos_token_id": 1, generate_name(): DynamicCache()}
+    llama.generate(tokens(3), custom_generate=loop, streamer=streamer, stopping_criteria=criteria, own=1, **options)
+    assert found["module"].startswith("transformers."), (
+        "generate() is no longer defined in a module of transformers, by whose name internals.generate_call knows it."
     )
-    assert found["module"].startswith("transformers."), "generate() is no longer defined in a module of transformers."
     assert found.get("streamer") is streamer, (
-        "generate() no longer has a local variable streamer, where sink_cache.endless finds what it is not given."
+        "generate() no longer has a local variable streamer, where endless() finds what it is not given "
+        "(internals.generate_call)."
+    )
+    assert found.get("stopping_criteria") is criteria, (
+        "generate() no longer keeps the stopping_criteria that it was given in a local variable of this name: endless() would "
+        "not know which MaxLengthCriteria somebody asked for (internals.generate_call)."
     )
     assert found.get("has_default_max_length") is True, (
-        "generate() no longer has a local variable has_default_max_length: sink_cache.endless cannot tell a max_length that "
-        "nobody asked for, and would stop at it."
+        "generate() no longer has a local variable has_default_max_length: endless() cannot tell a max_length that nobody asked "
+        "for, and would stop at it (internals.generate_call)."
     )
     config = found["kwargs"].get("generation_config")
-    assert isinstance(config, GenerationConfig), "custom_generate functions are no longer given a generation_config."
+    assert isinstance(config, GenerationConfig), (
+        "custom_generate functions are no longer given a generation_config: endless() reads what it should do there."
+    )
     assert found.get("generation_config") is config, (
-        "generate() no longer has a local variable generation_config: SinkWindowCache would not notice use_cache=False."
+        "generate() no longer has a local variable generation_config: SinkWindowCache would not notice use_cache=False "
+        "(internals.generate_call)."
     )
     assert isinstance(getattr(config, "_pad_token_tensor", None), torch.Tensor), (
-        "generation_config no longer has a _pad_token_tensor, with which sink_cache.endless fills rows that are finished."
+        "generation_config no longer has a _pad_token_tensor, with which endless() fills rows that are finished "
+        "(internals.pad_token_of)."
     )
-    assert found["own"] == 1, "generate() no longer hands a custom_generate function the arguments that only it has."
+    assert found["own"] == 1, (
+        "generate() no longer hands a custom_generate function the arguments that only it has, such as keep_tokens of endless() "
+        "(internals.by_both_names)."
+    )
     assert {"logits_processor", "stopping_criteria"} <= set(found["kwargs"]), (
-        "custom_generate functions are no longer given logits_processor and stopping_criteria by keyword."
+        "custom_generate functions are no longer given logits_processor and stopping_criteria by keyword, as endless() "
+        "takes them."
+    )
+    assert any(hasattr(criterion, "eos_token_id") for criterion in found["kwargs"]["stopping_criteria"]), (
+        "The stopping criterion that generate() makes for an eos_token_id no longer has an attribute of this name: endless() "
+        "would not fill rows that are finished (internals.stops_at_token)."
     )
 
 
 # --- masks ---
 
 
+@guards("mask_functions")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
 def test_mask_functions_are_given_what_the_cache_says(monkeypatch: pytest.MonkeyPatch, attention: str) -> None:
@@ -244,7 +467,7 @@ def test_mask_functions_are_given_what_the_cache_says(monkeypatch: pytest.Monkey
         AttentionMaskInterface.register(attention, spy)
         model, offset = tiny_model("llama"), Offset(0)
         model.set_attn_implementation(attention)
-        model(tokens(5), past_key_values=OffsetCache())
+        model(tokens(5), **{generate_name(): OffsetCache()})
     assert calls, (
         f"The mask function registered for {attention!r} is not called: stream() cannot show queries their sinks."
     )
@@ -255,9 +478,12 @@ def test_mask_functions_are_given_what_the_cache_says(monkeypatch: pytest.Monkey
     assert calls[0]["q_offset"] is offset, (
         "What Cache.get_query_offset returns no longer comes to mask functions as it is: sink_cache.masks.ChunkOffset gets lost."
     )
-    assert (calls[0]["q_length"], calls[0]["kv_length"]) == (5, 5)
+    assert (calls[0]["q_length"], calls[0]["kv_length"]) == (5, 5), (
+        "Mask functions are no longer given the number of queries and of keys as q_length and kv_length: sink_cache.masks."
+    )
 
 
+@guards("mask_functions")
 @torch.no_grad()
 def test_attention_gets_no_mask_where_the_mask_function_makes_none() -> None:
     model, masks = tiny_model("llama"), []
@@ -269,8 +495,11 @@ def test_attention_gets_no_mask_where_the_mask_function_makes_none() -> None:
     AttentionInterface.register("assumed_maskless", attention)
     AttentionMaskInterface.register("assumed_maskless", lambda **_: None)
     model.set_attn_implementation("assumed_maskless")
-    model(tokens(5), past_key_values=StaticCache(config=model.config, max_cache_len=8))
-    assert len(masks) == 3, "The attention function of a model is no longer called for each layer."
+    model(tokens(5), **{generate_name(): StaticCache(config=model.config, max_cache_len=8)})
+    assert len(masks) == 3, (
+        "The attention function that AttentionInterface has for a model is no longer called for each layer, so that nothing "
+        "can be said of masks."
+    )
     assert all(mask is None for mask in masks), (
         "A mask function that returns None no longer leaves the mask out: endless steps of a full cache rely on that."
     )
@@ -299,117 +528,344 @@ def test_generate_keeps_its_prompt_in_a_local(llama: PreTrainedModel) -> None:
 # --- compiling ---
 
 
+@guards("would_compile", "compiled_forward")
 @torch.no_grad()
 def test_generate_can_be_asked_whether_and_how_it_compiles(llama: PreTrainedModel) -> None:
-    cache = StaticCache(config=llama.config, max_cache_len=16)
+    kwargs = {generate_name(): StaticCache(config=llama.config, max_cache_len=16)}
     everywhere = CompileConfig(backend="eager", fullgraph=False)
     everywhere._compile_all_devices = True
-    (generate_name,) = names_of(GenerationMixin.prepare_inputs_for_generation)
     choices = ({}, {"compile_config": everywhere}, {"compile_config": everywhere, "disable_compile": True})
     with assumed(
-        "model._valid_auto_compile_criteria no longer says whether generate() would compile: endless steps ask it."
+        "model._valid_auto_compile_criteria(model_kwargs, generation_config) no longer says whether generate() would compile: "
+        "endless() asks it (internals.would_compile)."
     ):
         configs = [GenerationConfig(**choice) for choice in choices]
-        criteria = [llama._valid_auto_compile_criteria({generate_name: cache}, config) for config in configs]
-        assert criteria == [False, True, False]
-    with assumed("model.get_compiled_call no longer gives the model's forward, compiled: endless steps run with it."):
+        assert [llama._valid_auto_compile_criteria(kwargs, config) for config in configs] == [False, True, False]
+    with assumed(
+        "model.get_compiled_call(compile_config) no longer gives the model's forward, compiled: steps of endless() run with it "
+        "(internals.compiled_forward)."
+    ):
         compiled = llama.get_compiled_call(everywhere)
         logits = compiled(tokens(4), position_ids=torch.arange(4)[None]).logits
         assert torch.allclose(logits, llama(tokens(4)).logits, atol=1e-5)
-    assert hasattr(torch.compile(llama), "_orig_mod"), (
-        "A module from torch.compile no longer has the original as _orig_mod, which sink_cache.verify examines."
+
+
+@guards("without_compiler")
+def test_a_compiled_module_has_the_original(llama: PreTrainedModel) -> None:
+    assert getattr(torch.compile(llama), "_orig_mod", None) is llama, (
+        "A module from torch.compile no longer has the original as _orig_mod, which verify() examines "
+        "(internals.without_compiler)."
     )
 
 
 # --- cache layers ---
 
 
+@guards("layers_of", "transformers.cache_utils")
 def test_a_dynamic_cache_knows_the_layers_of_a_config() -> None:
     def kinds(model_type: str) -> list[type]:
         return [type(layer) for layer in DynamicCache(config=tiny_model(model_type).config).layers]
 
     says = (
         "DynamicCache(config=config).layers no longer has one layer of the known class for each layer of the model: it decides "
-        "which layers a SinkWindowCache replaces (twin.bounded_layers)."
+        "which layers a SinkWindowCache replaces (internals.layers_of, twin.bounded_layers)."
     )
-    assert kinds("llama") == [DynamicLayer] * 3, says
-    assert set(kinds("gemma3_text")) == {DynamicLayer, DynamicSlidingWindowLayer}, says
-    assert set(kinds("mistral")) == {DynamicSlidingWindowLayer}, says
-    assert LinearAttentionAndFullAttentionLayer in kinds("zamba2"), says
-    assert DynamicLayer.__module__ == "transformers.cache_utils", says
+    assert kinds("llama") == [cache_utils.DynamicLayer] * 3, says
+    assert set(kinds("gemma3_text")) == {cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer}, says
+    assert set(kinds("mistral")) == {cache_utils.DynamicSlidingWindowLayer}, says
+    assert set(kinds("lfm2")) == {cache_utils.LinearAttentionLayer, cache_utils.DynamicLayer}, says
+    assert set(kinds("zamba2")) == {
+        cache_utils.LinearAttentionLayer,
+        cache_utils.LinearAttentionAndFullAttentionLayer,
+    }, says
 
 
+@guards("layer_class_is_known")
+def test_layers_of_one_model_alone_are_defined_elsewhere() -> None:
+    general = cache_utils.DynamicLayer.__module__
+    modules = {
+        model_type: {type(layer).__module__ for layer in DynamicCache(config=tiny_model(model_type).config).layers}
+        for model_type in ("llama", "gemma3_text", "zamba2", "deepseek_v4", "minimax_m3_vl_text")
+    }
+    of_one_model = [model_type for model_type, found in modules.items() if found != {general}]
+    assert of_one_model == ["deepseek_v4", "minimax_m3_vl_text"], (
+        f"It is no longer so that general cache layers are defined in {general}, and those that one model alone "
+        "has in other modules: internals.layer_class_is_known refuses the latter."
+    )
+
+
+@guards("has_indexer")
+def test_layers_with_an_index_of_every_token_can_be_told() -> None:
+    def have_it(model_type: str) -> set[bool]:
+        return {hasattr(layer, "update_indexer") for layer in DynamicCache(config=tiny_model(model_type).config).layers}
+
+    says = (
+        "It is no longer so that the cache layers of sparse attention, and no others, have a method update_indexer: "
+        "internals.has_indexer knows by it which models a SinkWindowCache must refuse."
+    )
+    assert have_it("deepseek_v32") == have_it("glm_moe_dsa") == {True}, says
+    assert have_it("llama") == have_it("deepseek_v3") == have_it("gemma3_text") == have_it("zamba2") == {False}, says
+
+
+@guards("is_recurrent_only", "transformers.cache_utils")
+def test_recurrent_states_and_keys_can_be_told_apart() -> None:
+    kinds = {
+        cache_utils.DynamicLayer: (True, False),
+        cache_utils.DynamicSlidingWindowLayer: (True, False),
+        cache_utils.LinearAttentionLayer: (False, True),
+        cache_utils.LinearAttentionAndFullAttentionLayer: (True, True),
+    }
+    for layer_class, expected in kinds.items():
+        has = (
+            issubclass(layer_class, cache_utils.CacheLayerMixin),
+            issubclass(layer_class, cache_utils.LinearAttentionCacheLayerMixin),
+        )
+        assert has == expected, (
+            f"{layer_class.__name__} no longer says by its base classes whether it has keys (CacheLayerMixin) and a recurrent "
+            "state (LinearAttentionCacheLayerMixin): internals.is_recurrent_only, variants.py and saving.py ask for these."
+        )
+
+
+@guards("can_take_back")
+@torch.no_grad()
+def test_layers_say_whether_they_can_take_back() -> None:
+    says = (
+        "Cache layers no longer say in is_croppable whether crop can put them back as they were: internals.can_take_back asks "
+        "them, and SinkWindowCache.crop refuses recurrent states by it."
+    )
+    expected = {
+        "llama": {"DynamicLayer": True},
+        "gemma3_text": {"DynamicLayer": True, "DynamicSlidingWindowLayer": True},
+        "zamba2": {"LinearAttentionLayer": False, "LinearAttentionAndFullAttentionLayer": False},
+    }
+    for model_type, kinds in expected.items():
+        layers = DynamicCache(config=tiny_model(model_type).config).layers
+        assert {type(layer).__name__: getattr(layer, "is_croppable", None) for layer in layers} == kinds, says
+    layer = cache_utils.DynamicLayer()
+    keys = torch.randn(1, 2, 5, 16)
+    layer.update(keys, keys)
+    layer.crop(-2)
+    assert torch.equal(layer.keys, keys[:, :, :3]), says
+
+
+@guards("transformers.cache_utils")
 @torch.no_grad()
 def test_sliding_layers_hold_what_is_saved_and_moved() -> None:
     model = tiny_model("gemma3_text")
-    model(tokens(30), past_key_values=(cache := DynamicCache(config=model.config)))
-    layer = next(layer for layer in cache.layers if type(layer) is DynamicSlidingWindowLayer)
-    held = (layer.keys.shape[2], layer.values.shape[2], layer.cumulative_length, layer.sliding_window)
+    model(tokens(30), **{generate_name(): (cache := DynamicCache(config=model.config))})
+    layer = next(layer for layer in cache.layers if type(layer) is cache_utils.DynamicSlidingWindowLayer)
     window = model.config.sliding_window
-    assert held == (window - 1, window - 1, 30, window), (
+    with assumed(
         "A DynamicSlidingWindowLayer no longer keeps the last sliding_window - 1 keys and values, and counts tokens in "
-        "cumulative_length: saving.py writes these, and rebase() moves the keys."
-    )
+        "cumulative_length: saving.py writes these, and rebase() moves the keys (see the imports of internals.py)."
+    ):
+        held = (layer.keys.shape[2], layer.values.shape[2], layer.cumulative_length, layer.sliding_window)
+        assert held == (window - 1, window - 1, 30, window)
 
 
+@guards("transformers.cache_utils")
 @torch.no_grad()
 def test_layers_forget_at_reset() -> None:
     model, input_ids = tiny_model("gemma3_text"), tokens(12)
     cache = DynamicCache(config=model.config)
-    model(tokens(20, seed=5), past_key_values=cache)
+    model(tokens(20, seed=5), **{generate_name(): cache})
     cache.reset()
     with assumed(
-        "transformers' own layers no longer forget everything at reset(), as before 5.18: neither do these of ours."
+        "transformers' own layers no longer forget everything at reset(): SinkWindowCache.reset leaves sliding layers to it "
+        "(see the imports of internals.py)."
     ):
-        logits = model(input_ids, past_key_values=cache).logits
+        logits = model(input_ids, **{generate_name(): cache}).logits
         assert torch.allclose(logits, model(input_ids, use_cache=False).logits, atol=1e-5)
 
 
+@guards("transformers.cache_utils")
 @torch.no_grad()
 def test_recording_layers_take_back() -> None:
     model, input_ids = tiny_model("gemma3_text"), tokens(24)
     cache = DynamicCache(config=model.config)
-    model(input_ids[:, :20], past_key_values=cache)
+    model(input_ids[:, :20], **{generate_name(): cache})
     with assumed(
-        "transformers' own sliding layers no longer record several calls, as before 5.18, or crop(-n) no longer takes back the "
-        "last n tokens: SinkWindowCache.crop leaves them to it."
+        "transformers' own sliding layers no longer record several calls after activate_past_recording(), or crop(-n) no longer "
+        "takes back the last n tokens: SinkWindowCache.crop leaves them to it (see the imports of internals.py)."
     ):
         cache.activate_past_recording()
         for t in range(4):
-            model(tokens(1, seed=t), past_key_values=cache)
+            model(tokens(1, seed=t), **{generate_name(): cache})
         cache.crop(-4)
-        logits = model(input_ids[:, 20:], past_key_values=cache).logits
+        logits = model(input_ids[:, 20:], **{generate_name(): cache}).logits
         assert torch.allclose(logits, model(input_ids, use_cache=False).logits[:, 20:], atol=1e-5)
 
 
+@guards("transformers.cache_utils")
 def test_hybrid_layers_are_made_as_ours_make_them() -> None:
     layers = DynamicCache(config=tiny_model("zamba2").config).layers
-    theirs = next(layer for layer in layers if isinstance(layer, LinearAttentionAndFullAttentionLayer))
+    theirs = next(layer for layer in layers if isinstance(layer, cache_utils.LinearAttentionAndFullAttentionLayer))
     assert isinstance(getattr(theirs, "number_of_states", None), int), (
-        "Layers of attention beside a recurrent state no longer have number_of_states: variants.py makes ours with it."
+        "Layers of attention beside a recurrent state no longer have number_of_states: variants.py makes ours with it (see the "
+        "imports of internals.py)."
     )
+    with assumed(
+        "Layers with a recurrent state no longer take number_of_states as their first argument: variants.py makes ours with it "
+        "(see the imports of internals.py)."
+    ):
+        assert cache_utils.LinearAttentionLayer(2).number_of_states == 2
 
 
 # --- models ---
 
 
+def wrapped(wrapper: str) -> Any:
+    """A model inside another module."""
+    if wrapper == "torch.compile":
+        return torch.compile(tiny_model("llama"), backend="eager")
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    return peft.get_peft_model(tiny_model("llama"), config).eval()
+
+
+@guards("text_model")
 @MODELS
+@torch.no_grad()
 def test_the_text_decoder_is_known_by_its_config(model_type: str) -> None:
     model = tiny_model(model_type)
     config = model.config.get_text_config(decoder=True)
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is config]
-    assert parts, "No part of a model has config.get_text_config(decoder=True) for its config: discovery.text_model."
+    assert parts, (
+        "No part of a model has the object config.get_text_config(decoder=True) for its config: internals.text_model finds the "
+        "text decoder by it."
+    )
     decoder = parts[0].base_model
+    assert "logits" not in decoder(tokens(2)), (
+        "The base_model of a decoder is no longer the part without a head: internals.text_model would not find the same part "
+        "in generate() and in forward()."
+    )
     assert "position_ids" in inspect.signature(type(decoder).forward).parameters, (
-        "The base_model of a decoder is no longer what takes position_ids: the twin of a model would be refused."
+        "The base_model of a decoder is no longer what takes position_ids: the twin of a model would be refused "
+        "(internals.text_model)."
     )
     frequencies = [name for name, _ in decoder.named_buffers() if "inv_freq" in name]
     assert frequencies, (
         "Rotary frequencies are no longer buffers of the decoder: those that were changed after loading would not be noticed."
     )
+
+
+@guards("text_model")
+@pytest.mark.parametrize("wrapper", ["peft", "torch.compile"])
+def test_a_wrapper_shows_the_model_within(wrapper: str) -> None:
+    model = wrapped(wrapper)
+    within = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
+    assert within is not None, (
+        f"No module inside {wrapper} is a PreTrainedModel: internals.text_model would not find the text decoder."
+    )
+    assert getattr(model, "config", None) is within.config, (
+        f"A model inside {wrapper} no longer has its config outside, too: internals.text_model would refuse it."
+    )
+
+
+@guards("layer_index")
+@MODELS
+def test_attention_modules_know_their_layer(model_type: str) -> None:
+    model = tiny_model(model_type)
+    config = model.config.get_text_config(decoder=True)
+    decoder = next(part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is config)
     numbered = {part.layer_idx for part in decoder.modules() if isinstance(getattr(part, "layer_idx", None), int)}
     assert numbered == set(range(config.num_hidden_layers)), (
-        "Attention modules no longer have a layer_idx: SinkWindowCache.load would not know on which device a layer is."
+        "Attention modules no longer have the number of their layer as layer_idx: SinkWindowCache.load would not know on which "
+        "device a layer is (internals.layer_index)."
+    )
+
+
+@guards("transformers.models.auto.modeling_auto")
+@MODELS
+def test_the_class_of_a_model_is_in_a_mapping(model_type: str) -> None:
+    model = tiny_model(model_type)
+    config = model.config.get_text_config(decoder=True)
+    found = [
+        mapping.get(type(config), None)
+        for mapping in (modeling_auto.MODEL_MAPPING, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING)
+    ]
+    classes = {type(part) for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is config}
+    assert found[0] in {type(part.base_model) for part in model.modules() if type(part) in classes}, (
+        "MODEL_MAPPING no longer maps a text config to the class of the decoder without a head: "
+        "SinkWindowCache(config=model.config) takes the class from there (internals.class_for_config)."
+    )
+    assert found[1] is None or issubclass(found[1], PreTrainedModel), (
+        "MODEL_FOR_CAUSAL_LM_MAPPING no longer maps a config to a model class: SinkWindowCache(config=model.config) takes it "
+        "from there where MODEL_MAPPING has none (internals.class_for_config)."
+    )
+
+
+@guards("attention_of")
+@torch.no_grad()
+def test_the_attention_of_a_model_is_in_its_config(llama: PreTrainedModel) -> None:
+    calls: list[str] = []
+
+    def attention(*args: Any, **kwargs: Any) -> Any:
+        calls.append("assumed_by_config")
+        return sdpa_attention_forward(*args, **kwargs)
+
+    AttentionInterface.register("assumed_by_config", attention)
+    AttentionMaskInterface.register("assumed_by_config", AttentionMaskInterface()["sdpa"])
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")
+    assert getattr(model.config, "_attn_implementation", None) == "eager", (
+        "config._attn_implementation no longer says which attention a model has: internals.attention_of reads it, and stream() "
+        "and compileable caches refuse by it."
+    )
+    config = copy.deepcopy(llama.config)
+    config._attn_implementation = "assumed_by_config"
+    LlamaForCausalLM(config).eval()(tokens(3))
+    assert len(calls) == 3, (
+        "A model that is made from a config no longer has the attention of config._attn_implementation: internals.set_attention "
+        "chooses that of a twin."
+    )
+
+
+@guards("device_of")
+def test_offloaded_modules_say_where_they_compute() -> None:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = accelerate.cpu_offload(tiny_model("llama"), execution_device=torch.device("cpu"))
+    offloaded = [part for part in model.modules() if any(w.is_meta for w in part.parameters(recurse=False))]
+    assert offloaded, (
+        'accelerate no longer leaves weights that it offloads on the device "meta": internals.device_of knows them by that.'
+    )
+    devices = [getattr(getattr(part, "_hf_hook", None), "execution_device", None) for part in offloaded]
+    assert set(devices) == {torch.device("cpu")}, (
+        "A module with offloaded weights no longer has a hook _hf_hook with its execution_device: internals.device_of would not "
+        "know where the states of a layer belong."
+    )
+
+
+# --- are these all? ---
+
+
+def assumptions(source: str) -> set[str]:
+    """What in a module has a "Relies on": the names of definitions, and for the comment of an import the imported module."""
+    statements = ast.parse(source).body
+    names = set()
+    for number, line in enumerate(source.splitlines(), start=1):
+        if "Relies on:" in line:
+            # A comment belongs to the statement after it.
+            statement = next(s for s in statements if s.end_lineno is not None and s.end_lineno >= number)
+            name = getattr(statement, "name", None) or getattr(statement, "module", None)
+            assert name, (
+                f"internals.py:{number}: a Relies on belongs to a definition, or to an import, which it stands before"
+            )
+            names.add(name)
+    return names
+
+
+def test_every_assumption_is_guarded_and_every_guard_has_one() -> None:
+    relying = assumptions(INTERNALS.read_text())
+    assert len(relying) > 20
+    unguarded = sorted(relying - GUARDED.keys())
+    assert not unguarded, (
+        f"internals.py says what {', '.join(unguarded)} relies on, and no test of this file @guards it: the next release of "
+        "transformers could break it and nobody would be told what."
+    )
+    unknown = {name: tests for name, tests in GUARDED.items() if name not in relying}
+    assert not unknown, (
+        f"There is nothing in internals.py by these names that relies on anything: {unknown} @guards them."
     )
 
 

@@ -5,33 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from examples.chat import Chat, main
 
-from .families import VOCAB, tiny_model
+from .families import tiny_model
 from .oracle import streamed_logits
-
-TEMPLATE = (
-    "{% for message in messages %}<start> {{ message['role'] }} {{ message['content'] }} <end> <line> {% endfor %}"
-    "{% if add_generation_prompt %}<start> assistant {% endif %}"
-)
-WORDS = ["<pad>", "<start>", "<end>", "<line>", "system", "user", "assistant", "?", "ANSWER"]
-
-
-@pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = {word: i for i, word in enumerate([*WORDS, *(f"w{i}" for i in range(len(WORDS), VOCAB))])}
-    backend = Tokenizer(WordLevel(words, unk_token="<pad>"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", unk_token="<pad>"
-    )
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
 
 
 def test_a_chat_is_one_text_whose_system_prompt_stays(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -510,10 +510,9 @@ def test_a_rebase_that_is_interrupted_is_noticed(
         ):
             with pytest.raises(ValueError, match="interrupted"):
                 go_on_anyway()
-        if model_type == "llama":  # before 5.18 transformers' own sliding layers keep zeros at reset()
-            cache.reset()
-            model(tokens(9), past_key_values=cache)
-            assert cache.get_seq_length() == 9
+        cache.reset()
+        model(tokens(9), past_key_values=cache)
+        assert cache.get_seq_length() == 9
 
 
 def test_a_rebase_moves_what_was_made_in_inference_mode() -> None:

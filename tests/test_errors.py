@@ -27,7 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sink_cache import SinkWindowCache, stream, verify
 
-from .families import tiny_model
+from .families import cache_name, tiny_model
 from .oracle import relative_error, streamed_logits
 from .test_exact import one_by_one, tokens
 
@@ -231,7 +231,7 @@ def test_a_first_call_longer_than_the_trained_context_warns() -> None:
         model(tokens(17), past_key_values=SinkWindowCache(2, 3))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
-        model(tokens(16), past_key_values=SinkWindowCache(2, 3))
+        model(tokens(16), **{cache_name(model): SinkWindowCache(2, 3)})
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sink_cache import SinkWindowCache, stream, verify
 
-from .families import FIRST_WORD, VOCAB, tiny_model
+from .families import tiny_model, tokens
 from .oracle import fresh_logits, relative_error, streamed_logits
 
 TOLERANCE = 1e-5
 # capacity 1; one slot that turns over at every step; no sinks; a window shorter, longer than the sinks; never full
 SIZES = [(0, 1), (4, 1), (0, 5), (5, 2), (2, 9), (1, 60)]
-
-
-def tokens(length: int, batch_size: int = 1, seed: int = 0) -> torch.Tensor:
-    return torch.randint(FIRST_WORD, VOCAB, (batch_size, length), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()

@@ -31,7 +31,8 @@ def test_the_tiny_model_has_every_kind_of_layer(model_type: str) -> None:
     except CannotBuild as reason:
         pytest.skip(f"not built: {reason}")
     except AttributeError as reason:
-        assert "num_hidden_layers" in str(reason)
+        if "num_hidden_layers" not in str(reason):
+            raise
         pytest.skip(f"a model of several stacks: {reason}")
     assert not missing, f"layers {missing} of the default config are of kinds that the tiny model lacks: see DEPTHS"
 

@@ -508,7 +508,6 @@ def test_what_is_recorded_does_not_grow(llama: PreTrainedModel, draft: PreTraine
         cache.crop(-2)
 
 
-@pytest.mark.skipif(not hasattr(generation_utils, "DeferredStopCheck"), reason="transformers before 5.17 stops at once")
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("stop", [2, 7, 30])  # before, at and after eviction; capacity is 12
 def test_a_stop_that_is_noticed_one_step_late(monkeypatch: pytest.MonkeyPatch, model_type: str, stop: int) -> None:

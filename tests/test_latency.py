@@ -129,8 +129,8 @@ def test_recompute_reads_the_window_anew(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("kind", [arms.StaticCompiled, arms.SinkCompiled])
 def test_a_compiled_step_gets_what_generate_passes(monkeypatch: pytest.MonkeyPatch, kind: type[Arm]) -> None:
-    # Without the 4-D mask that generate() builds outside of the graph, or with one that it builds in another way (until 5.17 from
-    # a mask of ones, then from none), another step would be measured than users get. A full sink cache has none.
+    # Without the 4-D mask that generate() builds outside of the graph, or with one that it builds in another way, another step
+    # would be measured than users get. A full sink cache has none.
     shared = bench()
     model: PreTrainedModel = shared.model
     prepared: list[dict[str, Any]] = []

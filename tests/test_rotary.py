@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from sink_cache.discovery import class_for_config
 from transformers import CohereConfig, GemmaConfig, GPTNeoXConfig, LlamaConfig, PhiConfig, Qwen3Config
 
+from sink_cache.internals import class_for_config
 from sink_cache.rotary import ForwardRotation, NotARotation, Rotation, fit_rotation, rotate
 from sink_cache.twin import position_scheme
 
