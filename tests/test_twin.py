@@ -38,7 +38,7 @@ def meanwhile(sample: Callable[[], Any]) -> Iterator[list[Any]]:
         thread.join()
 
 
-MODELS = pytest.mark.parametrize("model_type", ["llama", "qwen3_next", "bloom"])
+MODELS = pytest.mark.parametrize("model_type", ["llama", "qwen3_next", "mpt"])
 
 
 @pytest.fixture
