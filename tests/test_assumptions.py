@@ -20,13 +20,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.utils import prune
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoModel,
+    BartConfig,
+    BartForCausalLM,
+    BartForConditionalGeneration,
     CompileConfig,
     DynamicCache,
     GenerationConfig,
@@ -283,7 +288,26 @@ def test_positions_are_in_a_frame_where_none_are_given(model_type: str) -> None:
     )
 
 
-@guards("padding_mask_of_caller", "_mask_making_local")
+@guards("modules_that_use_a_cache")
+@MODELS
+@torch.no_grad()
+def test_the_attention_is_the_innermost_module_that_calls_a_cache(model_type: str) -> None:
+    model, users = tiny_model(model_type), []
+
+    def watch(method: str, frames: list[Any]) -> None:
+        owners = (frame.f_locals.get("self") for frame in frames if frame.f_code.co_varnames[:1] == ("self",))
+        if method == "update":
+            users.append(next(type(owner).__name__ for owner in owners if isinstance(owner, torch.nn.Module)))
+
+    model(tokens(3), **{cache_name(model): Watched(watch, config=model.config)})
+    rests = "live_model.py compares these modules with the twin's (internals.modules_that_use_a_cache)."
+    assert users, f"No module of attention calls Cache.update any more: {rests}"
+    assert all("Attention" in user for user in users), (
+        f"The innermost module that calls Cache.update is no longer the attention, but one of {set(users)}: {rests}"
+    )
+
+
+@guards("positions_of_caller")
 @torch.no_grad()
 def test_a_text_model_with_several_axes_keeps_them_in_a_local() -> None:
     model = tiny_multimodal("qwen2_vl.Qwen2VLForConditionalGeneration")
@@ -295,7 +319,7 @@ def test_a_text_model_with_several_axes_keeps_them_in_a_local() -> None:
         local = next((f.f_locals["position_ids"] for f in owned if f.f_locals.get("position_ids") is not None), None)
         seen[method] = local is not None and torch.equal(local, axes[1:])
 
-    model(tokens(5), position_ids=axes, past_key_values=Watched(watch))
+    model(tokens(5), position_ids=axes, **{generate_name(): Watched(watch)})
     for method in ("get_mask_sizes", "update"):
         assert seen[method], (
             f"When Qwen2-VL calls Cache.{method}, its text model no longer has the three axes of positions in a local variable "
@@ -303,6 +327,7 @@ def test_a_text_model_with_several_axes_keeps_them_in_a_local() -> None:
         )
 
 
+@guards("padding_mask_of_caller", "_mask_making_local")
 @torch.no_grad()
 def test_masks_are_sized_where_the_padding_mask_is(llama: PreTrainedModel) -> None:
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
@@ -356,6 +381,7 @@ def test_blocks_of_tokens_are_in_a_local_of_mask_makers(has_image: bool) -> None
     )
 
 
+@guards("GivenToGenerate")
 def test_generate_tells_a_cache_that_it_was_given_it(llama: PreTrainedModel) -> None:
     told: list[str] = []
 
@@ -366,7 +392,7 @@ def test_generate_tells_a_cache_that_it_was_given_it(llama: PreTrainedModel) -> 
 
     cache = Told(config=llama.config)
     told.clear()
-    llama.generate(tokens(3), past_key_values=cache, max_new_tokens=1)
+    llama.generate(tokens(3), max_new_tokens=1, **{generate_name(): cache})
     assert told[:1] == ["_is_user_defined"], (
         "generate() no longer begins by setting _is_user_defined on a cache that it was given: internals.GivenToGenerate refuses "
         "encoder-decoders there."
@@ -440,6 +466,29 @@ def test_what_generate_hands_to_nobody_is_in_its_locals(llama: PreTrainedModel) 
     )
 
 
+@guards("prompt_length")
+@torch.no_grad()
+def test_generate_keeps_its_prompt_in_a_local(llama: PreTrainedModel) -> None:
+    lengths: list[int | None] = []
+
+    def watch(method: str, frames: list[Any]) -> None:
+        if method == "get_mask_sizes":
+            prompts = [frame.f_locals.get("input_ids") for frame in frames if frame.f_code.co_name == "generate"]
+            lengths.extend(prompt.shape[1] if isinstance(prompt, torch.Tensor) else None for prompt in prompts)
+
+    options = {"prompt_lookup_num_tokens": 2, "max_new_tokens": 4, "do_sample": False}
+    llama.generate(tokens(9), **{generate_name(): Watched(watch)}, **options)
+    assert lengths, (
+        "No function called generate is among the callers of Cache.get_mask_sizes in assisted decoding: internals.prompt_length "
+        "looks there."
+    )
+    assert set(lengths) == {9}, (
+        "generate() no longer keeps the prompt in its local variable input_ids to its end: what the first call of assisted "
+        "decoding has beyond the prompt are candidates, and SinkWindowCache must be able to take them back "
+        "(internals.prompt_length)."
+    )
+
+
 # --- masks ---
 
 
@@ -502,26 +551,6 @@ def test_attention_gets_no_mask_where_the_mask_function_makes_none() -> None:
     )
     assert all(mask is None for mask in masks), (
         "A mask function that returns None no longer leaves the mask out: endless steps of a full cache rely on that."
-    )
-
-
-@torch.no_grad()
-def test_generate_keeps_its_prompt_in_a_local(llama: PreTrainedModel) -> None:
-    lengths: list[list[int]] = []
-
-    def watch(method: str, frames: list[Any]) -> None:
-        if method == "get_mask_sizes":
-            calls = [frame for frame in frames if frame.f_code.co_name == "generate"]
-            lengths.extend([frame.f_locals["input_ids"].shape[1]] for frame in calls if "input_ids" in frame.f_locals)
-
-    options = {"prompt_lookup_num_tokens": 2, "max_new_tokens": 4, "do_sample": False}
-    llama.generate(tokens(9), past_key_values=Watched(watch), **options)
-    assert lengths, (
-        "generate() no longer has a local variable input_ids: the first call of assisted decoding looks there."
-    )
-    assert all(one == [9] for one in lengths), (
-        "generate() no longer keeps the prompt in its local variable input_ids: what is more in the first call of assisted "
-        "decoding is taken for candidates."
     )
 
 
@@ -836,6 +865,167 @@ def test_offloaded_modules_say_where_they_compute() -> None:
     )
 
 
+@guards("refuse_encoder_decoder")
+def test_configs_say_who_is_an_encoder_decoder(llama: PreTrainedModel) -> None:
+    rests = "internals.refuse_encoder_decoder refuses by it."
+    options = {"d_model": 16, "vocab_size": 32, "encoder_layers": 1, "decoder_layers": 1, "decoder_ffn_dim": 16}
+    config = BartConfig(**options, encoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2)
+    assert BartForConditionalGeneration(config).config.is_encoder_decoder is True, (
+        f"The config of an encoder-decoder no longer says so in is_encoder_decoder: {rests}"
+    )
+    assert BartForCausalLM(config).config.is_encoder_decoder is False, (
+        f"A decoder that is taken out of an encoder-decoder no longer has is_encoder_decoder False in its config: {rests}"
+    )
+    assert getattr(llama.config, "is_encoder_decoder", False) is False, (
+        f"The config of a decoder no longer has is_encoder_decoder False, or leaves it out: {rests}"
+    )
+
+
+@guards("leave_dtype_open")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+def test_a_part_is_made_in_the_dtype_of_its_config(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None) -> None:
+    config, set_to = copy.deepcopy(tiny_model("llama").config), []
+    config.dtype = dtype
+    set_default = torch.set_default_dtype
+
+    def spy(default: torch.dtype) -> None:
+        set_to.append(default)
+        set_default(default)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "set_default_dtype", spy)
+        made = AutoModel.from_config(config).dtype
+    assert made == (dtype or torch.float32), (
+        "AutoModel.from_config no longer makes a model in config.dtype, or in the default dtype where that is None: a twin, "
+        "which is judged in float32, would have parts in another one (internals.leave_dtype_open)."
+    )
+    assert set_to[:1] == ([] if dtype is None else [dtype]), (
+        "AutoModel.from_config no longer sets the default dtype of the process just where config.dtype is not None: other "
+        "threads would see it while a twin is made (internals.leave_dtype_open)."
+    )
+
+
+@guards("without_wrappers")
+@pytest.mark.filterwarnings("ignore")
+def test_wrappers_have_the_module_within_by_a_known_name() -> None:
+    def wrappers() -> Iterator[tuple[str, torch.nn.Module]]:
+        yield "_orig_mod", torch.compile(torch.nn.Linear(2, 2), backend="eager")
+        yield "_checkpoint_wrapped_module", checkpoint_wrapper(torch.nn.Linear(2, 2))
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        try:
+            yield "_fsdp_wrapped_module", FullyShardedDataParallel(torch.nn.Linear(2, 2), device_id=torch.device("cpu"))
+        finally:
+            torch.distributed.destroy_process_group()
+
+    for name, wrapper in wrappers():
+        paths = [path for path, _ in torch.nn.Sequential(wrapper).named_modules()]
+        assert paths == ["", "0", f"0.{name}"], (
+            f"A {type(wrapper).__name__} no longer has the module within as {name}: live_model.py would miss modules of a "
+            "wrapped model at the paths that its twin has (internals.without_wrappers)."
+        )
+
+
+@guards("is_of_library")
+@torch.no_grad()
+def test_hooks_show_which_library_made_them() -> None:
+    says = (
+        "show in its globals, or by its class, that {} made it: internals.is_of_library, and models would be refused."
+    )
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")
+    model(tokens(3), output_attentions=True)
+    hooks = [hook for part in model.modules() for hook in part._forward_hooks.values()]
+    assert hooks, (
+        "transformers records outputs without hooks now: this test shows nothing, and needs another hook of theirs."
+    )
+    homes = {hook.__globals__["__name__"].partition(".")[0] for hook in hooks}
+    assert homes == {"transformers"}, f"A hook that records outputs does not {says.format('transformers')}"
+    linear = prune.l1_unstructured(torch.nn.Linear(2, 2), "weight", amount=0.5)
+    (hook,) = linear._forward_pre_hooks.values()
+    home = getattr(hook, "__globals__", {}).get("__name__") or type(hook).__module__
+    assert home.startswith("torch."), f"A hook of pruning does not {says.format('torch')}"
+
+
+@guards("is_of_library")
+def test_a_wrapping_function_keeps_its_own_globals() -> None:
+    def patched(*args: Any, **kwargs: Any) -> Any: ...
+
+    wrapping = functools.wraps(LlamaForCausalLM.forward)(patched)
+    assert wrapping.__module__.startswith("transformers."), (
+        "functools.wraps no longer copies __module__, so that a function's globals need not be asked (internals.is_of_library)."
+    )
+    assert wrapping.__globals__["__name__"] == __name__, (
+        "A function that wraps another no longer keeps its own globals: live_model.py would take anybody's patch of a forward "
+        "for the library's (internals.is_of_library)."
+    )
+
+
+@guards("forward_before_libraries", "is_of_library")
+def test_accelerate_keeps_the_forward_before_its_own() -> None:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    rotary = tiny_model("llama").model.rotary_emb
+    accelerate.hooks.add_hook_to_module(rotary, accelerate.hooks.ModelHook())
+    says = (
+        "accelerate no longer keeps a module's forward as _old_forward beneath a partial function of its own: live_model.py "
+        "would refuse offloaded models (internals.forward_before_libraries)."
+    )
+    assert isinstance(rotary.forward, functools.partial), says
+    assert rotary.forward.func.__globals__["__name__"].startswith("accelerate."), says
+    assert getattr(rotary._old_forward, "__func__", None) is type(rotary).forward, says
+
+
+@guards("forward_before_libraries")
+def test_a_compiled_forward_keeps_the_one_before() -> None:
+    rotary = tiny_model("llama").model.rotary_emb
+    forward = torch.compile(rotary.forward, backend="eager")
+    assert not inspect.ismethod(forward)  # or it would be no example
+    while forward is not None and not inspect.ismethod(forward):
+        within = getattr(forward, "_torchdynamo_orig_callable", None)
+        forward = getattr(forward, "__wrapped__", None) if within is None else within
+    assert getattr(forward, "__func__", None) is type(rotary).forward, (
+        "A compiled function no longer has the one before as _torchdynamo_orig_callable, perhaps within a function that has it "
+        "as __wrapped__: live_model.py would refuse a model with a compiled forward (internals.forward_before_libraries)."
+    )
+
+
+@guards("virtual_tokens", "finds_cache")
+@pytest.mark.parametrize("kind", ["PREFIX_TUNING", "PROMPT_TUNING"])
+def test_peft_shows_that_it_gives_virtual_tokens(kind: str) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.get_peft_config({"peft_type": kind, "task_type": "CAUSAL_LM", "num_virtual_tokens": 3})
+    model = peft.get_peft_model(tiny_model("llama"), config).eval()
+    found: list[Any] = []
+
+    def look(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        found.append(vars(model.get_base_model()).get("prepare_inputs_for_generation"))
+        return scores
+
+    def generate() -> None:
+        model.generate(input_ids=tokens(3), max_new_tokens=1, logits_processor=[look])
+
+    generate()
+    rests = "SinkWindowCache would not refuse virtual tokens that it cannot keep (internals.virtual_tokens)."
+    assert getattr(found[0], "__self__", None) is model, (
+        "While PEFT generates, the model within no longer has the wrapper's method prepare_inputs_for_generation on its "
+        f"instance: {rests}"
+    )
+    active = getattr(model, "active_peft_config", None)
+    assert getattr(active, "is_prompt_learning", None) is True, (
+        f"PEFT's wrapper no longer says in active_peft_config.is_prompt_learning that it gives virtual tokens: {rests}"
+    )
+    assert active.peft_type.value == kind, f"active_peft_config.peft_type no longer names the method {kind}: {rests}"
+    assert {"cache", "past_key_values"} & set(found[0].__func__.__code__.co_consts), (
+        "PEFT's prepare_inputs_for_generation no longer looks the cache up by its name: internals.finds_cache would take it for "
+        "a PEFT that feeds virtual tokens at every step."
+    )
+    with model.disable_adapter():
+        generate()
+    assert getattr(getattr(found[1], "__self__", None), "active_peft_config", None) is None, (
+        "While an adapter is disabled, the model within still has the method of PEFT's wrapper: SinkWindowCache would refuse a "
+        "model that has no virtual tokens then (internals.virtual_tokens)."
+    )
+
+
 # --- are these all? ---
 
 
@@ -867,37 +1057,3 @@ def test_every_assumption_is_guarded_and_every_guard_has_one() -> None:
     assert not unknown, (
         f"There is nothing in internals.py by these names that relies on anything: {unknown} @guards them."
     )
-
-
-@MODELS
-@torch.no_grad()
-def test_the_attention_is_the_innermost_module_that_calls_a_cache(model_type: str) -> None:
-    model, users = tiny_model(model_type), []
-
-    def watch(method: str, frames: list[Any]) -> None:
-        owners = (frame.f_locals.get("self") for frame in frames if frame.f_code.co_varnames[:1] == ("self",))
-        if method == "update":
-            users.append(next(type(owner).__name__ for owner in owners if isinstance(owner, torch.nn.Module)))
-
-    model(tokens(3), **{cache_name(model): Watched(watch, config=model.config)})
-    assert users, "attention no longer calls Cache.update"
-    assert all("Attention" in user for user in users), f"the innermost module that calls Cache.update is {set(users)}"
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
-def test_a_part_is_made_in_the_dtype_of_its_config(dtype: torch.dtype | None) -> None:
-    config = copy.deepcopy(tiny_model("llama").config)
-    config.dtype = dtype
-    made = AutoModel.from_config(config).dtype
-    assert made == (dtype or torch.float32), (
-        "AutoModel.from_config no longer takes config.dtype as None for the default"
-    )
-
-
-def test_accelerate_keeps_the_forward_before_its_own() -> None:
-    rotary = copy.deepcopy(tiny_model("llama").model.rotary_emb)
-    accelerate.hooks.add_hook_to_module(rotary, accelerate.hooks.ModelHook())
-    sentence = "accelerate no longer keeps a module's forward as _old_forward beneath a partial function of its own"
-    assert isinstance(rotary.forward, functools.partial), sentence
-    assert rotary.forward.func.__globals__["__name__"].startswith("accelerate."), sentence
-    assert rotary._old_forward.__func__ is type(rotary).forward, sentence

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -85,6 +86,8 @@ def test_other_threads_may_log(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("sink_cache.twin._remembered", {})
     handler, log = Kept(), logging.getLogger("transformers.models.llama")
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()  # the benchmarks, which other tests run in this process, set it to errors
     transformers_logging.add_handler(handler)
     try:
         count = 0
@@ -93,11 +96,14 @@ def test_other_threads_may_log(monkeypatch: pytest.MonkeyPatch) -> None:
             nonlocal count
             count += 1
             log.warning("%d", count)
+            time.sleep(0.001)  # a thread that never waits makes the other one take twenty times as long
 
         with meanwhile(sample):
             one_by_one(tiny_model("llama"), tokens(3), SinkWindowCache(1, 2))
     finally:
         transformers_logging.remove_handler(handler)
+        transformers_logging.set_verbosity(verbosity)
+    assert count > 20
     assert [record.getMessage() for record in records] == [str(i + 1) for i in range(count)]
     assert not handler.filters
 
