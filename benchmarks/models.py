@@ -40,6 +40,17 @@ def _llama_2_7b() -> LlamaConfig:
     return LlamaConfig(max_position_embeddings=4096, rms_norm_eps=1e-5)
 
 
+def _llama_3_8b() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=128256,
+        intermediate_size=14336,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+    )
+
+
 def _smollm2_135m() -> LlamaConfig:
     return LlamaConfig(
         hidden_size=576,
@@ -76,6 +87,7 @@ SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
     "pythia-2.8b": partial(_pythia, 2560, 32, 32),
     "pythia-6.9b": partial(_pythia, 4096, 32, 32, 50432),
     "llama-2-7b": _llama_2_7b,
+    "llama-3-8b": _llama_3_8b,
     "smollm2-135m": _smollm2_135m,
     "llama-tiny": _llama_tiny,
 }

@@ -15,7 +15,8 @@ import torch
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from . import saving
-from .calls import Calls
+from .caller import Call, look_at_caller
+from .checks import CallChecks
 from .fed import FedText
 from .internals import (
     DynamicSlidingWindowLayer,
@@ -35,13 +36,15 @@ from .internals import (
     virtual_tokens,
     virtual_tokens_in_cache,
 )
-from .layers import kinds_of_layers, layers_for
+from .layers import RingLayer, StaticSinkWindowLayer
 from .live_model import accept, refuse_changed
-from .masks import KNOWN_TO, ChunkOffset, NoMask, register_mask_functions
-from .ring import SharedStorage, SinkWindowLayer, share_storage
-from .rotary import move_in_place
-from .static import StaticSinkWindowLayer
-from .twin import CannotStream, Learned, PositionScheme, learn
+from .masks import KNOWN_TO, ChunkOffset, RowsOffset, StepOffset, register_mask_functions
+from .reference import CannotStream, streaming_error
+from .rotary import ForwardRotations
+from .state import DeviceStreamState, PerRow, StreamState
+from .storage import SharedStorage, share_storage
+from .twin import Learned, PositionScheme, learn
+from .variants import kinds_of_layers, layers_for
 
 _LARGEST_TABLE = 2**20  # numbers in a buffer
 _MODEL_SIZES = ("model_type", "hidden_size", "num_attention_heads", "num_key_value_heads")
@@ -75,7 +78,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
             cache, the steps that follow have no masks (with `sdpa`), and a graph of their own, as those have that follow a
             prompt of less than `n_sink` tokens. Each pair of sizes, batch size and dtype is compiled by itself, too, and
             torch keeps eight graphs for a model (`torch._dynamo.config.recompile_limit`); what is beyond runs uncompiled.
-            No padded batches, no `crop`.
+            Left-padded rows share one graph, whenever each of them fills up. No `crop`.
         config (`PreTrainedConfig`, *optional*): the model's config. Only needed where the calling model cannot be
             seen, as in a compiled first call.
 
@@ -108,19 +111,22 @@ class SinkWindowCache(GivenToGenerate, Cache):
             raise TypeError(f"compileable must be True or False, but is {compileable!r}")
         self.n_sink, self.window, self.capacity = n_sink, window, n_sink + window
         self.compileable = compileable
+        self._state: StreamState = DeviceStreamState() if compileable else StreamState()
         self._scheme: PositionScheme | None = None
-        self._kinds: list[tuple[type, int | None]] = []  # of layers that a DynamicCache has for the model
+        self._kinds: list[tuple[type, int | None]] = []  # of layers that transformers has for the model
         self._model_sizes: dict[str, Any] = {}
-        self._looks = True
+        self._attention = ""  # the model's attention implementation
+        self._looks = True  # at the caller, for the model
         self._measures = False  # whether it is exact on a model, which may be changed on its instance: for `verify`
-        self._prepared_for: weakref.ref[PreTrainedModel] | None = None  # the text model that last was looked at
-        self._rings: list[SinkWindowLayer] = []  # those of the layers that are ours
-        self._first = 0  # the index of the first layer that takes in tokens: of ours, or natively sliding
-        self._calls = Calls()
-        self._exact = False
-        self._no_mask: NoMask | None = None  # see `leave_out_masks_if_full`
+        self._model: weakref.ref[PreTrainedModel] | None = None  # the text model that last was looked at
         self.fed_text: FedText | None = None
+        self._rings: list[RingLayer] = []  # those of the layers that are ours
+        # The indices of the first and last layer that take in tokens: of ours, or natively sliding.
+        self._first = self._last = 0
+        self._checks = CallChecks([], self._state)
+        self._step_offset: StepOffset | None = None
         self._chunk_offsets: dict[bool, ChunkOffset] = {}  # of layers that are sliding, and that are not
+        self._is_step = False  # the call that is under way is a step of a static ring
         super().__init__(layers=[])
         if config is not None:
             if not isinstance(config, PreTrainedConfig):
@@ -128,7 +134,8 @@ class SinkWindowCache(GivenToGenerate, Cache):
             model_class, text_config = class_for_config(config)
             self._make_layers(text_config, _learned_of(model_class, text_config, {})[0])
 
-    # The layers depend on the model, and the model shows itself only when it first uses the cache, so look then.
+    # --- layers: they depend on the model, and the model shows itself only when it first uses the cache ---
+
     @property
     def layers(self) -> list[Any]:
         """One cache layer for each layer of the model; empty until a model has used the cache."""
@@ -144,8 +151,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
         reason="a SinkWindowCache cannot see the model from inside a full graph: pass SinkWindowCache(..., config=model.config)"
     )
     def _look_for_the_model(self) -> None:
-        model = calling_model() if self._looks else None
-        if model is not None:
+        if self._looks and (model := look_at_caller().model) is not None:
             self.prepare_for(model)
 
     def _refuse_generate(self) -> None:
@@ -155,7 +161,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
     def _look_if_not_begun(self) -> None:
         # The cache may have been prepared for another model: by config=, or in its life before a reset. What a forward asks
         # first is asked before masks are made, and before recurrent layers keep anything.
-        if not torch.compiler.is_compiling() and not self._calls.begun:
+        if not torch.compiler.is_compiling() and not self._state.begun:
             self._look_for_the_model()
 
     @property
@@ -186,7 +192,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
             )
         if (scheme := self._scheme_if_other(text)) is not None:
             self._make_layers(text.config, scheme)
-        self._prepared_for = weakref.ref(text)
+        self._model = weakref.ref(text)
 
     def _scheme_if_other(self, text: PreTrainedModel) -> PositionScheme | None:
         """How this model uses positions, if the layers are not right for it; None if they are."""
@@ -196,18 +202,17 @@ class SinkWindowCache(GivenToGenerate, Cache):
         fits = bool(self._layers) and scheme.agrees_with(self._scheme) and self._kinds == kinds_of_layers(text.config)
         return None if fits else scheme
 
-    def _refuse_another_model(self) -> None:
+    def _refuse_another_model(self, model: PreTrainedModel | None) -> None:
         """In the middle of a text: its keys rotate in the way of the model that made them."""
-        model = calling_model() if self._looks else None
         text = None if model is None else text_model(model)
-        if text is None or (self._prepared_for is not None and self._prepared_for() is text):
+        if text is None or (self._model is not None and self._model() is text):
             return
         if self._scheme_if_other(text) is not None:
             raise ValueError(
                 f"this cache holds {self.get_seq_length()} tokens of another model than this {type(text).__name__}. Use one "
                 "cache for each model, or call reset()."
             )
-        self._prepared_for = weakref.ref(text)
+        self._model = weakref.ref(text)
 
     def prepare_to_measure(self, model: PreTrainedModel) -> None:
         """As `prepare_for`, but the model may have been changed on its instance: whether the cache is exact will be seen."""
@@ -220,100 +225,137 @@ class SinkWindowCache(GivenToGenerate, Cache):
         self._looks = False
 
     def _make_layers(self, config: PreTrainedConfig, scheme: PositionScheme) -> None:
-        recording = any(ring.record_past for ring in self._rings)
-        self._layers = layers_for(config, scheme, self.n_sink, self.window, compileable=self.compileable)
-        self._rings = [layer for layer in self._layers if isinstance(layer, SinkWindowLayer)]
-        for ring in self._rings:
-            ring.exact_chunks, ring.record_past = self._exact, recording
-        self._no_mask = None
+        self._layers = layers_for(config, scheme, self.n_sink, self.window, self._state)
+        self._rings = [layer for layer in self._layers if isinstance(layer, RingLayer)]
         if self.compileable:
             register_mask_functions()  # before there are graphs, which would be made anew
-        self._scheme, self._kinds = scheme, kinds_of_layers(config)
+        self._scheme, self._kinds, self._attention = scheme, kinds_of_layers(config), attention_of(config)
         self._model_sizes = {name: getattr(config, name, None) for name in _MODEL_SIZES}
-        self._calls = Calls(
+        self._checks = CallChecks(
             self._layers,
+            self._state,
             scheme.takes_masks,
             getattr(config, "max_position_embeddings", None),
             in_chunks=getattr(config, "attention_chunk_size", None) is not None,
         )
-        self._first = self._layers.index(self._calls.ends[0])
+        takes_tokens = [isinstance(layer, (RingLayer, DynamicSlidingWindowLayer)) for layer in self._layers]
+        self._first = takes_tokens.index(True)
+        self._last = len(takes_tokens) - 1 - takes_tokens[::-1].index(True)
+        self._show_all_slots(False)
+
+    # --- a call of the model ---
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores the new keys and values of one layer and returns those to attend to; see `SinkWindowLayer.update`."""
-        layers = self._layers
+        """Stores the new keys and values of one layer and returns those to attend to; see `RingLayer.update`."""
+        is_static_step = self._is_static_step(key_states, layer_idx)
         attended: tuple[torch.Tensor, torch.Tensor]
-        is_static_step = (
-            (self.compileable and key_states.shape[2] == 1 and self._calls.begun and layers[layer_idx].is_initialized)
-            and not layers[self._first].positions.unfinished
-            and (torch.compiler.is_compiling() or layer_idx != self._first or not self._calls.must_read_positions())
-        )
         if torch.compiler.is_compiling():
-            if is_static_step:
-                attended = layers[layer_idx].update(key_states, value_states)
-            else:
+            if not is_static_step:
                 attended = self._outside_of_graphs(self.update, key_states, value_states, layer_idx, *args, **kwargs)
-            return attended
-        try:
-            layer = layers[layer_idx] if is_static_step else self._layer_for(key_states, value_states, layer_idx)
-            attended = layer.update(key_states, value_states, *args, **kwargs)
-        except BaseException:
-            self._end_refused_call(layer_idx)
-            raise
-        if self.compileable and key_states.shape[2] > 1 and layer is self._rings[-1]:
-            self.leave_out_masks_if_full()
+                return attended
+            attended = self._layers[layer_idx].update(key_states, value_states)
+        else:
+            try:
+                is_read = not is_static_step or (layer_idx == self._first and self._checks.must_read_positions())
+                if is_read and (layer_idx == self._first or not self._state.unfinished):
+                    self._begin_call(key_states, value_states)
+                attended = self._layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+            except BaseException as reason:
+                is_refusal = isinstance(reason, (IndexError, NotImplementedError, TypeError, ValueError))
+                # What came in the middle of a layer's work may have left it half-changed. A step may be repeated.
+                self._state.unfinished |= not is_refusal and not is_static_step
+                self._end_refused_call(layer_idx)
+                raise
+        if layer_idx == self._last:
+            self._end_call(key_states.shape[2], is_static_step or self._is_step)
+        elif not is_static_step:
+            self._state.unfinished = True
         return attended
 
-    def _layer_for(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> Any:
-        """The layer that takes in these tokens, when all has been done that comes before."""
+    def _is_static_step(self, key_states: torch.Tensor, layer_idx: int) -> bool:
+        """Whether a layer takes in one token of a text that has begun, with shapes that never change."""
+        is_one_token = self.compileable and key_states.shape[2] == 1
+        return (
+            is_one_token and self._state.begun and not self._state.unfinished and self._layers[layer_idx].is_initialized
+        )
+
+    def _begin_call(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """All that has to be right before the first layer takes in the tokens of a call."""
         if not self._layers and not self.layers:
             raise ValueError(
                 "this SinkWindowCache cannot see a transformers model among its callers. Pass "
                 "SinkWindowCache(..., config=model.config)."
             )
-        if layer_idx == self._first or not self._calls.begun:
-            self._begin_call(key_states, value_states)
-        layer = self._layers[layer_idx]
-        if not self.compileable and isinstance(layer, SinkWindowLayer) and layer.storage is None and layer.position:
-            share_storage(self._rings)
-        return layer
-
-    def _begin_call(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """All that has to be right before the first layer takes in the tokens of a call."""
-        first, new_tokens = self._rings[0], key_states.shape[2]
-        seen = first.get_seq_length()
-        self._calls.refuse_interrupted()
-        is_step = seen > max((0, *first.pads)) and new_tokens == 1
+        state, new_tokens = self._state, key_states.shape[2]
+        self._checks.refuse_interrupted()
+        if state.recording and (state.padded or len(state.counts) > 1):
+            raise NotImplementedError("stream() and assisted decoding do not support padded batches.")
+        state.hold()
+        goes_on = state.begun and new_tokens == 1 and min(state.counts) > 0
         # A ring that is the first to see them checks the tensors of a step itself.
-        if not is_step or first is not self._layers[self._first]:
-            self._calls.refuse_other_tensors(key_states, value_states, seen)
-        if is_step and not self.compileable and not self._calls.must_read_positions():  # else `update` has asked
-            return
-        if seen == 0:
-            prepared, pads = self._layers, first.pads
-            self._look_for_the_model()
-            if self._layers is not prepared and self._has_recurrent_layers(self._first):
-                raise ValueError(
-                    "this cache was made for another model, and recurrent layers of this one have used it already. Make a new "
-                    "SinkWindowCache for each model."
-                )
-            self._calls.set_pads(pads)
-        else:
-            self._refuse_another_model()
-        offsets, self._chunk_offsets = self._chunk_offsets, {}
-        self._calls.begin(new_tokens, offsets, looks=self._looks)
-        if self._rings[0].record_past:
-            self._record(new_tokens)
+        if not goes_on or self._rings[0] is not self._layers[self._first]:
+            self._checks.refuse_other_tensors(key_states, value_states)
+        self._is_step = self.compileable and new_tokens == 1 and self._rings[0].is_initialized
+        if not goes_on or self.compileable or self._checks.must_read_positions():  # a static step was asked before
+            call = look_at_caller(for_model=self._looks)
+            if state.fed == 0:
+                if state.recording and new_tokens > self.capacity and not state.prompt:
+                    raise NotImplementedError(
+                        f"the first call after activate_past_recording() has {new_tokens} tokens, and the cache holds "
+                        f"{self.capacity}. It cannot know which of them may have to be taken back: feed the prompt before you "
+                        "activate recording, or use a larger window."
+                    )
+                self._begin_text(call)
+            else:
+                self._refuse_another_model(call.model)
+            offsets, self._chunk_offsets = self._chunk_offsets, {}
+            self._checks.begin(call, new_tokens, offsets)
+        if not self.compileable and state.fed:
+            if any(ring.storage is None for ring in self._rings):
+                share_storage(self._rings)
+            if state.recording and new_tokens > 1:
+                for storage in self._storages():
+                    storage.record(new_tokens)
+        if self._is_step:
+            state.let_go()  # a step counts on the devices
 
-    def _has_recurrent_layers(self, last: int) -> bool:
-        return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self._layers[: last + 1])
+    def _begin_text(self, call: Call) -> None:
+        prepared = self._layers
+        if call.model is not None:
+            self.prepare_for(call.model)
+        if self._layers is not prepared and self._has_recurrent_layers(self._first):
+            raise ValueError(
+                "this cache was made for another model, and recurrent layers of this one have used it already. Make a new "
+                "SinkWindowCache for each model."
+            )
+
+    def _end_call(self, new_tokens: int, is_step: bool) -> None:
+        state = self._state
+        if is_step and not any(state.skips or ()):
+            state.step()
+        else:
+            state.advance(new_tokens)
+        if state.unfinished:
+            state.unfinished = False
+        if self.compileable and new_tokens > 1:
+            self.leave_out_masks_if_full()
 
     def _end_refused_call(self, layer_idx: int) -> None:
+        self._state.let_go()
+        if not self._state.fed:
+            self._state.forget_start()
         if self._has_recurrent_layers(layer_idx):
-            self._calls.abandon()  # these have taken in the tokens already
+            self._state.unfinished = True  # these have taken in the tokens already
         if self._looks and generate_call():
-            self._stop_recording()  # which generate() begins anew in each call that needs it
+            self._state.recording = False  # which generate() begins anew in each call that needs it
+
+    def _has_recurrent_layers(self, last: int) -> bool:
+        """Whether there are layers with a recurrent state up to the one with this index."""
+        return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self._layers[: last + 1])
+
+    # --- masks ---
 
     def leave_out_masks_if_full(self) -> None:
         """With `compileable=True`: until `reset`, steps are made without masks, if every slot is filled.
@@ -321,11 +363,14 @@ class SinkWindowCache(GivenToGenerate, Cache):
         A mask costs attention its fast kernel. Not decided anew at every step, or a graph would be compiled twice in the middle
         of a text: where steps begin before the cache is full, all of them have masks.
         """
-        first = self._rings[0]
-        if isinstance(first, StaticSinkWindowLayer) and not self._calls.tokens_until_full():
-            self._no_mask = NoMask(first)
+        if self.compileable and not self._checks.tokens_until_full():
+            self._show_all_slots(True)
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, Any]:
+    def _show_all_slots(self, all_full: bool) -> None:
+        first = self._rings[0]
+        self._step_offset = StepOffset(first, all_full) if isinstance(first, StaticSinkWindowLayer) else None
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Returns `(kv_length, kv_offset)` for a layer; called by the mask-building code before any layer runs."""
         if query_length == 0:
             raise ValueError(
@@ -336,7 +381,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
             sizes: tuple[int, int] = self._outside_of_graphs(self.get_mask_sizes, query_length, layer_idx)
             return sizes
         if self.layers and not torch.compiler.is_compiling():
-            self._calls.begin_masks(padding_mask_of_caller(), query_length)
+            self._checks.before_masks(padding_mask_of_caller(), query_length)
             if query_length > 1 and not self.compileable:
                 self._expect_prompt(query_length)
             if self.compileable and shows_blocks_of_tokens():
@@ -344,36 +389,36 @@ class SinkWindowCache(GivenToGenerate, Cache):
                     "compileable=True is not possible for models that mask images by blocks: transformers looks the tokens of a "
                     "block up by their index in the whole text. Leave compileable out."
                 )
+            if query_length == 1 and self._state.may_pass(self._rings[0].max_position):
+                self._rings[0].check_positions(1)
         return super().get_mask_sizes(query_length, layer_idx)
 
     def _expect_prompt(self, new_tokens: int) -> None:
-        """Tells the rings which tokens of a first call are its prompt, where what comes after it is recorded."""
-        recorded = self._rings[0].record_past and not self.get_seq_length()
-        prompt = min(prompt_length(), new_tokens) if recorded and new_tokens > self.capacity else 0
-        for ring in self._rings:
-            ring.prompt = prompt
+        """Notes which tokens of a first call are its prompt, where what comes after it is recorded."""
+        recorded = self._state.recording and not self._state.fed and new_tokens > self.capacity
+        self._state.prompt = min(prompt_length(), new_tokens) if recorded else 0
 
-    def get_query_offset(self, layer_idx: int = 0) -> int | torch.Tensor | NoMask:  # type: ignore[override]
+    def get_query_offset(self, layer_idx: int = 0) -> int | StepOffset:  # type: ignore[override]
         """The index of the next token in masks."""
         layer = self.layers[layer_idx] if self.layers else None
-        if isinstance(layer, SinkWindowLayer) and (layer.exact_chunks or layer.record_past):
+        if isinstance(layer, RingLayer) and self._state.skips is not None:
+            return RowsOffset.of(layer)
+        if isinstance(layer, RingLayer) and self._state.chunked:
             if torch.compiler.is_compiling():
                 offset: int = self._outside_of_graphs(self.get_query_offset, layer_idx)
                 return offset
             self._chunk_offsets[layer.is_sliding] = ChunkOffset.of(layer)
             return self._chunk_offsets[layer.is_sliding]
-        if self._no_mask is not None:
-            return self._no_mask
-        if isinstance(layer, StaticSinkWindowLayer):
-            return layer.get_query_offset()
+        if self._step_offset is not None:
+            return self._step_offset
         return super().get_query_offset(layer_idx)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, ever. In a compiled step of a compileable cache: the position of the next token, a tensor."""
         if self.compileable and torch.compiler.is_compiling():
-            position: int = self._layers[self._first].get_query_offset()
+            position: int = self._rings[0].counts.max()  # type: ignore[attr-defined]
             return position
-        if self._looks and not self._calls.begun and not torch.compiler.is_compiling():
+        if self._looks and not self._state.begun and not torch.compiler.is_compiling():
             self._refuse_virtual_tokens()
         return super().get_seq_length(layer_idx)
 
@@ -401,35 +446,88 @@ class SinkWindowCache(GivenToGenerate, Cache):
     def exact_chunks(self) -> Iterator[None]:
         """Within, each token of a call with several sees exactly what it would see if fed alone; see `streaming.stream`."""
         register_mask_functions()
-        self._set_exact(True)
+        self._state.exact_chunks = True
         try:
             yield
         finally:
-            self._set_exact(False)
+            self._state.exact_chunks = False
 
-    def _set_exact(self, exact: bool) -> None:
-        self._exact = exact
-        for ring in self._rings:
-            ring.exact_chunks = exact
+    @contextmanager
+    def _turn(self, skips: PerRow) -> Iterator[None]:
+        """Within, calls need no `attention_mask`: masks follow from the length of each row, for rows of any lengths.
+
+        Args:
+            skips (`PerRow`): how many of a call's tokens are padding, before the new tokens of each row.
+
+        Raises:
+            NotImplementedError: for layers other than ours, which would take in the padding, and for attention implementations
+                whose masks have other forms.
+        """
+        theirs = [type(layer).__name__ for layer in self._layers if not isinstance(layer, RingLayer)]
+        if theirs:
+            raise NotImplementedError(
+                f"rows of different lengths cannot go on in a model with a {theirs[0]}, which would take in their padding. "
+                "For natively sliding layers, compileable=True makes layers that can."
+            )
+        if self._attention not in KNOWN_TO:
+            raise NotImplementedError(
+                f"rows of different lengths cannot go on with attn_implementation {self._attention!r}: their masks are made for "
+                f"{' and '.join(KNOWN_TO)} attention. Use one of these."
+            )
+        if any(skips) and self._scheme is not None and self._scheme.chronological:
+            raise NotImplementedError(
+                "rows of different lengths cannot go on in a model that counts its keys (ALiBi), if their new tokens are padded: "
+                "it would count the padding. Feed turns of one length, or one row at a time."
+            )
+        register_mask_functions()
+        self._state.skips = skips
+        try:
+            yield
+        finally:
+            self._state.skips = None
+
+    # --- copies ---
+
+    def __copy__(self) -> SinkWindowCache:
+        copied = type(self).__new__(type(self))
+        vars(copied).update(vars(self))  # the same layers and the same stream
+        return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SinkWindowCache:
         # Copies made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
             copied = type(self).__new__(type(self))
             memo[id(self)] = copied
-            copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+            copied.__setstate__(copy.deepcopy(self._parts(), memo))
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        # A weak reference cannot be pickled; a copy looks at its model when it is used.
-        return vars(self) | {"_prepared_for": None}
+        parts = self._parts()
+        # A view would be pickled with the storage of all layers, once for each of them.
+        parts["tensors"] = [{name: tensor.clone() for name, tensor in held.items()} for held in parts["tensors"]]
+        return parts
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+    def _parts(self) -> dict[str, Any]:
+        """All that a copy is made of: plain attributes, layers without tensors, their tensors, and what was recorded."""
+        return vars(self) | {
+            "_model": None,
+            "tensors": [ring.tensors() for ring in self._rings],
+            "recorded": [storage.overwritten for storage in self._storages()],
+        }
+
+    def __setstate__(self, parts: dict[str, Any]) -> None:
+        tensors, recorded = parts.pop("tensors"), parts.pop("recorded")
+        vars(self).update(parts)
         if self.compileable:
             register_mask_functions()  # perhaps in another process
-        for storage in self._storages():
-            storage.hold_again()
+        for ring, held in zip(self._rings, tensors, strict=True):
+            if held:
+                ring.replace(held)
+        self._state.let_go()
+        if recorded:
+            share_storage(self._rings)
+        for storage, overwritten in zip(self._storages(), recorded, strict=True):
+            storage.overwritten = overwritten
 
     def __bool__(self) -> bool:
         return True  # although it has no layers before a model has used it
@@ -464,31 +562,10 @@ class SinkWindowCache(GivenToGenerate, Cache):
         if not self.layers:
             raise ValueError("activate_past_recording needs a model: pass SinkWindowCache(..., config=model.config).")
         register_mask_functions()
-        for ring in self._rings:
-            ring.record_past = True
+        self._state.recording = True
         for other in self._layers:
-            if not isinstance(other, SinkWindowLayer) and hasattr(other, "activate_past_recording"):
+            if not isinstance(other, RingLayer) and hasattr(other, "activate_past_recording"):
                 other.activate_past_recording()
-
-    def _stop_recording(self) -> None:
-        for layer in self._layers:
-            if hasattr(layer, "record_past"):
-                layer.record_past = False
-
-    def _record(self, new_tokens: int) -> None:
-        first = self._rings[0]
-        position = first.position
-        if position == 0 or new_tokens == 1:
-            if new_tokens > self.capacity and not first.prompt:
-                raise NotImplementedError(
-                    f"the first call after activate_past_recording() has {new_tokens} tokens, and the cache holds "
-                    f"{self.capacity}. It cannot know which of them may have to be taken back: feed the prompt before you "
-                    "activate recording, or use a larger window."
-                )
-            return  # nothing is overwritten, or the layers record it themselves; single tokens are recorded by their storage
-        share_storage(self._rings)
-        for storage in self._storages():
-            storage.record(position, new_tokens)
 
     def _storages(self) -> list[SharedStorage]:
         return list(dict.fromkeys(ring.storage for ring in self._rings if ring.storage is not None))
@@ -512,69 +589,63 @@ class SinkWindowCache(GivenToGenerate, Cache):
             raise TypeError(f"crop takes a number of tokens, but got {tokens_to_remove!r}") from None
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to take back, but got {tokens_to_remove}")
-        if not self._rings or not self._rings[0].position:
+        state, seen = self._state, self._state.fed
+        if not self._rings or not seen:
             return
-        first = self._rings[0]
         if any(
             isinstance(layer, LinearAttentionCacheLayerMixin) and not can_take_back(layer) for layer in self._layers
         ):
             raise self._not_supported("crop of recurrent states")
-        if not first.is_croppable:
-            if self.compileable:
-                raise self._not_supported("crop with compileable=True", _NOT_COMPILEABLE)
+        if self.compileable:
+            raise self._not_supported("crop with compileable=True", _NOT_COMPILEABLE)
+        if state.padded:
             raise self._not_supported("crop of padded batches")
-        seen, position = first.get_seq_length(), first.position + tokens_to_remove
         share_storage(self._rings)  # which has what was recorded
-        if seen + tokens_to_remove < 0:
+        left = seen + tokens_to_remove
+        if left < 0:
             raise ValueError(f"crop({tokens_to_remove}) takes back more than the {seen} tokens that there are")
         recorded = min(
-            (
-                start
-                for storage in self._storages()
-                if storage.has_recorded_until(first.position)
-                for start, *_ in storage.overwritten
-            ),
-            default=position + 1,
+            (storage.overwritten[0][0] for storage in self._storages() if storage.has_recorded_until(seen)),
+            default=left + 1,
         )
-        # Of transformers' own sliding layers: that what they show after it is there.
+        # Sliding layers of transformers must still hold every key that they need after the crop.
         too_short = any(
             isinstance(layer, DynamicSlidingWindowLayer)
             and layer.keys is not None
-            and layer.keys.shape[2] + tokens_to_remove < min(layer.sliding_window - 1, seen + tokens_to_remove)
+            and layer.keys.shape[2] + tokens_to_remove < min(layer.sliding_window - 1, left)
             for layer in self._layers
         )
-        if tokens_to_remove and (too_short or (seen > self.capacity and recorded > position)):
+        if tokens_to_remove and (too_short or (seen > self.capacity and recorded > left)):
             raise ValueError(
                 f"crop({tokens_to_remove}) cannot bring back tokens that were evicted meanwhile. Call "
                 "activate_past_recording() before feeding tokens that may have to be taken back, and feed no more than "
                 f"window = {self.window} of them (in assisted decoding: fewer candidates, or a larger window)."
             )
         for other in self._layers:
-            if not isinstance(other, SinkWindowLayer) and (tokens_to_remove or getattr(other, "record_past", True)):
+            if not isinstance(other, RingLayer) and (tokens_to_remove or getattr(other, "record_past", True)):
                 other.crop(tokens_to_remove)
         self.fed_text = None
         for storage in self._storages():
-            storage.bring_back(position)
-        for ring in self._rings:
-            ring.position = position
+            storage.bring_back(left)
+        state.fed = left
 
     # --- other rows ---
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps these rows of the batch (indices, or a mask), in this order; a row may come several times."""
         rings = [ring for ring in self._rings if ring.is_initialized]
-        if not rings or not rings[0].position:
+        if not rings or not self._state.fed:
             return
         batch_size = rings[0].values.shape[0]
         rows = torch.arange(batch_size, device=indices.device)[indices]
         for layer in self._layers:
-            if not isinstance(layer, SinkWindowLayer) or isinstance(layer, LinearAttentionCacheLayerMixin):
+            if not isinstance(layer, RingLayer) or isinstance(layer, LinearAttentionCacheLayerMixin):
                 # Not batch_select_indices, which recurrent states do not have, and which fails on a second device.
                 layer.reorder_cache(rows)
-        self._calls.select(rows)
+        self._state.select(rows.tolist())
         self.fed_text = None
         for storage in self._storages():
-            storage.select(rows.to(storage.keys.device))
+            storage.select(rows)
         for ring in rings:
             if ring.storage is None:
                 with torch.inference_mode(False):
@@ -626,27 +697,27 @@ class SinkWindowCache(GivenToGenerate, Cache):
 
         Only needed after `rebase()`; until then models count positions right by themselves.
         """
-        if not self._rings or not self._rings[0].is_initialized:
-            return torch.arange(new_tokens, device="cpu")[None]
-        first, begins = self._rings[0], self._calls.first_positions
-        if not first.pads and len(begins) == 1:
+        positions = self._state.next_positions()
+        device = self._rings[0].device if self._rings and self._rings[0].is_initialized else torch.device("cpu")
+        if len(positions) == 1:
             # Made on the device: to copy them there would be to wait for it.
-            start = begins[0] + first.position
-            return torch.arange(start, start + new_tokens, device=first.device)[None]
-        pads = torch.tensor(first.pads or (0,), device="cpu")
-        starts = torch.tensor(begins, device="cpu") - pads + first.position
-        return (starts[:, None] + torch.arange(new_tokens, device="cpu")).to(first.device)
+            return torch.arange(positions[0], positions[0] + new_tokens, device=device)[None]
+        starts = torch.tensor(positions, device="cpu")[:, None]
+        return (starts + torch.arange(new_tokens, device="cpu")).to(device)
 
     def tokens_until_full(self) -> int:
         """How many more tokens until every row of every bounded layer is full, and one-token calls need no mask."""
         self._need_a_model("tokens_until_full()")
-        return self._calls.tokens_until_full()
+        return self._checks.tokens_until_full()
 
     def tokens_between_rebases(self) -> int:
         """How many tokens may at most be fed from one `rebase()` to the next, before positions go beyond the model's last one."""
         self._need_a_model("tokens_between_rebases()")
-        furthest = max(ring.capacity for ring in self._rings) + max((0, *self._rings[0].pads))
+        furthest = self._furthest_capacity() + max(0, *self._state.starts)
         return self.max_position - furthest - self.rebase_step
+
+    def _furthest_capacity(self) -> int:
+        return max(ring.capacity for ring in self._rings)
 
     @property
     def max_position(self) -> int:
@@ -664,12 +735,12 @@ class SinkWindowCache(GivenToGenerate, Cache):
         """Moves the stream back to a lower position, as far as it goes; for loops that pass `position_ids` of their own.
 
         Rotary attention sees differences of positions only, so the window's keys can be rotated back by any number, and the
-        text goes on from there. They are moved by a multiple of `window`; call this at least `window` tokens after the last
-        time, and each key is rotated once in its life.
+        text goes on from there. Each row moves by a multiple of `window`, by as much as its own length allows. Call this at
+        least `window` tokens after the last time, and each key is rotated once in its life.
 
         Returns:
-            `int`: by how much: the next tokens' positions are `next_position_ids()`, and the positions that
-                `generate()` or `forward()` would count by themselves are wrong from now on.
+            `int`: by how much, in the row that moved furthest. The next tokens' positions are `next_position_ids()`, and the
+                positions that `generate()` or `forward()` would count by themselves are wrong from now on.
 
         Raises:
             ValueError: before a model has used the cache.
@@ -677,21 +748,29 @@ class SinkWindowCache(GivenToGenerate, Cache):
         """
         self._need_a_model("rebase()")
         assert self._scheme is not None
-        first, others = self._rings[0], self.other_layers_to_move()
-        furthest = max(ring.capacity for ring in self._rings)
-        by = max(0, first.position - furthest - max((*first.pads, 0))) // self.rebase_step * self.rebase_step
-        if by:
-            self._calls.refuse_interrupted()
+        state, step, capacity, others = (
+            self._state,
+            self.rebase_step,
+            self._furthest_capacity(),
+            self.other_layers_to_move(),
+        )
+        by = tuple(max(0, count - capacity) // step * step for count in state.counts)
+        if any(by):
+            self._checks.refuse_interrupted()
             windows = [(ring.keys[:, :, ring.n_sink :], ring.rotation) for ring in self._rings]
             windows += [(self._layers[index].keys, self._scheme.sliding[index]) for index in others]
-            with self._calls.changing_layers(), torch.inference_mode():  # in which any tensor can be written to
-                move_in_place(windows, -by)
-                for ring in self._rings:
-                    ring.lower_positions(by)
+            state.unfinished = True  # until all layers have moved
+            rotations = ForwardRotations()
+            with torch.inference_mode():  # in which any tensor can be written to
+                # One layer at a time, because float32 copies of all keys would be large.
+                for keys, rotation in windows:
+                    if not rotation.is_identity:
+                        rotations.of(rotation, keys.device).move_rows(keys, tuple(-moved for moved in by))
+                state.rebase(by)
             for storage in self._storages():
                 storage.forget_steps()
-            self._calls.positions_moved = True
-        return by
+            state.unfinished, state.moved = False, True
+        return max(by)
 
     def other_layers_to_move(self) -> list[int]:
         """The indices of transformers' own sliding layers, whose keys `rebase` moves, too.
@@ -714,10 +793,11 @@ class SinkWindowCache(GivenToGenerate, Cache):
     def reset(self) -> None:
         """Forgets all tokens."""
         super().reset()  # type: ignore[no-untyped-call]
-        self._calls.reset()
-        self._chunk_offsets, self._no_mask, self.fed_text = {}, None, None
-        self._set_exact(False)
-        self._stop_recording()
+        self._state.reset()
+        self._state.exact_chunks = self._state.recording = False
+        self._chunk_offsets, self.fed_text = {}, None
+        if self._rings:
+            self._show_all_slots(False)
 
     def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Not supported: the cache is small and stays on its device."""
@@ -739,12 +819,30 @@ def _learned_of(
 ) -> Learned:
     """What `learn` returns, with a refusal that users can read."""
     try:
-        return learn(model_class, config, buffers)
+        return learn(model_class, config, buffers, _error_of)
     except CannotStream as reason:
         raise NotImplementedError(
             f"SinkWindowCache does not support model type {config.model_type!r} ({model_class.__name__}): {reason}. "
             "Use DynamicCache with this model."
         ) from reason
+
+
+def _error_of(twin: PreTrainedModel, scheme: PositionScheme) -> float:
+    """The relative error of a small cache that believes `scheme`, on a twin."""
+    cache = SinkWindowCache(2, 2)
+    cache.prepare(twin.config, scheme)
+    return streaming_error(twin, cache, 2, 2, tokens=7, masked=scheme.takes_masks)
+
+
+def position_scheme(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, buffers: dict[str, torch.Tensor]
+) -> PositionScheme:
+    """How models of this class, config and buffers use positions; see `twin.learn`.
+
+    Raises:
+        CannotStream: with the reason.
+    """
+    return learn(model_class, config, buffers, _error_of)[0]
 
 
 def _small_buffers(text: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -764,7 +862,7 @@ def _small_buffers(text: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def tensors_of(layer: Any) -> dict[str, torch.Tensor]:
     """The states that a layer holds, ours or one of transformers' own, by name."""
-    if isinstance(layer, SinkWindowLayer):
+    if isinstance(layer, RingLayer):
         return layer.tensors()
     states = {}
     for name, value in vars(layer).items():

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -255,24 +255,48 @@ def _next_logits(
     recent: _RecentTokens,
 ) -> Generator[torch.Tensor, None, None]:
     """Logits `[batch_size, vocab_size]` of the next token, after the prompt and then after each token that was appended."""
-    mask = model_kwargs.get("attention_mask")
-    if mask is not None and mask.all():
-        mask = None
     kwargs = {**cache_kwargs(cache, model), "use_cache": True, "return_dict": True}
     if "logits_to_keep" in model_kwargs:
         kwargs["logits_to_keep"] = model_kwargs["logits_to_keep"]
-    seen = cache.get_seq_length()
-    if seen and mask is not None:
-        raise NotImplementedError("endless cannot go on with padded rows: their new tokens would have to be unpadded")
-    start = 0
-    for chunk in input_ids.split(config.prefill_chunk_size or input_ids.shape[1], dim=1):
-        stop = start + chunk.shape[1]
-        positions = cache.next_position_ids(chunk.shape[1]).to(chunk.device)
-        if not seen and "position_ids" in model_kwargs:
-            positions = model_kwargs["position_ids"][..., start:stop]
-        chunk_mask = None if mask is None else mask[:, :stop]
-        outputs = model(chunk, attention_mask=chunk_mask, position_ids=positions, **kwargs)
-        start = stop
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None and mask.all():
+        mask = None
+    if cache.get_seq_length():
+        yield _read_turn(model, cache, input_ids, mask, config, kwargs)
+        mask = None
+    else:
+        yield _read_prompt(model, cache, input_ids, mask, config, kwargs, model_kwargs.get("position_ids"))
+
+    step = _Step(model, cache, len(input_ids), input_ids.device, config, kwargs)
+    if not step.is_compiled:
+        for _ in range(cache.tokens_until_full()):
+            yield step.with_masks(recent.tokens[:, -1:], mask)
+    every = max(cache.rebase_step, min(_REBASE_EVERY, cache.tokens_between_rebases()))
+    cache.leave_out_masks_if_full()
+    try:
+        while True:
+            step.rebase()
+            for _ in range(every):
+                yield step(recent.tokens[:, -1:])
+    finally:
+        cache._state.moved = True  # and others may not know
+
+
+def _read_prompt(
+    model: PreTrainedModel,
+    cache: SinkWindowCache,
+    input_ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    config: GenerationConfig,
+    kwargs: dict[str, Any],
+    position_ids: torch.Tensor | None,
+) -> torch.Tensor:
+    """Reads the first tokens of the rows, and returns the logits of the last."""
+    for part in _parts(input_ids, config):
+        positions = cache.next_position_ids(part.stop - part.start) if position_ids is None else position_ids[..., part]
+        positions = positions.to(input_ids.device)
+        seen = None if mask is None else mask[:, : part.stop]
+        logits = model(input_ids[:, part], attention_mask=seen, position_ids=positions, **kwargs).logits
     cache.other_layers_to_move()  # which raises here, and not when the cache is full
     if cache.tokens_between_rebases() < cache.rebase_step:
         raise ValueError(
@@ -280,26 +304,37 @@ def _next_logits(
             "has. Choose a smaller window (with compileable=True one that divides the model's sliding window, or is "
             "divided by it)."
         )
-    yield outputs.logits[:, -1]
-    del outputs
+    last: torch.Tensor = logits[:, -1]
+    return last
 
-    full = cache.tokens_until_full()
-    positions = cache.next_position_ids().expand(len(input_ids), -1).to(input_ids.device).clone()
-    for _ in range(full):
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        yield model(recent.tokens[:, -1:], attention_mask=mask, position_ids=positions, **kwargs).logits[:, -1]
-        positions += 1
 
-    every = max(cache.rebase_step, min(_REBASE_EVERY, cache.tokens_between_rebases()))
-    step = _Step(model, cache, positions, config, kwargs)
-    try:
-        while True:
-            positions -= cache.rebase()
-            for _ in range(every):
-                yield step(recent.tokens[:, -1:])
-    finally:
-        cache._calls.positions_moved = True  # and others may not know
+def _read_turn(
+    model: PreTrainedModel,
+    cache: SinkWindowCache,
+    input_ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    config: GenerationConfig,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """Reads further tokens of the rows, which may have been padded before and may be padded now; see `_read_prompt`."""
+    new_mask = torch.ones(1, input_ids.shape[1], device="cpu") if mask is None else mask[:, -input_ids.shape[1] :].cpu()
+    pads = (new_mask == 0).sum(dim=1, keepdim=True)
+    rows_differ = mask is not None or cache._state.padded
+    for part in _parts(input_ids, config):
+        length = part.stop - part.start
+        skips = (pads - part.start).clamp(0, length)
+        index = (torch.arange(length, device="cpu") - skips).clamp(min=0).to(input_ids.device)
+        positions = cache.next_position_ids().to(input_ids.device) + index
+        with cache._turn(tuple(skips.flatten().tolist())) if rows_differ else nullcontext():
+            logits = model(input_ids[:, part], position_ids=positions, **kwargs).logits
+    last: torch.Tensor = logits[:, -1]
+    return last
+
+
+def _parts(input_ids: torch.Tensor, config: GenerationConfig) -> list[slice]:
+    length = input_ids.shape[1]
+    size = config.prefill_chunk_size or length
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 class _Step:
@@ -313,16 +348,19 @@ class _Step:
         self,
         model: PreTrainedModel,
         cache: SinkWindowCache,
-        positions: torch.Tensor,
+        rows: int,
+        device: torch.device,
         config: GenerationConfig,
         kwargs: dict[str, Any],
     ) -> None:
-        self.positions, self.kwargs = positions, kwargs
-        cache.leave_out_masks_if_full()
-        self.tokens = torch.empty_like(positions)
+        self.model, self.cache, self.kwargs = model, cache, kwargs
+        self.positions = cache.next_position_ids().expand(rows, -1).to(device).clone()
+        self.tokens = torch.empty_like(self.positions)
         self.forward: Any = model.__call__
         self.warm_up = -1  # steps until the graph is captured; negative for never
-        if would_compile(model, cache, config):
+        self.is_compiled = would_compile(model, cache, config)
+        if self.is_compiled:
+            cache.leave_out_masks_if_full()
             own = config.compile_config is None and {p.device.type for p in model.parameters()} == {"cuda"}
             self.forward = compiled_forward(model, CompileConfig(mode="default") if own else config.compile_config)
             if own and len({p.device for p in model.parameters()}) == 1:
@@ -330,7 +368,7 @@ class _Step:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits `[batch_size, vocab_size]`, valid until the next call."""
+        """Logits `[batch_size, vocab_size]` after one token of each row, `[batch_size, 1]`, valid until the next call."""
         self.tokens.copy_(tokens)
         if self.graph is None and self.warm_up == 0:
             self._capture()
@@ -340,8 +378,21 @@ class _Step:
         self.graph.replay()
         return self.logits
 
-    def _run(self) -> torch.Tensor:
-        outputs = self.forward(input_ids=self.tokens, position_ids=self.positions, **self.kwargs)
+    def with_masks(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Runs one step while some row is not full. Such steps need a mask."""
+        self.tokens.copy_(tokens)
+        padded = self.cache._state.padded
+        own_masks = padded and mask is None
+        with self.cache._turn((0,)) if own_masks else nullcontext():
+            return self._run(**({} if mask is None else {"attention_mask": _up_to_now(mask, self.cache)}))
+
+    def rebase(self) -> None:
+        """Moves the rows back; see `SinkWindowCache.rebase`."""
+        if self.cache.rebase():
+            self.positions.copy_(self.cache.next_position_ids())
+
+    def _run(self, **more: Any) -> torch.Tensor:
+        outputs = self.forward(input_ids=self.tokens, position_ids=self.positions, **self.kwargs, **more)
         self.positions += 1
         logits: torch.Tensor = outputs.logits[:, -1]
         return logits
@@ -356,3 +407,8 @@ class _Step:
             warnings.warn(
                 f"this model's step cannot be captured in a CUDA graph ({reason}); it runs without", stacklevel=2
             )
+
+
+def _up_to_now(mask: torch.Tensor, cache: SinkWindowCache) -> torch.Tensor:
+    """The padding mask of the prompt, `[batch_size, length]`, with ones for the tokens since and the next one."""
+    return torch.nn.functional.pad(mask, (0, cache.get_seq_length() + 1 - mask.shape[1]), value=1)

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from transformers import (
+    AttentionInterface,
     AttentionMaskInterface,
     Cache,
     CompileConfig,
@@ -379,6 +380,20 @@ def mask_functions() -> Any:
 def register_mask_function(attention: str, function: Callable[..., Any]) -> None:
     """Puts a mask function in the place of transformers' own; see `mask_functions`."""
     AttentionMaskInterface.register(attention, function)
+
+
+def attention_functions() -> Any:
+    """The registry of attention functions.
+
+    Relies on: they are called with the attention module, `query` `[batch, heads, queries, head_dim]`, `key`, `value` and the mask
+    by position, with `scaling` by keyword, and return `[batch, queries, heads, head_dim]` and the attention weights or None.
+    """
+    return AttentionInterface()
+
+
+def register_attention(attention: str, function: Callable[..., Any]) -> None:
+    """Puts an attention function in the place of transformers' own; see `attention_functions`."""
+    AttentionInterface.register(attention, function)
 
 
 # --- what a decoding loop needs of generate() ---

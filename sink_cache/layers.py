@@ -1,75 +1,486 @@
-"""Which layers a cache has for a model: rings in place of its full attention, and transformers' own for all else."""
+"""The cache layers: tensors, a rotation, and no position of their own.
+
+`SinkWindowLayer` is for eager decoding, `StaticSinkWindowLayer` for compiled decoding. Both keep the ring of `ring.py`, read the
+`StreamState` of their cache, and treat calls with several tokens alike, in `RingLayer`.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedConfig
+import torch
 
-from .internals import layers_of
-from .ring import POSITION_LIMIT
-from .static import DevicePositions
-from .twin import PositionScheme
-from .variants import ring_for
+from .internals import CacheLayerMixin
+from .ring import chunk_of, evicted_before, slots_of, tokens_kept, tokens_seen, visible_besides
+from .rotary import ForwardRotations, Rotation
+from .state import DeviceStreamState, StreamState, static
+from .storage import NAMES, Overwritten, SharedStorage, take
+
+# Models compute angles as float32 position * frequency, so logits move as positions rise: by some 0.2% at 100,000 and 4% at a
+# million (results/positions.json). From this limit on float32 cannot tell neighbouring positions apart at all.
+POSITION_LIMIT = 2**24
 
 
-def layers_for(
-    config: PreTrainedConfig, scheme: PositionScheme, n_sink: int, window: int, *, compileable: bool
-) -> list[Any]:
-    """One cache layer for each layer of a model of this config, whose positions work as `scheme` says.
+class RingLayer(CacheLayerMixin):
+    """One layer's sinks and window: `capacity = n_sink + window` slots, allocated at the first update.
 
-    Raises:
-        ValueError: if the model attends to fewer than `n_sink + window` tokens.
-        NotImplementedError: if `compileable`, and a layer's shapes would change.
+    Args:
+        n_sink (`int`): how many of the first tokens to keep for ever.
+        window (`int`): how many of the last tokens to keep, the current one included.
+        rotation (`Rotation`): how the layer's keys rotate.
+        state (`StreamState`): of the cache.
+        rotations (`ForwardRotations`): of the cache.
+        max_position (`int`): the most tokens that the model can number.
+        sliding_window (`int`, *optional*): the layer's native window, of which the model's masks know.
+        is_sliding (`bool`): the layer stands for a natively sliding layer beside full attention, and has no sinks.
+
+    Attributes:
+        keys, values (`torch.Tensor`): `[batch_size, num_heads, capacity, head_dim]`, sinks in the first `n_sink` slots, their
+            keys rotated forward by the number of evicted tokens.
+        sink_keys (`torch.Tensor`): `[batch_size, num_heads, n_sink, head_dim]`, as the model made them. Rotating these rounds
+            once; rotating in place would add up an error with every token.
     """
-    capacity = n_sink + window
-    if scheme.sliding_window is not None and capacity > scheme.sliding_window:
-        raise ValueError(
-            f"n_sink + window is {capacity}, but every layer of this model ({config.model_type}) attends to at "
-            f"most sliding_window = {scheme.sliding_window} tokens. Choose n_sink + window <= {scheme.sliding_window}."
-        )
-    if scheme.max_keys is not None and capacity > scheme.max_keys:
-        raise ValueError(
-            f"n_sink + window is {capacity}, but this model ({config.model_type}) has attention biases for "
-            f"{scheme.max_keys} tokens. Choose n_sink + window <= {scheme.max_keys}."
-        )
-    layers: list[Any] = layers_of(config)
-    rotations = scheme.rotations
-    if compileable:
-        # Rings without sinks for sliding layers, too: transformers' own move all their keys.
-        rotations = {**scheme.rotations, **scheme.sliding}
-        _refuse_changing_shapes(config, scheme, {i: layer for i, layer in enumerate(layers) if i not in rotations})
-    max_position = min(POSITION_LIMIT, scheme.max_position or POSITION_LIMIT)
-    positions, last = DevicePositions(), max(rotations)
-    for index, rotation in rotations.items():
-        is_sliding = index not in scheme.rotations
-        sizes = (0, layers[index].sliding_window) if is_sliding else (n_sink, window)
-        static = {"positions": positions, "is_last": index == last, "is_sliding": is_sliding} if compileable else {}
-        arguments = (*sizes, rotation, max_position, scheme.sliding_window)
-        layers[index] = ring_for(
-            layers[index],
-            *arguments,
-            swapped=index in scheme.swapped,
-            chronological=scheme.chronological,
-            static=static,
-        )
-    return layers
 
+    keys: torch.Tensor
+    values: torch.Tensor
+    sink_keys: torch.Tensor
+    storage: SharedStorage | None = None
+    overwritten: Overwritten | None = None  # by the candidates of a first call, until a storage takes it
 
-def _refuse_changing_shapes(config: PreTrainedConfig, scheme: PositionScheme, theirs: dict[int, Any]) -> None:
-    if scheme.chronological:
-        raise NotImplementedError(
-            f"compileable=True is not possible for model type {config.model_type!r}: it counts the keys between a query and "
-            "a key (ALiBi), so they have to be put in order anew at every step. Leave compileable out."
+    def __init__(
+        self,
+        n_sink: int,
+        window: int,
+        rotation: Rotation,
+        state: StreamState,
+        rotations: ForwardRotations,
+        max_position: int = POSITION_LIMIT,
+        sliding_window: int | None = None,
+        is_sliding: bool = False,
+    ) -> None:
+        # Not super().__init__(), which sets keys and values to None.
+        self.n_sink, self.window, self.capacity = n_sink, window, n_sink + window
+        self.rotation, self.state, self.rotations = rotation, state, rotations
+        self.max_position, self.sliding_window, self.is_sliding = max_position, sliding_window, is_sliding
+        self.forget_tensors()
+
+    # --- tensors ---
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocates the slots; shapes, dtype and device are those of the first `key_states` and `value_states`."""
+        batch_size, num_heads, _, head_dim = key_states.shape
+        # Tensors made in inference mode could not be written to outside of it, so make ordinary ones.
+        with torch.inference_mode(False):
+            tensors = {
+                "keys": key_states.new_zeros(batch_size, num_heads, self.capacity, head_dim),
+                "values": value_states.new_zeros(*value_states.shape[:2], self.capacity, value_states.shape[-1]),
+                "sink_keys": key_states.new_zeros(batch_size, num_heads, self.n_sink, head_dim),
+            }
+        self.replace(tensors)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that the layer holds, by name, `[batch_size, num_heads, slots, head_dim]` each; empty before the first update."""
+        return {name: getattr(self, name) for name in NAMES} if self.is_initialized else {}
+
+    def replace(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Holds these tensors instead."""
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
+        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
+
+    def forget_tensors(self) -> None:
+        """Holds nothing; shapes, dtype and device may be others afterwards."""
+        self.keys = self.values = self.sink_keys = torch.empty(0, device="cpu")
+        self.is_initialized, self.overwritten = False, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A cache takes the tensors of its layers out by itself, and puts them back.
+        return {name: value for name, value in vars(self).items() if name not in (*NAMES, "storage")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        overwritten = state.pop("overwritten", None)
+        vars(self).update(state)
+        self.forget_tensors()
+        self.overwritten = overwritten
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        self.forget_tensors()
+
+    # --- calls with several tokens ---
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores new tokens, evicts what no longer fits, and returns what the new tokens attend to.
+
+        Args:
+            key_states, value_states (`torch.Tensor`): `[batch_size, num_heads, new_tokens, head_dim]`, keys rotated by the
+                model at their absolute positions.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: keys and values `[batch_size, num_heads, kv_length, head_dim]` with the
+            `kv_length` that `get_mask_sizes` promised. For several tokens they are in chronological order, and a row with
+            fewer tokens has them at the end. For one token they are a view of the slots, valid until the next update.
+        """
+        self.check(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        attended = key_states, value_states
+        if self.evicts_within(key_states.shape[2]):
+            attended = self._with_sinks_per_query(key_states, value_states)
+        elif self.state.fed:
+            self.present_sinks()
+            cached = [
+                slots_of(tokens_seen(max(0, count), *self._ring, self.device), *self._ring)
+                for _, count, _ in self._rows()
+            ]
+            longest = max(map(len, cached))
+            slots = torch.stack([torch.nn.functional.pad(slots, (longest - len(slots), 0)) for slots in cached])
+            attended = (
+                torch.cat([take(self.keys, slots), key_states], dim=2),
+                torch.cat([take(self.values, slots), value_states], dim=2),
+            )
+        if self.state.recording and self.state.dense and self.evicts_within(key_states.shape[2]):
+            self._store_prompt_and_candidates(key_states, value_states)
+            return attended
+        for row, count, skip in self._rows():
+            self._store(row, max(0, count), key_states[row, :, skip:], value_states[row, :, skip:])
+        return attended
+
+    @property
+    def _ring(self) -> tuple[int, int]:
+        return self.n_sink, self.window
+
+    def _rows(self) -> list[tuple[slice, int, int]]:
+        """Rows of equal length, their counts, and how many of a call's tokens are padding before their new tokens."""
+        rows = self.state.per_row(self.state.counts, self.state.skips or (0,))
+        return [
+            (slice(row, row + 1) if len(rows) > 1 else slice(None), count, skip + max(0, -count))
+            for row, (count, skip) in enumerate(rows)
+        ]
+
+    def _store(self, row: slice, count: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        kept = tokens_kept(count, key_states.shape[2], *self._ring, self.device)
+        slots = slots_of(kept, *self._ring)
+        self.keys[row].index_copy_(2, slots, key_states.index_select(2, kept - count))
+        self.values[row].index_copy_(2, slots, value_states.index_select(2, kept - count))
+        if count < self.n_sink:
+            stop = min(self.n_sink, count + key_states.shape[2])
+            self.sink_keys[row, :, count:stop] = key_states[:, :, : stop - count]
+
+    def _store_prompt_and_candidates(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Keeps what the candidates of a first call overwrite, for the storage; see `SharedStorage.record`."""
+        prompt, every = self.state.dense, slice(None)
+        self._store(every, 0, key_states[:, :, :prompt], value_states[:, :, :prompt])
+        if key_states.shape[2] - prompt <= self.window:
+            slots = slots_of(torch.arange(prompt, key_states.shape[2], device=self.device), *self._ring)
+            self.overwritten = (prompt, slots, self.keys[:, :, slots], self.values[:, :, slots])
+        self._store(every, prompt, key_states[:, :, prompt:], value_states[:, :, prompt:])
+
+    def present_sinks(self) -> None:
+        """Rotates the sinks forward to where the next query expects them."""
+        if self.n_sink and not self.rotation.is_identity:
+            evicted = tuple(evicted_before(count, self.capacity) for count in self.state.counts)
+            slots = self.keys[None, :, :, : self.n_sink]
+            self.rotations.of(self.rotation, self.device).all_layers(self.sink_keys[None], evicted, out=slots)
+
+    # --- exact chunks ---
+
+    def evicts_within(self, new_tokens: int) -> bool:
+        """Whether the queries of a call see different tokens evicted, and each has to have its own copy of the sinks."""
+        if not self.state.chunked or new_tokens == 1:
+            return False
+        return max(self.state.counts) + new_tokens > max(self.capacity, self.state.dense)
+
+    def chunk(self, queries: int) -> tuple[range, range, range]:
+        """What a call that `evicts_within` attends to; see `ring.chunk_of`."""
+        return chunk_of(max(self.state.counts), queries, self.state.dense, *self._ring)
+
+    def _with_sinks_per_query(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values in the order of `chunk`: the sinks for each query that needs a copy, cached tokens, new tokens.
+
+        `masks.chunk_mask` shows each query its own copy.
+        """
+        shifts, cached, new = self.chunk(key_states.shape[2])
+        slots = slots_of(torch.arange(cached.start, cached.stop, device=self.device), *self._ring)
+        # Sinks may be among the new tokens.
+        known = min(new.start, self.n_sink)
+        sink_keys = torch.cat([self.sink_keys[:, :, :known], key_states[:, :, : self.n_sink - known]], dim=2)
+        sink_values = torch.cat([self.values[:, :, :known], value_states[:, :, : self.n_sink - known]], dim=2)
+        if cached and cached.start == 0:
+            self.present_sinks()  # where nothing has been evicted: as they came
+        copies = self.rotations.of(self.rotation, self.device).one_layer(sink_keys, shifts)
+        return (
+            torch.cat([copies, self.keys.index_select(2, slots), key_states], dim=2),
+            torch.cat(
+                [sink_values.repeat(1, 1, len(shifts), 1), self.values.index_select(2, slots), value_states], dim=2
+            ),
         )
-    for index, layer in theirs.items():
-        if not layer.is_compileable:
+
+    # --- checks ---
+
+    def check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Refuses what would go wrong, before anything is changed."""
+        self.refuse_gradients(key_states, value_states)
+        if not self.is_initialized and key_states.shape[-1] != len(self.rotation.partner):
             raise NotImplementedError(
-                f"compileable=True is not possible for model type {config.model_type!r}: layer {index} has a "
-                f"{type(layer).__name__}, whose shapes change or whose keys cannot be moved. Leave compileable out."
+                f"SinkWindowCache expected keys of head_dim {len(self.rotation.partner)} from this model's config, but got "
+                f"{key_states.shape[-1]}. Use DynamicCache with this model."
+            )
+        self.check_positions(key_states.shape[2])
+        if not self.is_initialized:
+            return
+        (batch_size, num_heads, _, head_dim), held = key_states.shape, self.keys.shape
+        given = (batch_size, num_heads, head_dim, key_states.dtype, value_states.dtype, key_states.device)
+        expected = (held[0], held[1], held[3], self.dtype, self.values.dtype, self.device)
+        names = ("batch size", "number of key-value heads", "head_dim", "dtype", "value dtype", "device")
+        self.refuse_unless_equal(names, given, expected)
+
+    @staticmethod
+    def refuse_gradients(key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Refuses tensors that need gradients, because what is written in place would become part of their graph."""
+        if key_states.requires_grad or value_states.requires_grad:
+            raise NotImplementedError(
+                "SinkWindowCache is for inference only: it writes in place, and an endless stream would be an endless "
+                "graph. Call the model under torch.no_grad() or torch.inference_mode()."
             )
 
+    def refuse_unless_equal(self, names: tuple[str, ...], given: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
+        """Refuses keys and values that differ from those held in one of these properties."""
+        for name, one, other in zip(names, given, expected, strict=True):
+            if one != other:
+                raise ValueError(
+                    f"the {name} of the keys is {one}, but this cache holds {self.state.fed} tokens with "
+                    f"{name} {other}. Call reset() before using it for something else."
+                )
 
-def kinds_of_layers(config: PreTrainedConfig) -> list[tuple[type, int | None]]:
-    """What transformers has for a model of this config; the layers made for one model serve another only if it is the same."""
-    return [(type(layer), getattr(layer, "sliding_window", None)) for layer in layers_of(config)]
+    def check_positions(self, new_tokens: int) -> None:
+        """Refuses to number more tokens than the model can."""
+        furthest = max(self.state.next_positions())
+        if furthest + new_tokens > self.max_position:
+            raise ValueError(
+                f"{furthest:,} tokens seen and {new_tokens:,} new are more than the {self.max_position:,} positions that "
+                "this model can tell apart. Logits move long before. Generate with custom_generate=sink_cache.endless, or call "
+                "rebase() from time to time: both keep positions low. Or call reset(), and start from the recent text."
+            )
+
+    # --- what transformers asks a layer ---
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Returns `(kv_length, kv_offset)`: how many keys `update` will return, and the index of the first of them.
+
+        The index counts as if the keys were contiguous up to the last new token, so that a causal mask built from it is right.
+        """
+        self.check_positions(query_length)  # here too: beyond the end of a table a model fails before it calls update
+        if self.evicts_within(query_length):
+            shifts, cached, _ = self.chunk(query_length)
+            return len(shifts) * self.n_sink + len(cached) + query_length, 0
+        visible = visible_besides(max(self.state.counts), self.capacity)
+        beyond = self.sliding_window is not None and visible + query_length > self.sliding_window
+        if beyond and self.state.fed and query_length > 1:
+            raise ValueError(
+                f"a call with {query_length} tokens on a cache that shows {visible} would lose the sinks, because the "
+                f"model's own masks end after sliding_window = {self.sliding_window} tokens. Feed these tokens with "
+                "sink_cache.stream, or one at a time."
+            )
+        return visible + query_length, self.state.fed - visible
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, ever: `generate()` slices the prompt with it, and models number positions from it."""
+        return self.state.fed
+
+    def get_max_length(self) -> int:
+        """-1: a stream has no maximum length."""
+        return -1
+
+    @property
+    def record_past(self) -> bool:
+        """Whether the stream records. transformers turns this off, layer by layer, when it has done with it."""
+        return self.state.recording
+
+    @record_past.setter
+    def record_past(self, recording: bool) -> None:
+        self.state.recording = recording
+
+
+class SinkWindowLayer(RingLayer):
+    """A `RingLayer` for eager decoding: shapes grow until the ring is full, and steps write through shared views."""
+
+    is_compileable = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.index = 0  # among the layers of its storage
+        super().__init__(*args, **kwargs)
+
+    def forget_tensors(self) -> None:
+        """As in the base class."""
+        super().forget_tensors()
+        self.storage = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in the base class."""
+        storage = self.storage
+        if storage is not None and (
+            (self.index and storage.step == self.state.fed and storage.takes(key_states, value_states))
+            or storage.begin_step(key_states, value_states)
+        ):
+            return storage.put(self.index, key_states, value_states)
+        return super().update(key_states, value_states)
+
+    def present_sinks(self) -> None:
+        """As in the base class."""
+        super().present_sinks()
+        if self.storage is not None:
+            self.storage.presented = None
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether `crop` can undo a call, if it was recorded; padded rows cannot."""
+        return not self.state.padded
+
+
+# An operator of its own, because the compiler would fuse these float64 cosines into the kernels of every layer, and they would
+# take 9 us for each layer of an H100's step instead of 2.
+@torch.library.custom_op("sink_cache::cos_sin", mutates_args=("out",))
+def _cos_sin(angle: torch.Tensor, out: torch.Tensor) -> None:
+    torch.cos(angle, out=out[0])
+    torch.sin(angle, out=out[1])
+
+
+class SharedStep:
+    """What layers of one rotation on one device compute once a step and not once a layer.
+
+    Attributes:
+        frequency (`torch.Tensor`): `[head_dim]`, float64.
+        partner (`torch.Tensor`): `[head_dim]`, int64.
+        cos_sin (`torch.Tensor`): `[2, rows, head_dim]`, float32, of the angles by which each row's sinks move at this step.
+        sinks (`torch.Tensor`): `[rows, n_sink]`, int64, the slots of the sinks.
+        rows (`torch.Tensor`): `[rows, 1]`, int64.
+        heads (`torch.Tensor`): `[1, num_heads]`, int64.
+        owner (`StaticSinkWindowLayer`): the layer that computes `cos_sin` for all, the first of them in a step.
+    """
+
+    def __init__(self, layer: StaticSinkWindowLayer) -> None:
+        device, rotation, (rows, heads) = layer.device, layer.rotation, layer.keys.shape[:2]
+        with torch.inference_mode(False):
+            self.frequency = static(torch.tensor(rotation.frequency, dtype=torch.float64, device=device))
+            self.partner = static(torch.tensor(rotation.partner, device=device))
+            self.cos_sin = static(torch.empty(2, rows, len(rotation.partner), dtype=torch.float32, device=device))
+            self.sinks = static(torch.arange(layer.n_sink, device=device).repeat(rows, 1))
+            self.rows = static(torch.arange(rows, device=device)[:, None])
+            self.heads = static(torch.arange(heads, device=device)[None])
+        self.owner = layer
+
+
+class StaticSinkWindowLayer(RingLayer):
+    """A `RingLayer` for compiled decoding: all shapes are constant, and `step` is tensor operations only.
+
+    `step` returns all slots. Those that are still empty are hidden by a mask that knows the count of each row.
+
+    Attributes:
+        counts (`torch.Tensor`): `[batch_size]`, int64, the counts of the rows on the layer's device.
+        sinks_complete (`bool`): all rows have their sinks, so that steps need not watch for them.
+    """
+
+    is_compileable = True
+    is_croppable = False
+    state: DeviceStreamState
+    counts: torch.Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.sinks_complete = False
+        super().__init__(*args, **kwargs)
+
+    def replace(self, tensors: dict[str, torch.Tensor]) -> None:
+        """As in the base class; in the same memory if shape and dtype allow it, as a captured graph knows addresses."""
+        held = self.tensors()
+        if held and all((t.shape, t.dtype) == (held[name].shape, held[name].dtype) for name, t in tensors.items()):
+            for name, tensor in tensors.items():
+                held[name].copy_(tensor)
+            return
+        super().replace({name: static(tensor) for name, tensor in tensors.items()})
+        rows = len(self.keys)
+        self.counts = self.state.counts_on(self.device, rows)
+        key = self.rotation, self.device, self.n_sink, rows, self.keys.shape[1]
+        self.shared: SharedStep = self.state.shared_steps.setdefault(key, None) or SharedStep(self)
+        self.state.shared_steps[key] = self.shared
+        self.computes_angles = self.shared.owner is self
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in the base class; for one token, all `capacity` keys and values."""
+        if key_states.shape[2] == 1 and self.is_initialized:
+            needs_grad = key_states.requires_grad or value_states.requires_grad
+            if needs_grad or self._kind() != _kind_of(key_states, value_states):
+                self.check(key_states, value_states)
+                self.lazy_initialization(key_states, value_states)  # of another kind than before a reset
+            return self.step(key_states, value_states)
+        self.sinks_complete = self.state.least_after(key_states.shape[2]) >= self.n_sink
+        return super().update(key_states, value_states)
+
+    def step(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores one token of each row, `[batch_size, num_heads, 1, head_dim]`, and returns all slots."""
+        # Sizes from shapes, which are constants of a graph; integers that differ from cache to cache would be its inputs.
+        n_sink, capacity = self.sink_keys.shape[2], self.keys.shape[2]
+        shared, counts = self.shared, self.counts
+        # Pads have negative counts. They are written to slot 0, which the first real token overwrites.
+        slots = slots_of(counts.clamp(min=0), n_sink, capacity - n_sink)[:, None]
+        self._write(self.values, slots, value_states)
+        if n_sink:
+            if not self.sinks_complete:
+                is_now = (shared.sinks == counts[:, None])[:, None, :, None]
+                self.sink_keys.copy_(torch.where(is_now, key_states, self.sink_keys))
+            if self.computes_angles:
+                shift = (counts + (1 - capacity)).clamp(min=0)
+                _cos_sin(shift[:, None] * shared.frequency, shared.cos_sin)  # float64: counts are up to 2**24
+            cos, sin = shared.cos_sin[0][:, None, None], shared.cos_sin[1][:, None, None]
+            moved = self.sink_keys * cos + self.sink_keys[..., shared.partner] * sin
+            # In one write with the sinks, as each write is a kernel. While the token is a sink itself, both write the same.
+            slots = torch.cat([shared.sinks, slots], dim=1)
+            key_states = torch.cat([moved.to(key_states.dtype), key_states], dim=2)
+        self._write(self.keys, slots, key_states)
+        return self.keys, self.values
+
+    def _write(self, into: torch.Tensor, slots: torch.Tensor, states: torch.Tensor) -> None:
+        """Writes `states` `[rows, heads, tokens, head_dim]` to slots `[rows, tokens]`."""
+        if len(slots) == 1:
+            into.index_copy_(2, slots[0], states)
+        else:
+            # With an index for each dimension: through a view of the memory, the compiler would copy the whole ring.
+            into.index_put_((self.shared.rows[..., None], self.shared.heads[..., None], slots[:, None]), states)
+
+    def _kind(self) -> tuple[Any, ...]:
+        return _kind_of(self.keys, self.values)
+
+    def check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """As in the base class; what a reset left behind may be replaced by tensors of another kind."""
+        if self.is_initialized and self.state.fed == 0:
+            self.is_initialized = _kind_of(key_states, value_states) == self._kind()
+        super().check(key_states, value_states)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name not in ("counts", "shared")}
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As in the base class; for one token `(capacity, 0)`: the mask hides the empty slots."""
+        if query_length > 1 or not self.is_initialized:
+            return super().get_mask_sizes(query_length)
+        return self.keys.shape[2], 0
+
+    def reset(self) -> None:
+        """Forgets all tokens; the memory stays where it is, as a captured graph knows its address."""
+        with torch.inference_mode():  # in which any tensor can be written to
+            for tensor in self.tensors().values():
+                tensor.zero_()  # empty slots are masked, but a mask does not hide what is not finite
+        self.sinks_complete = False
+
+
+def _kind_of(keys: torch.Tensor, values: torch.Tensor) -> tuple[Any, ...]:
+    """Properties that need new slots when they change after a reset."""
+    return keys.shape[:2], keys.dtype, values.shape[:2], values.dtype, keys.device

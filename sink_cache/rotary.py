@@ -12,9 +12,7 @@ positions by the same formula with `shift` for `position`. A dimension that does
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -139,11 +137,7 @@ class ForwardRotation:
         self._evicted: tuple[int, ...] = ()
         self._rows: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._shifts = range(0)
-        self._tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Tables are made anew where they are needed; a row of one would be pickled with the whole.
-        return vars(self) | {"_evicted": (), "_rows": [], "_shifts": range(0), "_tables": {}}
+        self._table: tuple[torch.Tensor, torch.Tensor] = (self._frequency, self._frequency)  # of `_shifts`
 
     def _cos_sin(self, shifts: torch.Tensor, frequency: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin `[..., head_dim]` of the angles by which keys move, for shifts `[...]`, float32 on the device."""
@@ -170,35 +164,34 @@ class ForwardRotation:
         cos, sin = self._rows[steps]
         torch.addcmul(pristine * cos, pristine.index_select(-1, self._partner), sin, out=out)
 
-    def one_layer(self, pristine: torch.Tensor, layer: int, shifts: range) -> torch.Tensor:
-        """Copies of `pristine` `[batch, heads, n_sink, head_dim]`, moved forward by each of `shifts`.
+    def one_layer(self, pristine: torch.Tensor, shifts: range) -> torch.Tensor:
+        """Copies of `pristine` `[batch, heads, n_sink, head_dim]` of the first layer, moved forward by each of `shifts`.
 
         Returns:
             `torch.Tensor`: `[batch, heads, len(shifts) * n_sink, head_dim]`.
         """
-        cos, sin = self._table_of(shifts, layer)  # [shifts, 1, head_dim]
+        if shifts != self._shifts:
+            every_shift = torch.arange(shifts.start, shifts.stop, device="cpu")[:, None]
+            self._shifts, self._table = shifts, self._cos_sin(every_shift, self._frequency[0])
+        cos, sin = self._table  # [shifts, 1, head_dim]
         copies = pristine[:, :, None] * cos + pristine[:, :, None].index_select(-1, self._partner) * sin
         return copies.flatten(2, 3).to(pristine.dtype)
 
-    def _table_of(self, shifts: range, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if shifts != self._shifts:
-            self._shifts, self._tables = shifts, {}
-        layer = layer if len(self._frequency) > 1 else 0
-        if layer not in self._tables:
-            every_shift = torch.arange(shifts.start, shifts.stop, device="cpu")[:, None]
-            self._tables[layer] = self._cos_sin(every_shift, self._frequency[layer])
-        return self._tables[layer]
+    def move_rows(self, keys: torch.Tensor, shifts: tuple[int, ...]) -> None:
+        """Moves keys `[batch, heads, tokens, head_dim]` of the first layer in place, each row by its shift or all by one."""
+        by_row = torch.tensor(shifts, device="cpu")[:, None, None]
+        cos, sin = self._cos_sin(by_row, self._frequency[0])  # [rows or 1, 1, 1, head_dim]
+        keys.copy_(keys * cos + keys.index_select(-1, self._partner) * sin)
 
 
-def move_in_place(keys_of_layers: Iterable[tuple[torch.Tensor, Rotation]], shift: int) -> None:
-    """Moves the keys `[batch, heads, tokens, head_dim]` of several layers by `shift` positions, which may be negative.
+class ForwardRotations:
+    """The `ForwardRotation` of each rotation and device that the layers of a cache have, made once."""
 
-    One layer at a time, because float32 copies of all keys would be large; angles once for all that rotate alike.
-    """
-    turns: dict[tuple[Rotation, torch.device], ForwardRotation] = {}
-    for keys, rotation in keys_of_layers:
-        if not rotation.is_identity:
-            alike = rotation, keys.device
-            if alike not in turns:
-                turns[alike] = ForwardRotation([rotation], keys.device)
-            keys.copy_(turns[alike].one_layer(keys, 0, range(shift, shift + 1)))
+    def __init__(self) -> None:
+        self._made: dict[tuple[Rotation, torch.device], ForwardRotation] = {}
+
+    def of(self, rotation: Rotation, device: torch.device) -> ForwardRotation:
+        """The one for layers that rotate like this."""
+        if (rotation, device) not in self._made:
+            self._made[rotation, device] = ForwardRotation([rotation], device)
+        return self._made[rotation, device]

@@ -18,19 +18,20 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from .internals import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin, device_of, layer_index, text_model
-from .ring import SinkWindowLayer
+from .layers import RingLayer
+from .storage import NAMES
 
 if TYPE_CHECKING:
     from .cache import SinkWindowCache
 
-_FORMAT, _VERSION = "sink_cache", 2
+_FORMAT, _VERSION = "sink_cache", 3
 
 
 def save(cache: SinkWindowCache, path: str | os.PathLike[str]) -> None:
     """See `SinkWindowCache.save`."""
-    if not any(isinstance(layer, SinkWindowLayer) and layer.is_initialized for layer in cache.layers):
+    if not any(isinstance(layer, RingLayer) and layer.is_initialized for layer in cache.layers):
         raise ValueError("there is nothing to save: no model has used this cache yet")
-    cache._calls.refuse_interrupted()
+    cache._checks.refuse_interrupted()
     tensors: dict[str, torch.Tensor] = {}
     layers = []
     for index, layer in enumerate(cache.layers):
@@ -41,8 +42,8 @@ def save(cache: SinkWindowCache, path: str | os.PathLike[str]) -> None:
         "version": _VERSION,
         "n_sink": cache.n_sink,
         "window": cache.window,
-        "first_positions": cache._calls.first_positions,
-        "without_masks": not cache.compileable or cache._no_mask is not None,
+        "stream": cache._state.numbers(),
+        "without_masks": cache._step_offset is None or cache._step_offset.all_full,
         "model": cache._model_sizes,
         "layers": layers,
     }
@@ -58,11 +59,10 @@ def save(cache: SinkWindowCache, path: str | os.PathLike[str]) -> None:
 
 
 def _state_of(layer: Any, index: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    if isinstance(layer, SinkWindowLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin):
+    if isinstance(layer, RingLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin):
         turn = layer.rotation
-        state = {"position": layer.position, "rebased": layer.rebased, "pads": layer.pads}
         kind = {"kind": "sinks and window", "n_sink": layer.n_sink, "window": layer.window}
-        return {**kind, **state, "partner": turn.partner, "frequency": turn.frequency}, layer.tensors()
+        return {**kind, "partner": turn.partner, "frequency": turn.frequency}, layer.tensors()
     if type(layer) is DynamicSlidingWindowLayer:
         state = {"kind": "sliding", "seen": layer.cumulative_length, "window": layer.sliding_window}
         held = {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
@@ -111,16 +111,15 @@ def load(cache: SinkWindowCache, path: str | os.PathLike[str], model: PreTrained
             _fill(layer, state, held)
         except (KeyError, RuntimeError, TypeError) as error:
             raise ValueError(f"{path} does not fit layer {index} of this model: {error}") from error
-    calls = fresh._calls
-    calls.first_positions, calls.begun = tuple(header["first_positions"]), fresh.get_seq_length() > 0
-    calls.positions_moved = True  # perhaps, and the next caller may not know
+    fresh._state.take_over(header["stream"])
+    fresh._state.moved = True  # perhaps, and the next caller may not know
     if header.get("without_masks", True):  # or a graph that is there already would be of no use
         fresh.leave_out_masks_if_full()
     vars(cache).update(vars(fresh))
 
 
 def _fill(layer: Any, state: dict[str, Any], held: dict[str, torch.Tensor]) -> None:
-    if not isinstance(layer, SinkWindowLayer):
+    if not isinstance(layer, RingLayer):
         if state["kind"] != "sliding" or type(layer) is not DynamicSlidingWindowLayer:
             raise TypeError(f"it holds a layer of kind {state['kind']!r}, the model has a {type(layer).__name__}")
         if state["window"] != layer.sliding_window:
@@ -136,11 +135,8 @@ def _fill(layer: Any, state: dict[str, Any], held: dict[str, torch.Tensor]) -> N
     turn = type(layer.rotation)(tuple(state["partner"]), tuple(state["frequency"]))
     if not layer.rotation.is_close_to(turn):
         raise TypeError("its keys rotate in another way: it belongs to another model")
-    if state["pads"] and layer.is_compileable:
-        raise TypeError("it has padded rows, which compileable=True does not support")
     if held:
-        layer.replace({name: held[name] for name in ("keys", "values", "sink_keys")})
-        layer.position, layer.rebased, layer.pads = state["position"], state["rebased"], tuple(state["pads"])
+        layer.replace({name: held[name] for name in NAMES})
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

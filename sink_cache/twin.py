@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,13 +23,9 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from .apart import Defaults, OwnRandomNumbers, apart
 from .internals import (
-    DynamicLayer,
     DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
     attention_of,
     cache_kwargs,
-    has_indexer,
-    layer_class_is_known,
     layers_of,
     leave_dtype_open,
     modules_that_use_a_cache,
@@ -37,6 +33,7 @@ from .internals import (
     takes_argument,
 )
 from .live_model import KnownModule, classes_changed, known_modules
+from .reference import CannotStream, bounded_layers
 from .rotary import NotARotation, Rotation, first_unexplained, fit_rotation
 
 _SMALL = 150_000_000  # parameters that a twin may have
@@ -44,10 +41,6 @@ _TOKENS = 16
 # A larger relative error of a float32 twin is no rounding. (126 layers of Llama have 1e-6, 54 of Zamba 2 have 2e-5. The biases of
 # Inkling 2 for distances, which are small in a twin, show as 4e-4 and more.)
 _EXACT = 1e-4
-
-
-class CannotStream(Exception):
-    """A model on which sinks cannot be repositioned; `str` is the reason, as the end of a sentence about the model."""
 
 
 @dataclass(frozen=True)
@@ -92,32 +85,15 @@ class PositionScheme:
         )
 
 
-def bounded_layers(config: PreTrainedConfig) -> tuple[list[int], int | None]:
-    """The layers that a sink window replaces, and their native sliding window if they have one.
-
-    Layers of full attention are replaced, beside a recurrent state too; all others keep transformers' own layer class. In a
-    model that has only sliding layers, these are replaced.
-    """
-    layers = layers_of(config)
-    kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
-    if any(has_indexer(layer) for layer in layers):
-        raise CannotStream(f"its sparse attention looks keys up in an index of every token (its cache layers: {kinds})")
-    if not all(map(layer_class_is_known, layers)):
-        raise CannotStream(
-            f"it has cache layers of its own, whose states cannot be bounded (its cache layers: {kinds})"
-        )
-    full = [i for i, layer in enumerate(layers) if type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer)]
-    if full:
-        return full, None
-    sliding = {i: layer for i, layer in enumerate(layers) if type(layer) is DynamicSlidingWindowLayer}
-    if not sliding or getattr(config, "attention_chunk_size", None) is not None:
-        raise CannotStream(f"it has no layer of ordinary attention to bound (its cache layers: {kinds})")
-    return list(sliding), min(layer.sliding_window for layer in sliding.values())
+Learned = tuple[PositionScheme, dict[str, KnownModule]]
 
 
-def position_scheme(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, buffers: dict[str, torch.Tensor]
-) -> PositionScheme:
+ErrorOf = Callable[[PreTrainedModel, PositionScheme], float]
+
+
+def learn(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, buffers: dict[str, torch.Tensor], error_of: ErrorOf
+) -> Learned:
     """Learns how models of this class, config and buffers use positions; remembers the answer for the process.
 
     Args:
@@ -125,18 +101,14 @@ def position_scheme(
         config (`PreTrainedConfig`): its (text) config, of any size.
         buffers (`dict[str, torch.Tensor]`): buffers of the live model, such as `inv_freq`; they replace the twin's, so that
             frequencies that were changed or rounded after loading are found too.
+        error_of (`ErrorOf`): the relative error of a cache that believes a scheme, on a twin.
+
+    Returns:
+        `Learned`: the scheme, and the modules of the twin that decide what positions mean.
 
     Raises:
         CannotStream: with the reason.
     """
-    return learn(model_class, config, buffers)[0]
-
-
-Learned = tuple[PositionScheme, dict[str, KnownModule]]
-
-
-def learn(model_class: type[PreTrainedModel], config: PreTrainedConfig, buffers: dict[str, torch.Tensor]) -> Learned:
-    """As `position_scheme`, with the modules of the twin that decide what positions mean."""
     digest = hashlib.sha256(config.to_json_string(use_diff=False).encode())
     for name, buffer in sorted(buffers.items()):
         digest.update(name.encode() + buffer.detach().cpu().double().numpy().tobytes())
@@ -145,22 +117,24 @@ def learn(model_class: type[PreTrainedModel], config: PreTrainedConfig, buffers:
         del _remembered[key]
     if key not in _remembered:
         try:
-            _remembered[key] = _learn(model_class, config, buffers)
+            _remembered[key] = _learn(model_class, config, buffers, error_of)
         except CannotStream as reason:
             # Not the exception: its traceback would keep the live model in memory.
-            _remembered[key] = f"{reason}{_of_rounding(model_class, config, buffers)}"
+            _remembered[key] = f"{reason}{_of_rounding(model_class, config, buffers, error_of)}"
     answer = _remembered[key]
     if isinstance(answer, str):
         raise CannotStream(answer)
     return answer
 
 
-def _of_rounding(model_class: type[PreTrainedModel], config: PreTrainedConfig, buffers: dict[str, torch.Tensor]) -> str:
+def _of_rounding(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, buffers: dict[str, torch.Tensor], error_of: ErrorOf
+) -> str:
     """Whether a model is refused only because its buffers were rounded, in words."""
     rounded = [name for name, buffer in buffers.items() if buffer.itemsize < 4]
     if rounded:
         try:
-            _learn(model_class, config, {})
+            _learn(model_class, config, {}, error_of)
         except CannotStream:
             return ""
         dtype = str(buffers[rounded[0]].dtype)
@@ -173,9 +147,9 @@ def _of_rounding(model_class: type[PreTrainedModel], config: PreTrainedConfig, b
 _remembered: dict[tuple[type, str], Learned | str] = {}
 
 
-def _learn(model_class: type[PreTrainedModel], config: PreTrainedConfig, buffers: dict[str, torch.Tensor]) -> Learned:
-    from .verify import streaming_error
-
+def _learn(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, buffers: dict[str, torch.Tensor], error_of: ErrorOf
+) -> Learned:
     layers, sliding_window = bounded_layers(config)
     with apart():
         twin = build_twin(model_class, config)
@@ -188,7 +162,7 @@ def _learn(model_class: type[PreTrainedModel], config: PreTrainedConfig, buffers
         for candidate in _candidates(scheme, told, getattr(config, "max_seq_len", None)):
             how = "keeping its keys in order" if candidate.chronological else "moving its keys"
             try:
-                error = streaming_error(twin, candidate, n_sink=2, window=2, tokens=7, masked=candidate.takes_masks)
+                error = error_of(twin, candidate)
             except ValueError as refusal:
                 reason = f"it uses a cache in a way that is not understood ({_short(refusal)})"
             except Exception as failure:

@@ -1,14 +1,19 @@
-"""Layers of models whose attention differs from keys that rotate, values that do not, and nothing else."""
+"""Which layers a cache has for a model, and the layers of models whose attention is not plain rotating keys and values."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
-from .internals import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
-from .ring import SinkWindowLayer
-from .static import StaticSinkWindowLayer
+from .internals import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer, layers_of
+from .layers import POSITION_LIMIT, RingLayer, SinkWindowLayer, StaticSinkWindowLayer
+from .ring import slots_of
+from .rotary import ForwardRotations
+from .state import DeviceStreamState, StreamState
+from .storage import take
+from .twin import PositionScheme
 
 
 class ChronologicalSinkWindowLayer(SinkWindowLayer):
@@ -19,20 +24,16 @@ class ChronologicalSinkWindowLayer(SinkWindowLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As in the base class, but for one token too they are in chronological order."""
         attended = super().update(key_states, value_states)
-        if key_states.shape[2] > 1 or self.position - min(self.pads, default=0) <= self.capacity:
+        if key_states.shape[2] > 1 or max(self.state.counts) < self.capacity:
             return attended
         return self._in_order(self.keys), self._in_order(self.values)
 
     def _in_order(self, slots: torch.Tensor) -> torch.Tensor:
         """Sinks first, then the window from its oldest token on; of a row that is not full, what it has, at the end."""
-        if self.pads:
-            counts = (self.position - torch.tensor(self.pads, device="cpu"))[:, None]
-            rank = (torch.arange(self.capacity, device="cpu") - (self.capacity - counts).clamp(min=0)).clamp(min=0)
-            token = torch.where(rank < self.n_sink, rank, rank + (counts - self.capacity).clamp(min=0))
-            order = self.slots_of(token).to(slots.device)[:, None, :, None]
-            return slots.gather(2, order.expand(-1, slots.shape[1], -1, slots.shape[-1]))
-        oldest = self.n_sink + (self.position - self.n_sink) % self.window
-        return torch.cat([slots[:, :, : self.n_sink], slots[:, :, oldest:], slots[:, :, self.n_sink : oldest]], dim=2)
+        counts = torch.tensor(self.state.counts, device="cpu")[:, None] + 1  # with the token that has just been stored
+        rank = (torch.arange(self.capacity, device="cpu") - (self.capacity - counts).clamp(min=0)).clamp(min=0)
+        token = torch.where(rank < self.n_sink, rank, rank + (counts - self.capacity).clamp(min=0))
+        return take(slots, slots_of(token, self.n_sink, self.window).to(slots.device))
 
     def evicts_within(self, new_tokens: int) -> bool:
         """False, or an error: copies of the sinks would be counted as keys."""
@@ -44,7 +45,7 @@ class ChronologicalSinkWindowLayer(SinkWindowLayer):
         return False
 
 
-class _Swapped(SinkWindowLayer):
+class _Swapped(RingLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +54,7 @@ class _Swapped(SinkWindowLayer):
         return latents, rotated
 
 
-class SwappedSinkWindowLayer(_Swapped):
+class SwappedSinkWindowLayer(_Swapped, SinkWindowLayer):
     """For multi-head latent attention: what rotates comes as the values, and a latent that does not as the keys."""
 
 
@@ -61,14 +62,14 @@ class SwappedStaticSinkWindowLayer(_Swapped, StaticSinkWindowLayer):
     """The same for compiled decoding."""
 
 
-class _Hybrid(SinkWindowLayer, LinearAttentionAndFullAttentionLayer):
+class _Hybrid(RingLayer, LinearAttentionAndFullAttentionLayer):
     is_croppable = False
     dtype: Any
     device: Any
 
     def __init__(self, *args: Any, number_of_states: int, **kwargs: Any) -> None:
-        LinearAttentionLayer.__init__(self, number_of_states)
         super().__init__(*args, **kwargs)
+        LinearAttentionLayer.__init__(self, number_of_states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Of the ring, for which `update` passes two tensors, or of the state, which comes by keyword."""
@@ -87,7 +88,7 @@ class _Hybrid(SinkWindowLayer, LinearAttentionAndFullAttentionLayer):
         LinearAttentionLayer.reset(self)
 
 
-class HybridSinkWindowLayer(_Hybrid):
+class HybridSinkWindowLayer(_Hybrid, SinkWindowLayer):
     """For layers of attention beside a recurrent state: the ring is ours, the state is transformers' own."""
 
 
@@ -95,21 +96,77 @@ class HybridStaticSinkWindowLayer(_Hybrid, StaticSinkWindowLayer):
     """The same for compiled decoding."""
 
 
-def ring_for(theirs: Any, *args: Any, swapped: bool, chronological: bool, static: dict[str, Any]) -> SinkWindowLayer:
-    """Our layer in the place of one of transformers' own.
+# --- which layer a model's layer gets ---
 
-    Args:
-        theirs (`CacheLayerMixin`): the layer that a `DynamicCache` has there.
-        args: of `SinkWindowLayer`.
-        swapped (`bool`), chronological (`bool`): see `PositionScheme`.
-        static (`dict[str, Any]`): arguments of `StaticSinkWindowLayer` alone; empty for layers of changing shapes.
+
+def layers_for(
+    config: PreTrainedConfig, scheme: PositionScheme, n_sink: int, window: int, state: StreamState
+) -> list[Any]:
+    """One cache layer for each layer of a model of this config, whose positions work as `scheme` says.
+
+    Rings take the place of full attention; all other layers are transformers' own. A `DeviceStreamState` wants constant shapes.
+
+    Raises:
+        ValueError: if the model attends to fewer than `n_sink + window` tokens.
+        NotImplementedError: if shapes are to be constant, and those of a layer would change.
     """
+    capacity = n_sink + window
+    if scheme.sliding_window is not None and capacity > scheme.sliding_window:
+        raise ValueError(
+            f"n_sink + window is {capacity}, but every layer of this model ({config.model_type}) attends to at "
+            f"most sliding_window = {scheme.sliding_window} tokens. Choose n_sink + window <= {scheme.sliding_window}."
+        )
+    if scheme.max_keys is not None and capacity > scheme.max_keys:
+        raise ValueError(
+            f"n_sink + window is {capacity}, but this model ({config.model_type}) has attention biases for "
+            f"{scheme.max_keys} tokens. Choose n_sink + window <= {scheme.max_keys}."
+        )
+    layers = layers_of(config)
+    rotations = scheme.rotations
+    state.forget_layers()
+    is_static = isinstance(state, DeviceStreamState)
+    if is_static:
+        # Rings without sinks for sliding layers, too: transformers' own move all their keys.
+        rotations = {**scheme.rotations, **scheme.sliding}
+        _refuse_changing_shapes(config, scheme, {i: layer for i, layer in enumerate(layers) if i not in rotations})
+    shared: dict[str, Any] = {"state": state, "rotations": ForwardRotations()}
+    shared["max_position"] = min(POSITION_LIMIT, scheme.max_position or POSITION_LIMIT)
+    for index, rotation in rotations.items():
+        theirs, is_sliding = layers[index], index not in scheme.rotations
+        sizes = (0, theirs.sliding_window) if is_sliding else (n_sink, window)
+        more: dict[str, Any] = {"sliding_window": scheme.sliding_window, "is_sliding": is_sliding}
+        if isinstance(theirs, LinearAttentionAndFullAttentionLayer):
+            more["number_of_states"] = theirs.number_of_states
+        ring_class: Any = _ring_class(theirs, index in scheme.swapped, scheme.chronological, is_static)
+        layers[index] = ring_class(*sizes, rotation, **shared, **more)
+    return layers
+
+
+def _ring_class(theirs: Any, swapped: bool, chronological: bool, is_static: bool) -> type[RingLayer]:
     # A layer that is two of these at once does not pass the check of the twin.
     if isinstance(theirs, LinearAttentionAndFullAttentionLayer):
-        hybrid = HybridStaticSinkWindowLayer if static else HybridSinkWindowLayer
-        return hybrid(*args, number_of_states=theirs.number_of_states, **static)
+        return HybridStaticSinkWindowLayer if is_static else HybridSinkWindowLayer
     if chronological:
-        return ChronologicalSinkWindowLayer(*args)
+        return ChronologicalSinkWindowLayer
     if swapped:
-        return SwappedStaticSinkWindowLayer(*args, **static) if static else SwappedSinkWindowLayer(*args)
-    return StaticSinkWindowLayer(*args, **static) if static else SinkWindowLayer(*args)
+        return SwappedStaticSinkWindowLayer if is_static else SwappedSinkWindowLayer
+    return StaticSinkWindowLayer if is_static else SinkWindowLayer
+
+
+def _refuse_changing_shapes(config: PreTrainedConfig, scheme: PositionScheme, theirs: dict[int, Any]) -> None:
+    if scheme.chronological:
+        raise NotImplementedError(
+            f"compileable=True is not possible for model type {config.model_type!r}: it counts the keys between a query and "
+            "a key (ALiBi), so they have to be put in order anew at every step. Leave compileable out."
+        )
+    for index, layer in theirs.items():
+        if not layer.is_compileable:
+            raise NotImplementedError(
+                f"compileable=True is not possible for model type {config.model_type!r}: layer {index} has a "
+                f"{type(layer).__name__}, whose shapes change or whose keys cannot be moved. Leave compileable out."
+            )
+
+
+def kinds_of_layers(config: PreTrainedConfig) -> list[tuple[type, int | None]]:
+    """What transformers has for a model of this config; layers made for one model serve another only if it is the same."""
+    return [(type(layer), getattr(layer, "sliding_window", None)) for layer in layers_of(config)]

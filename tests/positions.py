@@ -61,8 +61,7 @@ def plain_error(model: PreTrainedModel, position: int) -> float:
     def after_jump(position: int) -> torch.Tensor:
         cache = SinkWindowCache(N_SINK, WINDOW)
         logits_at(model, cache, text(N_SINK), 0)
-        for layer in cache.layers:
-            layer.position = position
+        cache.layers[0].state.fed = position  # of all layers
         return logits_at(model, cache, text(WINDOW + JUDGED), position)[:, WINDOW:]
 
     # Any token has its slot, so both positions have to be as far apart as the window turns.

@@ -532,6 +532,35 @@ def test_mask_functions_are_given_what_the_cache_says(monkeypatch: pytest.Monkey
     )
 
 
+@guards("attention_functions")
+@torch.no_grad()
+def test_attention_functions_are_called_as_ours_is() -> None:
+    model, calls = tiny_model("llama"), []
+
+    def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
+        calls.append((key, kwargs))
+        output, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        calls[-1] += (output.shape, weights, query.shape)
+        return output, weights
+
+    AttentionInterface.register("assumed_attention", attention)
+    AttentionMaskInterface.register("assumed_attention", AttentionMaskInterface()["sdpa"])
+    model.set_attn_implementation("assumed_attention")
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    model(tokens(5), **{generate_name(): cache})
+    key, kwargs, shape, weights, (batch, heads, queries, head_dim) = calls[0]
+    assert key is cache.layers[0].keys, (
+        "Attention functions are no longer given the very tensor that Cache.update returned as their key: masks._StepAttention "
+        "knows the slots of a static ring by their class."
+    )
+    assert kwargs.get("scaling") == head_dim**-0.5, (
+        "Attention functions are no longer given scaling by keyword: masks._StepAttention would scale otherwise."
+    )
+    assert (tuple(shape), weights) == ((batch, queries, heads, head_dim), None), (
+        "SDPA's attention function no longer returns [batch, queries, heads, head_dim] and None, as masks._StepAttention does."
+    )
+
+
 @guards("mask_functions")
 @torch.no_grad()
 def test_attention_gets_no_mask_where_the_mask_function_makes_none() -> None:

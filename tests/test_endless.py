@@ -484,7 +484,7 @@ def test_a_rebase_that_is_interrupted_is_noticed(
     model, cache, turn = (
         tiny_model(model_type),
         SinkWindowCache(3, 5, compileable=compileable),
-        ForwardRotation.one_layer,
+        ForwardRotation.move_rows,
     )
     calls = iter([turn])
 
@@ -497,7 +497,7 @@ def test_a_rebase_that_is_interrupted_is_noticed(
     with torch.no_grad():
         for t in range(100):
             model(tokens(100)[:, t : t + 1], past_key_values=cache)
-        monkeypatch.setattr(ForwardRotation, "one_layer", one_layer_and_no_more)
+        monkeypatch.setattr(ForwardRotation, "move_rows", one_layer_and_no_more)
         with pytest.raises(KeyboardInterrupt):
             cache.rebase()
         monkeypatch.undo()

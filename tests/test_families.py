@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedModel
 
 from sink_cache import SinkWindowCache, stream
+from sink_cache.ring import slot_of
 
 from .families import DEPTHS, FIRST_WORD, VOCAB, CannotBuild, missing_kinds, model_types, tiny_model
 from .oracle import relative_error, streamed_logits
@@ -172,7 +173,7 @@ def test_several_tokens_at_once_keep_their_order_with_alibi() -> None:
         for layer in range(3):
             held = cache.layers[layer]
             # 12 tokens: slots 2 to 6 hold tokens 7, 8, 9, 10, 11, from wherever the ring is; the next sees the last four.
-            slots = [0, 1, *(int(held.slots_of(torch.tensor(t))) for t in (8, 9, 10, 11))]
+            slots = [0, 1, *(slot_of(t, n_sink, window) for t in (8, 9, 10, 11))]
             kept.update(held.keys[:, :, slots], held.values[:, :, slots], layer)
         logits = [model(ids[:, 12:], past_key_values=each).logits for each in (cache, kept)]
     assert relative_error(*logits) <= CLOSE

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import CohereConfig, GemmaConfig, GPTNeoXConfig, LlamaConfig, PhiConfig, Qwen3Config
 
+from sink_cache.cache import position_scheme
 from sink_cache.internals import class_for_config
 from sink_cache.rotary import ForwardRotation, NotARotation, Rotation, fit_rotation, rotate
-from sink_cache.twin import position_scheme
 
 HALF_SPLIT = Rotation((2, 3, 0, 1, 4), (-1.0, -0.01, 1.0, 0.01, 0.0))
 INTERLEAVED = Rotation((1, 0, 3, 2, 4), (0.5, -0.5, -3e-5, 3e-5, 0.0))
@@ -53,7 +53,8 @@ def test_all_layers_at_once_equals_one_by_one(dtype: torch.dtype) -> None:
     forward = ForwardRotation([HALF_SPLIT, slow], pristine.device)
     for shift in (1, 2, 63, 64, 65, 3, 100_000):  # along the table, past its end, back, far away
         forward.all_layers(pristine, (shift,), out=slots[..., :4, :])
-        copies = [forward.one_layer(pristine[i], i, range(shift - 1, shift + 1)) for i in range(2)]
+        alone = [ForwardRotation([rotation], pristine.device) for rotation in (HALF_SPLIT, slow)]
+        copies = [alone[i].one_layer(pristine[i], range(shift - 1, shift + 1)) for i in range(2)]
         for i, rotation in enumerate((HALF_SPLIT, slow)):
             expected = rotate(pristine[i], rotation, shift)
             assert torch.allclose(

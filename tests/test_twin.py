@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from sink_cache import SinkWindowCache, twin
-from sink_cache.twin import position_scheme
+from sink_cache.cache import position_scheme
 
 from .families import tiny_model
 from .test_exact import one_by_one, tokens
