@@ -9,7 +9,7 @@ or a `StepOffset`. Our mask functions recognise these. All other masks are built
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,21 +17,33 @@ from .internals import attention_functions, mask_functions, register_attention, 
 from .layers import RingLayer, StaticSinkWindowLayer
 from .ring import visible_besides
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 KNOWN_TO = ("sdpa", "eager")  # attention implementations
 
 
-class ChunkOffset(int):
-    """The offset of the queries for a layer that shows each query its own copy of the sinks."""
+class LayerOffset(int):
+    """The offset of the queries, with the layer that they will attend to."""
 
     layer: RingLayer
-    used: bool
 
     @classmethod
-    def of(cls, layer: RingLayer) -> ChunkOffset:
+    def of(cls, layer: RingLayer) -> Self:
         """The offset for the next call on this layer."""
         offset = cls(layer.state.fed)
-        offset.layer, offset.used = layer, False
+        offset.layer = layer
         return offset
+
+
+class ChunkOffset(LayerOffset):
+    """For a layer that shows each query its own copy of the sinks.
+
+    Attributes:
+        used (`bool`): a mask was made with it.
+    """
+
+    used = False
 
 
 def chunk_mask(layer: RingLayer, queries: int) -> torch.Tensor:
@@ -52,17 +64,8 @@ def chunk_mask(layer: RingLayer, queries: int) -> torch.Tensor:
     return torch.cat([owner == shift, (token <= position) & ((shift <= 0) | in_window | dense)], dim=1)
 
 
-class RowsOffset(int):
-    """The offset of the queries for a layer whose rows have different lengths, and are not told apart by a padding mask."""
-
-    layer: RingLayer
-
-    @classmethod
-    def of(cls, layer: RingLayer) -> RowsOffset:
-        """The offset for the next call on this layer."""
-        offset = cls(layer.state.fed)
-        offset.layer = layer
-        return offset
+class RowsOffset(LayerOffset):
+    """For a layer whose rows have different lengths, and are not told apart by a padding mask."""
 
 
 def rows_mask(layer: RingLayer, queries: int) -> torch.Tensor:
@@ -130,7 +133,7 @@ class _MaskFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         offset, queries = kwargs.get("q_offset"), kwargs.get("q_length")
-        if not isinstance(offset, (ChunkOffset, RowsOffset, StepOffset)):
+        if not isinstance(offset, (LayerOffset, StepOffset)):
             return self.build(*args, **kwargs)
         layer = offset.layer
         if queries == 1 and isinstance(layer, StaticSinkWindowLayer) and layer.is_initialized:

@@ -35,7 +35,7 @@ def copy_row(source: SinkWindowCache, row: int, target: SinkWindowCache, target_
     for theirs, ours in zip(source._rings, target._rings, strict=True):
         for name, tensor in ours.tensors().items():
             tensor[target_row].copy_(theirs.tensors()[name][row])
-    _, count, start, rebased = source._state.row(row)
+    count, start, rebased = source._state.row(row)
     target._state.set_row(target_row, len(target._rings[0].keys), count, start, rebased)
     for storage in target._storages():
         storage.forget_steps()

@@ -131,11 +131,11 @@ class StreamState:
             for numbers in (self.pads, self.rebased, self.starts)
         )
 
-    def row(self, row: int) -> tuple[int, int, int, int]:
-        """The pads, the count, the start and what was rebased of one row."""
-        numbers = self.per_row(self.pads, self.counts, self.starts, self.rebased)
-        pads, count, start, rebased = numbers[row if len(numbers) > 1 else 0]
-        return pads, count, start, rebased
+    def row(self, row: int) -> tuple[int, int, int]:
+        """The count, the start and what was rebased of one row."""
+        numbers = self.per_row(self.counts, self.starts, self.rebased)
+        count, start, rebased = numbers[row if len(numbers) > 1 else 0]
+        return count, start, rebased
 
     def set_row(self, row: int, rows: int, count: int, start: int, rebased: int) -> None:
         """Puts a row of another stream in the place of one of `rows` rows.
