@@ -16,7 +16,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from . import saving
 from .caller import Call, look_at_caller
-from .checks import CallChecks
+from .checks import NO_PADDED_CHUNKS, CallChecks
 from .fed import FedText
 from .internals import (
     DynamicSlidingWindowLayer,
@@ -291,7 +291,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
         state, new_tokens = self._state, key_states.shape[2]
         self._checks.refuse_interrupted()
         if state.recording and (state.padded or len(state.counts) > 1):
-            raise NotImplementedError("stream() and assisted decoding do not support padded batches.")
+            raise NotImplementedError(NO_PADDED_CHUNKS)
         state.hold()
         goes_on = state.begun and new_tokens == 1 and min(state.counts) > 0
         # A ring that is the first to see them checks the tensors of a step itself.
@@ -794,7 +794,6 @@ class SinkWindowCache(GivenToGenerate, Cache):
         """Forgets all tokens."""
         super().reset()  # type: ignore[no-untyped-call]
         self._state.reset()
-        self._state.exact_chunks = self._state.recording = False
         self._chunk_offsets, self.fed_text = {}, None
         if self._rings:
             self._show_all_slots(False)

@@ -27,6 +27,7 @@ from .ring import evicted_before
 from .state import StreamState, alike
 
 _READ_EVERY = 64  # steps
+NO_PADDED_CHUNKS = "stream() and assisted decoding do not support padded batches."
 
 
 class CallChecks:
@@ -108,7 +109,7 @@ class CallChecks:
         if alike(zeros) == state.pads or (not any(zeros) and not self.tokens_until_full()):
             return
         if state.chunked:
-            raise NotImplementedError("stream() and assisted decoding do not support padded batches.")
+            raise NotImplementedError(NO_PADDED_CHUNKS)
         # A refused first call may have left the padding of another batch behind.
         for row, (now, before) in enumerate(state.per_row(zeros, state.pads) if state.fed else ()):
             if now != before and (not state.padded or before < state.fed):
@@ -139,7 +140,7 @@ class CallChecks:
         state.moved, state.begun = False, state.least_after(new_tokens) > 0
         if kinds := {ring.is_sliding for ring in self._rings if ring.evicts_within(new_tokens)}:
             if state.padded:
-                raise NotImplementedError("stream() and assisted decoding do not support padded batches.")
+                raise NotImplementedError(NO_PADDED_CHUNKS)
             if not all(kind in offsets and offsets[kind].used for kind in kinds):
                 raise NotImplementedError(
                     "stream() and assisted decoding need attn_implementation='sdpa' or 'eager' and no 4-D attention_mask: "

@@ -353,14 +353,13 @@ class _Step:
         config: GenerationConfig,
         kwargs: dict[str, Any],
     ) -> None:
-        self.model, self.cache, self.kwargs = model, cache, kwargs
+        self.cache, self.kwargs = cache, kwargs
         self.positions = cache.next_position_ids().expand(rows, -1).to(device).clone()
         self.tokens = torch.empty_like(self.positions)
         self.forward: Any = model.__call__
         self.warm_up = -1  # steps until the graph is captured; negative for never
         self.is_compiled = would_compile(model, cache, config)
         if self.is_compiled:
-            cache.leave_out_masks_if_full()
             own = config.compile_config is None and {p.device.type for p in model.parameters()} == {"cuda"}
             self.forward = compiled_forward(model, CompileConfig(mode="default") if own else config.compile_config)
             if own and len({p.device for p in model.parameters()}) == 1:

@@ -38,11 +38,11 @@ class StreamState:
     """
 
     def __init__(self) -> None:
-        self.exact_chunks = self.recording = False
         self.reset()
 
     def reset(self) -> None:
         """Forgets the stream."""
+        self.exact_chunks = self.recording = False
         self.pads: PerRow = (0,)
         self.rebased: PerRow = (0,)
         self.starts: PerRow = (0,)
