@@ -16,6 +16,8 @@ SHORT = {
     "EAGER": "--no-compile --arms dense dense-at-capacity sink",
     "RUN": "--mode step --arms dense sink --offline --dtype bfloat16 --num-samples 2",
     "CALLS": "--arms static-at-capacity sink endless --rounds 5 --new-tokens 96 --profile",
+    "SMOL": "--model {smollm2}",
+    "WIKI": "--model {smollm2} --text-file {wiki}",
     "STUDY": "--mode step --capacities 256 --arms dense sink",
     "MOBY": "--arms dense sink window --batch-size 1 --chunk-size 512",
     "ALL": "--capacities 256 512 1024 2048 4096",
@@ -37,11 +39,11 @@ SET = """
 2  60 paper-llama-2-7b latency --random-weights llama-2-7b FAST --no-compile --arms sink recompute --contexts 4096 ALL --profile
 2  45 calls-410m calls steps --random-weights pythia-410m CALLS --contexts 4096 131072
 2  55 calls-llama-3-8b calls steps --random-weights llama-3-8b CALLS
-3  45 quality ppl --model {smollm2} --text-file {wiki} --num-samples 16 --max-tokens 6000 --score-from 2048 --batch-size 16 --chunk-size 256
-3  35 moby-dick ppl --model {smollm2} --text-file {moby} --num-samples 1 --max-tokens 20000 --position-bin 2000 --capacities 1024 MOBY
-3  25 study-1000 ppl --model {smollm2} --text-file {wiki} STUDY --max-tokens 1000 --num-samples 3 --batch-size 3
-3  40 study-2000 ppl --model {smollm2} --text-file {wiki} STUDY --max-tokens 2000 --num-samples 10 --batch-size 10
-3  80 study-5000 ppl --model {smollm2} --text-file {wiki} STUDY --max-tokens 5000 --num-samples 1
+3  45 quality ppl WIKI --num-samples 16 --max-tokens 6000 --score-from 2048 --batch-size 16 --chunk-size 256
+3  35 moby-dick ppl --text-file {moby} SMOL --num-samples 1 --max-tokens 20000 --position-bin 2000 --capacities 1024 MOBY
+3  25 study-1000 ppl WIKI STUDY --max-tokens 1000 --num-samples 3 --batch-size 3
+3  40 study-2000 ppl WIKI STUDY --max-tokens 2000 --num-samples 10 --batch-size 10
+3  80 study-5000 ppl WIKI STUDY --max-tokens 5000 --num-samples 1
 4 600 cpu-steps-70m latency --device cpu EAGER --rounds 24 ALL
 4 900 cpu-run-70m ppl --device cpu --random-weights pythia-70m RUN --dtype float32 --num-samples 1 --max-tokens 4096 ALL
 """

@@ -320,9 +320,12 @@ def slope(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float] | None:
     values = np.array([row[name] for row in rest], dtype=np.float64)  # nan for None
     if len(rest) < 2 * STRETCHES or not np.isfinite(values).all():
         return None
+    mean = float(values.mean())
+    if np.ptp(values) == 0:
+        return {"rise": 0.0, "standard_error": 0.0, "mean": mean}
     run = np.array([row["tokens"] for row in rest], dtype=np.float64) / rows[-1]["tokens"]
     line = linregress(*(np.array([part.mean() for part in np.array_split(one, STRETCHES)]) for one in (run, values)))
-    return {"rise": float(line.slope), "standard_error": float(line.stderr), "mean": float(values.mean())}
+    return {"rise": float(line.slope), "standard_error": float(line.stderr), "mean": mean}
 
 
 def rebases(times_ms: Sequence[float], rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -346,7 +349,6 @@ def long(
     total = LAST_POSITION if args.until_the_end else args.tokens * (args.passes or 1)
     with torch.no_grad(), harness.garbage_collector_off(), harness.progress_bar(total, loaded.name) as bar:
         notes = Notes(cache, math.inf if args.passes else total // SAMPLES, bar, result)
-        cache_is_new = random_text(loaded.model, 1, capacity)
         try:
             if args.until_the_end:
                 result.data["end"] = count(loaded, args, notes)
@@ -354,7 +356,7 @@ def long(
                 read(loaded, args, notes, text)
             else:
                 options = {"custom_generate": endless, "logits_processor": LogitsProcessorList([notes])}
-                generate(loaded.model, cache_is_new, cache, args.tokens, **options)
+                generate(loaded.model, random_text(loaded.model, 1, capacity), cache, args.tokens, **options)
         finally:
             result.data["slopes"] = {name: slope(result.rows, name) for name in SLOPES}
             result.data["rebases"] = rebases(cache.rebase_ms, result.rows)

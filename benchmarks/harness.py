@@ -166,7 +166,7 @@ def choose_device(name: str, index: int | None = None) -> torch.device:
     kind = next(one for one in here if here[one]) if kind == "auto" else kind
     if kind not in here or not (number or "0").isdecimal():
         raise BenchmarkError(f"unknown device {name!r}: choose auto, cuda, mps or cpu")
-    chosen = int(number) if number else index or 0
+    chosen = int(number or (index if kind == "cuda" else 0) or 0)
     if chosen >= here[kind]:
         raise BenchmarkError(f"--device {name}: torch {torch.__version__} sees {here[kind]} such devices here")
     if kind == "cuda":

@@ -32,15 +32,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from benchmarks import harness, plots, ppl, texts
+from benchmarks import harness, models, ppl
+from benchmarks.arms import Arm
 from benchmarks.harness import BenchmarkError
-from benchmarks.ppl import Batch, Settings
 
 from .oracle import streamed_logits
 
 VOCAB = 61
 TRAINED = 48  # positions of the tiny model; the samples of the command line's tests are longer
 ROOT = Path(__file__).parents[1]
+NO_BAR = harness.progress_bar(0, "", disable=True)
 
 
 def tiny_llama() -> LlamaForCausalLM:
@@ -65,7 +66,7 @@ def model() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, a tokenizer whose words are `w0`, `w1` …, and texts."""
+    """A folder with a model, a tokenizer whose words are `w0`, `w1` …, and models."""
     folder = tmp_path_factory.mktemp("ppl")
     tiny_llama().save_pretrained(folder / "tiny")
     words = WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0")
@@ -93,22 +94,25 @@ def nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return -logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
 
 
-def measured(
-    model: PreTrainedModel,
-    ids: torch.Tensor,
-    method: str,
-    capacity: int | None = None,
-    *,
-    n_sink: int = 2,
-    chunk_size: int = 1,
-) -> np.ndarray:
-    batch = Batch(list(range(len(ids))), ids)
+def run_of(model: PreTrainedModel, ids: torch.Tensor, **settings: Any) -> ppl.Run:
     everything = np.ones((len(ids), ids.shape[1] - 1), dtype=bool)
-    settings = Settings(n_sink=n_sink, chunk_size=chunk_size, batch_size=4)
-    reading = ppl.Reading(model, batch, (method, capacity), everything, settings, harness.no_progress_bar())
+    args = SimpleNamespace(**{"n_sink": 2, "chunk_size": 1, "batch_size": 4} | settings)
+    loaded, state = models.LoadedModel(model, None, "tiny"), SimpleNamespace(num_processes=1, process_index=0)
+    return ppl.Run(loaded, args, list(ids), everything, everything, state)
+
+
+def reading_of(run: ppl.Run, ids: torch.Tensor, name: str, capacity: int | None = None) -> ppl.Reading:
+    batch = ppl.Batch(list(range(len(ids))), ids)
+    return ppl.Reading(run, batch, Arm(name, capacity), run.recompute_sample, NO_BAR)
+
+
+def measured(
+    model: PreTrainedModel, ids: torch.Tensor, name: str, capacity: int | None = None, **settings: Any
+) -> np.ndarray:
+    reading = reading_of(run_of(model, ids, **settings), ids, name, capacity)
     while reading.take_turn():
         pass
-    return reading.scores().nll
+    return reading.scores()["nll"]
 
 
 # --- which tokens are scored -----------------------------------------------------------------------------------------
@@ -125,16 +129,16 @@ def measured(
     ],
 )
 def test_samples_written_out_by_hand(tokens: int, samples: list[list[int]]) -> None:
-    cut = texts.cut(torch.arange(tokens), max_tokens=3)
+    cut = models.cut(torch.arange(tokens), max_tokens=3)
     assert [sample.tolist() for sample in cut] == samples
     # Every token but the very first of the text is predicted exactly once.
     assert [token for sample in cut for token in sample.tolist()[1:]] == list(range(1, tokens))
 
 
 def test_a_number_of_samples_means_full_ones() -> None:
-    assert [s.tolist() for s in texts.cut(torch.arange(9), 3, num_samples=2)] == [[0, 1, 2, 3], [3, 4, 5, 6]]
+    assert [s.tolist() for s in models.cut(torch.arange(9), 3, num_samples=2)] == [[0, 1, 2, 3], [3, 4, 5, 6]]
     with pytest.raises(BenchmarkError, match="9 tokens, but 3 samples of 3 need 10"):
-        texts.cut(torch.arange(9), 3, num_samples=3)
+        models.cut(torch.arange(9), 3, num_samples=3)
 
 
 def test_recompute_windows_written_out_by_hand() -> None:
@@ -146,8 +150,11 @@ def test_recompute_windows_written_out_by_hand() -> None:
             seen.extend(input_ids.tolist())
             return SimpleNamespace(logits=torch.zeros(*input_ids.shape, VOCAB))
 
+        def _supports_logits_to_keep(self) -> bool:
+            return False
+
     everything = torch.ones(1, 6, dtype=torch.bool)
-    list(ppl.score_recomputed(Spy(), torch.arange(7)[None], everything, 3, 2, harness.no_progress_bar()))
+    list(ppl.score_recomputed(Spy(), torch.arange(7)[None], everything, 3, 2, NO_BAR))
     # The first predicts tokens 1, 2 and 3; the others the one after their last, so 4, 5 and 6.
     assert seen == [[0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]
 
@@ -188,8 +195,7 @@ def test_bounded_methods_equal_the_oracle(model: LlamaForCausalLM, method: str, 
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("capacity", [4, 5, 8, 16])
-@pytest.mark.parametrize("chunk_size", [2, 5, 8, 33])
+@pytest.mark.parametrize("capacity, chunk_size", [(4, 33), (5, 5), (8, 2), (16, 5)])
 def test_chunks_and_steps_agree(model: LlamaForCausalLM, capacity: int, chunk_size: int) -> None:
     ids = random_ids(2, 42)
     for method in ("dense", "sink", "window"):
@@ -220,7 +226,7 @@ def test_accuracy_counts_the_first_choice() -> None:
     targets = torch.tensor([[1, 2, 0, 2]])
     logits = torch.nn.functional.one_hot(torch.tensor([[1, 2, 1, 2]]), 3).float() * 5
     pieces = [logits[:, :1], logits[:, 1:3], logits[:, 3:]]
-    ((losses, correct),) = ppl.score(pieces, targets, harness.no_progress_bar())
+    ((losses, correct),) = ppl.score(pieces, targets, NO_BAR)
     assert correct.tolist() == [[True, True, False, True]]
     # By hand: 5 above two others, or 5 below the one preferred.
     right = math.log(1 + 2 * math.exp(-5))
@@ -248,16 +254,10 @@ def test_wikitext_is_the_original_file_again(monkeypatch: pytest.MonkeyPatch) ->
     # The first line is empty in the dataset; that once crashed a harness that read line by line.
     lines = {"text": ["", " = A title = \n", "", " A paragraph . \n"]}
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: lines)
-    assert texts.wikitext().text == " \n = A title = \n \n A paragraph . \n"
+    assert models.wikitext(**models.WIKITEXT).text == " \n = A title = \n \n A paragraph . \n"
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def _no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "plots" not in request.node.name:  # they take longer than all the rest
-        monkeypatch.setattr(plots, "plot", lambda *_: [])
 
 
 def run(folder: Path, output: Path, *more: str, text: str = "text.txt", model: str = "tiny") -> int:
@@ -265,7 +265,8 @@ def run(folder: Path, output: Path, *more: str, text: str = "text.txt", model: s
     return harness.run(ppl.main, [*argv, *SMALL, *more])
 
 
-SMALL = ("--device", "cpu", "--max-tokens", "64", "--capacities", "8", "16", "--recompute-tokens", "20")
+SMALL = ("--device", "cpu", "--max-tokens", "64", "--capacities", "8", "16")
+RECOMPUTE = ("--recompute-tokens", "20")
 
 
 def result_in(output: Path) -> dict[str, Any]:
@@ -273,28 +274,23 @@ def result_in(output: Path) -> dict[str, Any]:
     return harness.read_json(path)
 
 
-def test_a_run_writes_table_result_and_plots(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(folder, tmp_path, "--batch-size", "2") == 0
+def test_a_run_writes_table_and_result(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder, tmp_path, "--batch-size", "2", *RECOMPUTE) == 0
     printed = capsys.readouterr().out
     result = result_in(tmp_path)
-    assert len(list(tmp_path.glob("*.png"))) == 2
-    assert {"schema", "schema_version", "harness", "title", "command", "date", "versions", "device", "dtype"} <= set(
-        result
-    )
-    assert result["title"] == "tiny on text.txt"
     assert str(folder) not in json.dumps(result)
     assert result["model"]["trained_context"] == TRAINED
-    assert [(row["method"], row["capacity"]) for row in result["rows"]] == [
+    assert [(row["arm"], row["capacity"]) for row in result["rows"]] == [
         ("dense", None),
         *((method, capacity) for method in ("sink", "window") for capacity in (8, 16)),
         ("dense-batched", None),
         *(("recompute", capacity) for capacity in (8, 16)),
     ]
     for row in result["rows"]:
-        assert row["method"] in printed
+        assert row["arm"] in printed
         assert row["perplexity"] == pytest.approx(math.exp(row["nll_per_token"]))
         # 200 words are 64 + 64 + 64 + 7 predictions.
-        assert row["tokens"] == (20 if row["method"] == "recompute" else 199)
+        assert row["tokens"] == (20 if row["arm"] == "recompute" else 199)
         assert sum(one["tokens"] for one in row["samples"]) == row["tokens"]
         assert sum(one["tokens"] for one in row["by_position"]) == row["tokens"]
         assert row["seconds"] > 0
@@ -303,14 +299,13 @@ def test_a_run_writes_table_result_and_plots(folder: Path, tmp_path: Path, capsy
         total = sum(one["nll_sum"] for one in row["samples"])
         assert math.exp(total / row["tokens"]) == pytest.approx(row["perplexity"])
     dense, sink, _, _, _, batched, *_ = result["rows"]
-    assert dense["speedup_over_dense"] == 1.0
     assert batched["largest_nll_difference_from_dense"] < 1e-4
     assert batched["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-5)
     head_dim, kv_heads, layers = 8, 2, 2
     assert dense["cache_bytes"] == 64 * 2 * head_dim * kv_heads * layers * 4
     assert sink["cache_bytes"] == (8 * 2 + 4) * head_dim * kv_heads * layers * 4  # and the sinks' pristine keys
-    assert f"tiny was trained on {TRAINED} positions, and this reaches 64" in dense["note"]
-    assert "trained" not in sink["note"]
+    assert dense["warning"] == f"beyond the trained context of {TRAINED} positions"
+    assert sink["warning"] == ""
     assert dense["within_trained_context"]["tokens"] + dense["beyond_trained_context"]["tokens"] == 199
 
 
@@ -322,7 +317,7 @@ def test_modes_and_batch_sizes_give_the_same_numbers(folder: Path, tmp_path: Pat
     )
     results = []
     for i, variant in enumerate(variants):
-        assert run(folder, tmp_path / str(i), *variant, "--capacities", "8") == 0
+        assert run(folder, tmp_path / str(i), *variant, *RECOMPUTE, "--capacities", "8", "--num-samples", "3") == 0
         results.append(result_in(tmp_path / str(i)))
     for rows in zip(*(result["rows"] for result in results), strict=True):
         for row in rows[1:]:
@@ -331,7 +326,7 @@ def test_modes_and_batch_sizes_give_the_same_numbers(folder: Path, tmp_path: Pat
 
 
 def test_two_processes_give_the_numbers_of_one(folder: Path, tmp_path: Path) -> None:
-    options = ("--batch-size", "1", "--methods", "dense", "sink", "recompute", "--capacities", "8")
+    options = ("--batch-size", "1", "--methods", "dense", "sink", "recompute", "--capacities", "8", *RECOMPUTE)
     assert run(folder, tmp_path / "one", *options) == 0
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -341,9 +336,9 @@ def test_two_processes_give_the_numbers_of_one(folder: Path, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert "past_key_values" not in done.stderr  # or transformers warns of a call of ours
     one, two = result_in(tmp_path / "one"), result_in(tmp_path / "two")
-    assert (one["protocol"]["num_processes"], two["protocol"]["num_processes"]) == (1, 2)
+    assert (one["run"]["num_processes"], two["run"]["num_processes"]) == (1, 2)
     for row_of_one, row_of_two in zip(one["rows"], two["rows"], strict=True):
-        for name in ("method", "capacity", "tokens", "accuracy", "cache_bytes"):
+        for name in ("arm", "capacity", "tokens", "accuracy", "cache_bytes"):
             assert row_of_one[name] == row_of_two[name]
         for a, b in zip(row_of_one["samples"], row_of_two["samples"], strict=True):
             assert a == pytest.approx(b, rel=1e-6)
@@ -363,8 +358,9 @@ def test_two_processes_give_the_numbers_of_one(folder: Path, tmp_path: Path) -> 
         (["--mode", "step", "--chunk-size", "4"], "--chunk-size is for --mode chunk"),
         (["--chunk-size", "0"], "--chunk-size must be at least 1"),
         (["--batch-size", "0"], "--batch-size must be at least 1"),
-        (["--random-weights", "tiny", "--gguf-file", "one"], "--gguf-file is for --model"),
-        (["--dtype", "int8"], "unknown dtype 'int8'"),
+        (["--dtype", "int8"], "'int8'"),
+        (["--dataset", "one"], "are different texts"),
+        (["--arms", "dense", "--recompute-tokens", "9"], "--recompute-tokens is for the arm recompute"),
         (["--device", "tpu"], "unknown device 'tpu'"),
         (["--text-file", "{folder}/empty.txt"], "empty.txt is empty"),
         (["--text-file", "{folder}/blank.txt"], "blank.txt is empty"),
@@ -375,7 +371,7 @@ def test_two_processes_give_the_numbers_of_one(folder: Path, tmp_path: Path) -> 
         (["--model", "{folder}/none"], "there is no such folder"),
         (["--model", "{folder}"], "config.json"),
         (["--model", "{folder}/text.txt"], "is a file"),
-        (["--random-weights", "gpt-5"], "unknown shape 'gpt-5'"),
+        (["--random-weights", "gpt-5"], "--model has trained weights"),
         (["--output", "{folder}/text.txt"], "cannot make the folder"),
         (["--no-such-option"], "--no-such-option"),
     ],
@@ -394,9 +390,9 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(
 def test_cuda_that_is_absent_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert run(folder, tmp_path, "--device", "cuda") == 2
-    assert "sees no CUDA GPU" in capsys.readouterr().err
+    assert "sees 0 such devices" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", ["model", "text"])
@@ -425,7 +421,7 @@ def test_what_cannot_be_measured_says_why_and_the_rest_is(folder: Path, tmp_path
     assert dense["perplexity"] > 1
     for row in sinks:
         assert row["perplexity"] is None
-        assert "'gpt2'" in row["note"]
+        assert "'gpt2'" in row["reason"]
 
 
 def test_nothing_measured_is_an_error(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -443,23 +439,23 @@ def test_out_of_memory_in_one_method_leaves_the_others(
     assert run(folder, tmp_path, "--methods", "dense", "sink") == 0
     dense, *sinks = result_in(tmp_path)["rows"]
     assert dense["perplexity"] is None
-    assert dense["note"].startswith("out of memory")
-    assert all(row["perplexity"] > 1 and row["speedup_over_dense"] is None for row in sinks)
+    assert dense["reason"].startswith("out of memory")
+    assert all(row["perplexity"] > 1 for row in sinks)
 
 
 def test_ctrl_c_keeps_what_is_finished(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure_all = ppl.measure_all
+    measure = ppl.Run.measure
 
-    def interrupted(model: Any, samples: Any, methods: Any, *more: Any) -> Any:
-        if methods == [("window", 8)]:
+    def interrupted(run: ppl.Run, arms: Any) -> None:
+        if arms == [Arm("window", 8)]:
             raise KeyboardInterrupt
-        return measure_all(model, samples, methods, *more)
+        measure(run, arms)
 
-    monkeypatch.setattr(ppl, "measure_all", interrupted)
+    monkeypatch.setattr(ppl.Run, "measure", interrupted)
     assert run(folder, tmp_path, "--methods", "dense", "window", "sink") == 130
     result = result_in(tmp_path)
     assert result["interrupted"]
-    assert [row["method"] for row in result["rows"]] == ["dense", "sink", "sink"]
+    assert [row["arm"] for row in result["rows"]] == ["dense", "sink", "sink"]
 
 
 def test_in_step_mode_methods_take_turns_and_share_nothing(
@@ -469,23 +465,24 @@ def test_in_step_mode_methods_take_turns_and_share_nothing(
     take_turn = ppl.Reading.take_turn
 
     def noted(reading: ppl.Reading, everything: bool = False) -> bool:
-        order.append("all of it" if everything else " ".join(map(str, reading.method)))
+        order.append("all of it" if everything else str(reading.arm))
         return take_turn(reading, everything)
 
     monkeypatch.setattr(ppl.Reading, "take_turn", noted)
     options = ("--max-tokens", "150", "--num-samples", "1", "--capacities", "8", "--recompute-tokens", "5")
     assert run(folder, tmp_path / "turns", "--mode", "step", *options) == 0
     # Each is warmed up; then dense, sink and window alternate until 64 + 64 + 22 tokens are read.
-    assert order == [*["all of it"] * 3, *["dense None", "sink 8", "window 8"] * 3, *["all of it"] * 4]
-    protocol = result_in(tmp_path / "turns")["protocol"]
+    assert order == [*["all of it"] * 3, *["dense", "sink 8", "window 8"] * 3, *["all of it"] * 4]
+    protocol = result_in(tmp_path / "turns")["run"]
     assert (protocol["warm_up_tokens"], protocol["turn_tokens"]) == (32, 64)
-    turns = {row["method"]: row for row in result_in(tmp_path / "turns")["rows"]}
+    turns = {row["arm"]: row for row in result_in(tmp_path / "turns")["rows"]}
     for name, row in turns.items():
         (batch,) = row["batches"]
         assert len(batch["turn_seconds"]) == (3 if name in ppl.TAKING_TURNS else 1)
         assert sum(batch["turn_seconds"]) == pytest.approx(row["seconds"], rel=1e-3)
         alone = tmp_path / name
-        assert run(folder, alone, "--mode", "step", *options, "--methods", name) == 0
+        only = options if name == "recompute" else options[:-2]
+        assert run(folder, alone, "--mode", "step", *only, "--methods", name) == 0
         (row_alone,) = result_in(alone)["rows"]
         for what in ("perplexity", "accuracy", "tokens", "cache_bytes", "samples"):
             assert row[what] == row_alone[what], (name, what)
@@ -504,14 +501,14 @@ def failing(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) ->
     monkeypatch.setattr(ppl, "dense_logits", fails)
 
 
-@pytest.mark.parametrize("call", [5, 32 + 70, 32 + 90 + 5], ids=["warm-up", "first sample", "second sample"])
 @pytest.mark.parametrize(
-    "error, reason",
+    "call, error, reason",
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), "fewer --methods or --capacities"),
-        (NotImplementedError(), "NotImplementedError"),
+        (5, NotImplementedError(), "NotImplementedError"),
+        (32 + 70, torch.OutOfMemoryError("CUDA out of memory"), "fewer --arms or --capacities"),
+        (32 + 90 + 5, torch.OutOfMemoryError("CUDA out of memory"), "fewer --arms or --capacities"),
     ],
-    ids=["memory", "without a message"],
+    ids=["warm-up", "first sample", "second sample"],
 )
 def test_one_method_that_fails_in_turns_leaves_the_others(
     call: int, error: Exception, reason: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -522,10 +519,9 @@ def test_one_method_that_fails_in_turns_leaves_the_others(
     assert run(folder, tmp_path / "without", *options) == 0
     dense, sink = result_in(tmp_path / "without")["rows"]
     assert dense["perplexity"] is None
-    assert reason in dense["note"]
+    assert reason in dense["reason"]
     assert sink["perplexity"] == result_in(tmp_path / "with")["rows"][1]["perplexity"]
     assert len(sink["batches"]) == 3  # of 90, 90 and 19 tokens
-    assert sink["speedup_over_dense"] is None
 
 
 def test_ctrl_c_in_turns_keeps_the_samples_that_all_have_finished(
@@ -537,13 +533,12 @@ def test_ctrl_c_in_turns_keeps_the_samples_that_all_have_finished(
     assert run(folder, tmp_path / "one", *options) == 130
     one, first = result_in(tmp_path / "one"), result_in(tmp_path / "all")
     assert one["interrupted"]
-    assert [row["method"] for row in one["rows"]] == ["dense", "sink", "sink"]
+    assert [row["arm"] for row in one["rows"]] == ["dense", "sink", "sink"]
     for row, expected in zip(one["rows"], first["rows"], strict=True):
-        assert "interrupted after 1 of 3 samples" in row["note"]
+        assert "interrupted after 1 of 3 samples" in row["warning"]
         assert row["tokens"] == 90
         for what in ("perplexity", "accuracy", "by_position"):
             assert row[what] == expected[what]
-        assert row["speedup_over_dense"] > 0
     failing(monkeypatch, 32 + 5, KeyboardInterrupt())
     assert run(folder, tmp_path / "none", *options) == 130
     assert not list((tmp_path / "none").glob("*.json"))
@@ -563,34 +558,36 @@ def test_memory_of_turns(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatc
             self.bytes = 5000 if next(turns) == 1 else 1000
 
     monkeypatch.setattr(harness, "PeakMemory", Fake)
-    batch = Batch([0], random_ids(1, 151))
-    everything = np.ones((1, 150), dtype=bool)
-    for per_token, method in ((2 * 2 * 2 * 8 * 4, ("dense", None)), (0, ("sink", 8))):
+    ids = random_ids(1, 151)
+    for per_token, (name, capacity) in ((2 * 2 * 2 * 8 * 4, ("dense", None)), (0, ("sink", 8))):
         turns = itertools.count()
-        settings = Settings(n_sink=2, chunk_size=1, batch_size=1)
-        reading = ppl.Reading(model, batch, method, everything, settings, harness.no_progress_bar())
+        reading = reading_of(run_of(model, ids), ids, name, capacity)
         assert [reading.take_turn(), bool(reading.pressure)] == [True, False]
         while reading.take_turn():
             pass
         # Before the second turn there were 64 tokens in the cache, before the third 128.
         held = harness.cache_bytes(reading.cache)
         expected = max(64 * per_token + 5000, 128 * per_token + 1000) if per_token else held + 5000
-        assert reading.scores().peak_bytes == expected
-        assert "the machine swapped 120 MiB" in reading.scores().pressure
+        assert reading.scores()["peak_bytes"] == expected
+        assert "the machine swapped 120 MiB" in reading.scores()["pressure"]
 
 
-def test_random_weights_say_that_the_text_is_noise(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_replaces_nothing_that_was_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A model that is named must be here: another one in its place would be another result.
+    assert run(folder, tmp_path / "named", "--offline", "--arms", "sink") == 0
+    result = result_in(tmp_path / "named")
+    assert (result["model"]["name"], result["data"]["name"]) == ("tiny", "text.txt")
+    monkeypatch.setattr(models.smollm2, "fetch", lambda: folder / "tiny")
+    monkeypatch.setattr(models, "topics", {"a": (folder / "text.txt").read_text()})
+    assert harness.run(ppl.main, ["--offline", "--arms", "sink", *SMALL, "--output", str(tmp_path / "not")]) == 0
+    assert result_in(tmp_path / "not")["data"]["name"] == "Python's help topics"
+    assert harness.run(ppl.main, ["--offline", "--model", "no/such-model", *SMALL]) == 2
+
+
+def test_random_weights_are_said_so(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=256)  # bytes
-    monkeypatch.setitem(ppl.models.SHAPES, "pythia-70m", lambda: config)
-    assert run(folder, tmp_path, "--random-weights", "pythia-70m", "--methods", "dense", "--num-samples", "1") == 0
-    assert "only times and memory mean anything" in result_in(tmp_path)["title"]
-
-
-def test_plots_need_nothing_but_the_result_file(folder: Path, tmp_path: Path) -> None:
-    assert run(folder, tmp_path, "--methods", "dense", "sink") == 0
-    (path,) = tmp_path.glob("*.json")
-    assert harness.run(plots.main, [str(path), "--output", str(tmp_path / "again")]) == 0
-    assert len(list((tmp_path / "again").glob("*.png"))) == 2
-    assert harness.run(plots.main, [str(folder / "text.txt")]) == 2
+    monkeypatch.setattr(models, "shape_config", lambda _: config)
+    text = ["--text-file", str(folder / "text.txt"), "--output", str(tmp_path)]
+    argv = [*SMALL, *text, "--random-weights", "a-shape", "--arms", "dense", "--num-samples", "1"]
+    assert harness.run(ppl.main, argv) == 0
+    assert result_in(tmp_path)["model"]["weights"] == "random"

@@ -1,0 +1,235 @@
+"""`benchmarks.report`: sums of a curve written out by hand, the right results side by side, and the README's numbers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from benchmarks import all as whole_set
+from benchmarks import calls, harness, latency, ppl, report
+from benchmarks.harness import BenchmarkError
+
+ROOT = Path(__file__).parents[1]
+MODEL = {
+    "type": "llama",
+    "parameters": 1000,
+    "name": "tiny (random weights)",
+    "weights": "random",
+    "trained_context": 512,
+}
+
+
+@pytest.fixture(scope="module")
+def results() -> report.Results:
+    return report.Results([ROOT / source for source in report.SOURCES])
+
+
+def result(kind: str, **more: Any) -> dict[str, Any]:
+    setting = {"model": MODEL, "device": {"type": "cpu", "name": "a CPU"}, "dtype": "float32", "threads": 2}
+    return {"harness": kind, "date": "2026-01-01T00:00:00+00:00", "file": kind, **setting} | more
+
+
+def step_row(arm: str, context: int, ms: float, capacity: int | None = None, **more: Any) -> dict[str, Any]:
+    row = {"arm": arm, "compiled": False, "context": context, "capacity": capacity, "median_ms": ms, "reason": ""}
+    nothing = {"unsynchronized_ms": [], "first_time_ms": [], "again_ms": [], "gpu_ms": None, "warning": ""}
+    return row | {"step_ms": [[ms] * 3] * 6, "cache_bytes": 2**20} | nothing | more
+
+
+def latency_result(factor: float = 1.0, **more: Any) -> dict[str, Any]:
+    """Dense: 1 ms up to 100 tokens, then 1 ms more per 100; sink: 1 ms. A step after 400 tokens gains 4×."""
+    rows = [step_row("dense", n, factor * max(1, n / 100)) for n in (50, 100, 200, 400)]
+    rows += [step_row("sink", n, 1.0, 100) for n in (50, 100, 200, 400)]
+    return result("latency", rows=rows, protocol={"sdpa_backend": "auto"}) | more
+
+
+def ppl_result(
+    dense_s: float, sink_s: float, tokens: Sequence[int] = (300,), mode: str = "step", **more: Any
+) -> dict[str, Any]:
+    rows = []
+    for arm, capacity, seconds in (("dense", None, dense_s), ("sink", 100, sink_s)):
+        batches = [{"tokens_processed": n} for n in tokens]
+        row = {"arm": arm, "capacity": capacity, "batches": batches, "reason": "", "perplexity": 2.0}
+        rows.append(row | {"tokens_per_second": sum(tokens) / seconds})
+    protocol = {"mode": mode, "batch_size": 1, "sdpa_backend": "auto"}
+    return result("ppl", rows=rows, protocol=protocol, run={"warm_up_tokens": 32}) | more
+
+
+# By hand: contexts 0 to 100 take 1 ms, and 101 to 299 take n / 100 ms.
+DENSE_MS = 101 + sum(n / 100 for n in range(101, 300))
+SINK_MS = 300
+
+
+def regimes(*found: dict[str, Any]) -> list[dict[str, Any]]:
+    one = report.Results([])
+    one.extend(found)
+    return report.regimes(one).to_dict("records")
+
+
+def test_a_run_is_the_sum_of_the_curve_over_its_contexts() -> None:
+    # Off by one token, or the mean of the measured points for the mean over the run, would be other numbers.
+    curve = report.Curve(latency_result(), "dense")
+    assert report.sum_ms(curve.ms, 1) == 1.0
+    assert report.sum_ms(curve.ms, 300) == pytest.approx(DENSE_MS)
+    (one,) = regimes(latency_result(), ppl_result(DENSE_MS / 1e3, SINK_MS / 1e3))
+    assert one["predicted"] == one["measured"] == pytest.approx(DENSE_MS / SINK_MS)
+    assert one["last step"] == pytest.approx(2.0)  # 400 tokens are beyond the run
+    assert one["difference"] in ("+0%", "-0%")
+    # Samples begin anew with an empty cache.
+    (one,) = regimes(latency_result(), ppl_result(1.0, 1.0, tokens=(100, 100, 100)))
+    assert one["predicted"] == pytest.approx(1.0)
+
+
+def test_steps_that_are_not_waited_for_make_the_prediction() -> None:
+    steps = latency_result()
+    for row in steps["rows"]:
+        row["unsynchronized_ms"] = [row["median_ms"] / (4 if row["arm"] == "dense" else 2)] * 6
+    (one,) = regimes(steps, ppl_result(1.0, 1.0))
+    assert one["predicted"] == pytest.approx(DENSE_MS / 4 / (SINK_MS / 2))
+    for row in steps["rows"]:  # too few for a ratio: then that of the others, which are waited for
+        del row["unsynchronized_ms"][3:]
+    assert regimes(steps, ppl_result(1.0, 1.0))[0]["predicted"] == pytest.approx(DENSE_MS / SINK_MS)
+
+
+@pytest.mark.parametrize("times, in_the_first_sample", [(10.0, 10.0), (1.05, 1.0)])
+def test_only_the_first_sample_pays_for_new_lengths(times: float, in_the_first_sample: float) -> None:
+    steps = latency_result()
+    for row in steps["rows"]:
+        if row["arm"] == "dense":
+            row |= {"first_time_ms": [times * row["median_ms"]] * 3, "again_ms": [row["median_ms"]] * 3}
+    run = ppl_result(1.0, 1.0, tokens=(300, 300))
+    for warm_up in (32, 10):
+        # The lengths of the warm-up, of 1 ms each, are not new; with a sink cache those from there to its capacity of 100 are.
+        run["run"]["warm_up_tokens"] = warm_up
+        dense_ms = warm_up + in_the_first_sample * (DENSE_MS - warm_up) + DENSE_MS
+        sink_ms = warm_up + in_the_first_sample * (100 - warm_up) + 200 + SINK_MS
+        assert regimes(steps, run)[0]["predicted"] == pytest.approx(dense_ms / sink_ms)
+
+
+def test_what_cannot_be_predicted_is_not() -> None:
+    assert regimes(latency_result(), ppl_result(1.0, 1.0, mode="chunk")) == []
+    (far,) = regimes(latency_result(), ppl_result(1.0, 1.0, tokens=(401,)))  # beyond the last context that was measured
+    assert pd.isna(far["predicted"])
+    assert regimes(latency_result(), ppl_result(1.0, 1.0, tokens=(400,)))[0]["predicted"] > 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "bfloat16"},
+        {"threads": 97},
+        {"model": MODEL | {"parameters": 1001}},
+        {"device": {"type": "cpu", "name": "another"}},
+        {"protocol": {"sdpa_backend": "no-cudnn"}},
+    ],
+)
+def test_only_results_of_one_setting_are_put_side_by_side(change: dict[str, Any]) -> None:
+    assert not regimes(latency_result(**change), ppl_result(1.0, 1.0))
+
+
+def test_what_slows_down_both_arms_is_not_predicted_as_a_gain() -> None:
+    # In two rounds of three the machine is twice as slow; of sink's turns the fast ones are longer, so its median is of those.
+    steps = latency_result()
+    for row in steps["rows"]:
+        ms, short, long = row["median_ms"], 2, 5 if row["arm"] == "sink" else 2
+        row["step_ms"] = [[2 * ms] * short, [2 * ms] * short, [ms] * long] * 2
+        row["median_ms"] = 2 * ms if row["arm"] == "dense" else ms
+    run = ppl_result(1.0, 1.0)
+    assert regimes(steps, run)[0]["predicted"] == pytest.approx(regimes(latency_result(), run)[0]["predicted"])
+
+
+def test_the_latency_result_nearest_in_time_is_taken() -> None:
+    found = [
+        latency_result(ms, date=f"2026-0{month}-01T00:00:00+00:00") for month, ms in ((1, 1.0), (3, 2.0), (8, 3.0))
+    ]
+    for order in (found, found[::-1]):
+        (one,) = regimes(*order, ppl_result(1.0, 1.0, date="2026-04-01T00:00:00+00:00"))
+        assert one["last step"] == pytest.approx(4.0)
+
+
+def test_no_table_holds_eager_and_compiled_steps(results: report.Results) -> None:
+    one = report.Results([])
+    cells = [
+        ("dense", None, 9.0, False),
+        ("sink", 1024, 3.0, False),
+        ("static", None, 4.0, True),
+        ("sink", 1024, 2.0, True),
+    ]
+    rows = [step_row(arm, 4096, ms, capacity, compiled=compiled) for arm, capacity, ms, compiled in cells]
+    one.append(result("latency", rows=rows, protocol={}) | {"device": {"type": "cuda", "name": "a GPU"}})
+    compiled, eager = (report.single_steps(one, compiled=compiled).iloc[0] for compiled in (True, False))
+    assert (compiled["static, ms"], compiled["sink, ms"], compiled["achieved"]) == ("4.00", "2.00", "2.00")
+    assert (eager["dense, ms"], eager["sink, ms"], eager["achieved"]) == ("9.00", "3.00", "3.00")
+    assert "dense, ms" not in compiled
+    assert "static, ms" not in eager
+
+
+def test_the_rows_of_the_study_are_complete(results: report.Results) -> None:
+    steps = report.study_steps(results)
+    assert list(steps["capacity"]) == [256, 512, 1024, 2048, 4096, 1024, 1024, 1024]
+    assert steps["the study, ms"].iloc[4] == "nan → nan: nan"
+    assert list(report.study_runs(results)["capacity"]) == [256, 512, 1024, 2048, 4096]
+    assert list(report.paper(results)["gain"])[-1] == "21.7×"
+    assert len(report.study_quality(results)) >= 3
+
+
+# --- the README, pictures, the page, the whole set ---
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_results(results: report.Results) -> None:
+    text = (ROOT / "README.md").read_text()
+    assert report.write(text, results) == text, "run python -m benchmarks.report --write README.md"
+    assert len(report.MARK.findall(text)) > 5
+
+
+def test_results_that_change_change_the_text() -> None:
+    one = report.Results([])
+    one.append(latency_result())
+    where = "latency shape=tiny arm=sink context=400 median_ms"
+    text = f"It takes <!-- figure: {where} -->9<!-- end --> ms.\n<!-- table: new lengths -->\nold\n<!-- end -->\n"
+    written = report.write(text, one)
+    assert f"It takes <!-- figure: {where} -->1.00<!-- end --> ms." in written
+    assert "old" not in written
+    for bad in ("<!-- figure: latency arm=none median_ms -->", "<!-- table: none -->"):
+        with pytest.raises(BenchmarkError, match="none"):
+            report.write(f"{bad}<!-- end -->", one)
+
+
+def test_pictures_and_the_page_need_nothing_but_result_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plt.Figure, "savefig", lambda figure, path, **_: (drawn.append(figure), path.write_bytes(b"")))
+    monkeypatch.setattr(plt, "close", lambda _: None)
+    assert harness.run(report.main, ["--output", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert {path.stem for path in tmp_path.glob("*.png")} >= {"hero", "quality", "regimes"}
+    assert "the study" in page
+    for axes in (axes for figure in drawn for axes in figure.axes):
+        assert axes.get_title()
+        assert "better)" in axes.get_xlabel() + axes.get_ylabel()
+        assert len(axes.get_legend().get_texts()) <= 4
+    plt.close("all")
+    assert harness.run(report.main, [str(ROOT / "setup.cfg")]) == 2
+
+
+def test_the_commands_of_the_whole_set_are_understood_and_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[list[str]] = []
+    done = type("Done", (), {"returncode": 0})
+    monkeypatch.setattr(whole_set.subprocess, "run", lambda command: (ran.append(command), done)[1])
+    for part in "1234":
+        whole_set.main(["--output", str(tmp_path), "--part", part])
+    modules = {"latency": latency, "ppl": ppl, "calls": calls}
+    for _, _, module, *argv in ran:
+        modules[module.removeprefix("benchmarks.")].parse(argv)
+    lines = [line.split() for line in whole_set.SET.strip().splitlines()]
+    assert len(ran) == len(lines) == len({name for _, _, name, *_ in lines})
+    for part in "123":
+        assert sum(int(seconds) for one, seconds, *_ in lines if one == part) < 9 * 60
+    harness.write_json(tmp_path / "run-70m.json", {"schema": harness.SCHEMA, "schema_version": 2, "interrupted": False})
+    capsys.readouterr()
+    whole_set.main(["--output", str(tmp_path), "--list"])
+    assert "run-410m" in (listed := capsys.readouterr().out)
+    assert "run-70m" not in listed
