@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import re
 import statistics
 import sys
@@ -28,45 +29,15 @@ CONTEXTS = (4096, 16384, 32768, 65536)
 BESIDE_THE_STUDY = (4096, 8192)  # contexts: it does not say which it had
 NEW_LENGTHS_COST = 1.2  # from this ratio on, what new lengths cost is part of a prediction
 MARK = re.compile(r"(<!-- (table|figure): (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
-# The study that this project grew out of (Pythia, StreamingLLM by hooks): ms of the baseline and of StreamingLLM, and the gain;
-# of whole runs of Pythia-70M the perplexity (dense: 40.2) and the gain; and its quality at 256, baseline and StreamingLLM.
-STUDY_STEPS = pd.DataFrame(
-    [
-        ("pythia-70m", 256, "3.022 ± 0.774 → 3.161 ± 1.239: 0.96×"),
-        ("pythia-70m", 512, "3.073 ± 0.696 → 3.080 ± 0.159: 1.00×"),
-        ("pythia-70m", 1024, "3.036 ± 0.203 → 3.244 ± 1.582: 0.94×"),
-        ("pythia-70m", 2048, "3.140 ± 0.788 → 3.094 ± 0.094: 1.01×"),
-        ("pythia-70m", 4096, "nan → nan: nan"),
-        ("pythia-410m", 1024, "11.435 ± 4.969 → 10.632 ± 0.187: 1.08×"),
-        ("pythia-1.4b", 1024, "more than 1.5× expected"),
-        ("pythia-6.9b", 1024, "more than 1.5× expected"),
-    ],
-    columns=["shape", "capacity", "the study, ms"],
-)
-STUDY_RUNS = pd.DataFrame(
-    [(256, 48.3, 2.4), (512, 43.1, 2.6), (1024, 41.8, 2.7), (2048, 41.2, 2.9), (4096, 40.8, 3.1)],
-    columns=["capacity", "the study: perplexity (dense: 40.2)", "the study: gain"],
-)
-STUDY_QUALITY = [
-    ("Pythia-6.9B (the study)", "1,000 × 3", "12.41 → 12.74", "50.28% → 50.42%", "7.20 → 7.89"),
-    ("Pythia-70M (the study)", "2,024 × 10", "39.99 → 43.06", "35.49% → 34.49%", "–"),
-    ("Pythia-6.9B (the study)", "5,000 × 1", "54.08 → 31.92", "35.17% → 39.29%", "5.67 → 7.94"),
-]
-# The StreamingLLM paper, a 7B model on an A6000: ms a token of recomputation and of StreamingLLM. (Its 22.2× is 13B at 4,096.)
-PAPER = pd.DataFrame(
-    [(256, 63, 31), (512, 103, 31), (1024, 223, 35), (2048, 523, 45), (4096, 1411, 65)],
-    columns=["capacity", "the paper: recomputation, ms", "the paper: StreamingLLM, ms"],
-)
-Row = dict[str, Any]
+OTHERS = ROOT / "results" / "others"  # figures of other people
 
 
 class Results(list[dict[str, Any]]):
-    """Result files, the smallest model and the oldest result first, and frames of their rows and ratios."""
+    """Result files, the smallest model and the oldest result first."""
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
-        for file in (
-            one for path in map(Path, paths) for one in ([path] if path.is_file() else sorted(path.glob("*.json")))
-        ):
+        folders = [sorted(Path(path).glob("*.json")) if Path(path).is_dir() else [Path(path)] for path in paths]
+        for file in itertools.chain(*folders):
             try:
                 self.append(harness.read_json(file) | {"file": file.stem})
             except BenchmarkError as error:
@@ -79,27 +50,35 @@ class Results(list[dict[str, Any]]):
         return [one for one in self if one["harness"] == kind]
 
     def frame(self, kind: str) -> pd.DataFrame:
-        """Return the rows that have numbers, of `latency`, `calls`, `ppl` …; or `latency ratios`, `calls ratios`."""
+        """Return the rows that have numbers, of `latency`, `calls`, `ppl` …; or `latency-ratios`, `calls-ratios`."""
         if kind not in self.made:
-            kind, _, ratios = kind.partition(" ")
-            make = {"latency": latency.ratios, "calls": calls.ratios}[kind] if ratios else list
-            names = ("shape", "device", "on", "attention", "file")
-            tags = [
-                (shape(one), one["device"]["name"], one["device"]["type"], attention(one), one["file"])
-                for one in self.of(kind)
-            ]
-            found = [
-                row | dict(zip(names, tag, strict=True))
-                for one, tag in zip(self.of(kind), tags, strict=True)
-                for row in make(one["rows"])
-            ]
-            frame = pd.DataFrame([row for row in found if not row.get("reason")])
-            for column in {"median_ms", "value"} & set(frame):
-                doubt = frame["note" if ratios else "warning"].astype(str).str.contains("too wide|no conclusion")
-                frame[f"shown {column}"] = [figure(*one) for one in zip(frame[column], doubt, strict=True)]
-            self.made[f"{kind} {ratios}".strip()] = frame
-            return frame
+            make = {"latency-ratios": latency.ratios, "calls-ratios": calls.ratios}.get(kind, list)
+            found = []
+            for one in self.of(kind.removesuffix("-ratios")):
+                tags = {"shape": shape(one), "device": one["device"]["name"], "on": one["device"]["type"]}
+                tags |= {"attention": attention(one), "file": one["file"]}
+                found += [{"note": "", "warning": "", "reason": ""} | row | tags for row in make(one["rows"])]
+            self.made[kind] = pd.DataFrame([row for row in found if not row["reason"]])
         return self.made[kind]
+
+    def cells(self, kind: str) -> pd.DataFrame:
+        """Return figures as a long table, one in a row: `what` it is, and how it is `shown`, of `latency` or `calls`."""
+        if f"{kind} cells" not in self.made:
+            rows, gains = self.frame(kind), self.frame(f"{kind}-ratios")
+            rows, gains = (one.assign(how=one["compiled"].map({True: " compiled", False: ""})) for one in (rows, gains))
+            parts = [rows.assign(what=rows["arm"] + rows["how"] + ", ms", value=rows["median_ms"])]
+            if kind == "latency":
+                parts.append(rows.assign(what=rows["arm"] + rows["how"] + ", GPU ms", value=rows["gpu_ms"]))
+                parts.append(rows.assign(what=rows["arm"] + ", cache MiB", value=rows["cache_bytes"] / MIB))
+                parts.append(gains.assign(what=gains["name"] + gains["how"] + ", GPU", value=gains["gpu_value"]))
+            parts.append(gains.assign(what=gains["name"] + gains["how"]))
+            cells = pd.concat(parts).dropna(subset=["value"])
+            doubts = (cells["note"] + cells["warning"]).str.contains("too wide|no conclusion") & ~cells[
+                "what"
+            ].str.contains("GPU|MiB")
+            shown = [figure(value, doubt) for value, doubt in zip(cells["value"], doubts, strict=True)]
+            self.made[f"{kind} cells"] = cells.assign(shown=shown)
+        return self.made[f"{kind} cells"]
 
 
 def shape(result: dict[str, Any]) -> str:
@@ -117,163 +96,117 @@ def pick(frame: pd.DataFrame, **where: Any) -> pd.DataFrame:
     return frame
 
 
-def wide(frame: pd.DataFrame, index: Sequence[str], column: str, value: str, says: str = "{}") -> pd.DataFrame:
-    """Return the last value of each index and column as a table of their own, its columns named as `says`."""
-    if frame.empty or value not in frame:
-        return pd.DataFrame(
-            index=pd.MultiIndex.from_tuples([], names=index) if len(index) > 1 else pd.Index([], name=index[0])
-        )
-    found = frame.dropna(subset=[value]).groupby([*index, column], sort=False)[value].last().unstack(column, sort=False)
-    return found.rename(columns=says.format)
+def pivot(cells: pd.DataFrame, index: Sequence[str], wanted: Sequence[str] = (), what: str = "what") -> pd.DataFrame:
+    """Return the last figure for each index as rows, with what is `wanted` as columns in that order, or with all there is."""
+    found = cells.groupby([*index, what], sort=False)["shown"].last().unstack(what, sort=False).reset_index()
+    return found[[*index, *(name for name in wanted if name in found)]] if wanted else found
 
 
 # --- tables ---
 
 
-def steps(results: Results, index: Sequence[str], capacities: Sequence[Any], **where: Any) -> pd.DataFrame:
-    """Return steps at fixed contexts: ms by arm, the gains, the GPU's own work, and the bytes of caches."""
-    rows = pick(results.frame("latency"), capacity=capacities, **where)
-    rows = rows.assign(MiB=rows["cache_bytes"] / MIB) if len(rows) else rows
-    if "capacity" in index:  # what has no capacity stands beside each
-        bounded = rows.dropna(subset=["capacity"])
-        free = (
-            rows[rows["capacity"].isna()]
-            .drop(columns="capacity")
-            .merge(bounded[["shape", "capacity"]].drop_duplicates(), on="shape")
-        )
-        rows = pd.concat([bounded, free])
-    gains = pick(results.frame("latency ratios"), capacity=[one for one in capacities if one], **where)
-    parts = [wide(rows, index, "arm", "shown median_ms", "{}, ms"), wide(gains, index, "name", "shown value")]
-    parts += [
-        wide(rows, index, "arm", "gpu_ms", "{}: GPU's own, ms"),
-        wide(pick(rows, arm=["dense", "static", "sink"]), index, "arm", "MiB", "{}, MiB"),
-    ]
-    return pd.concat(parts, axis=1).drop(
-        columns=["recompute, ms", "recompute: GPU's own, ms", "recompute_over_sink"], errors="ignore"
-    )
-
-
 def single_steps(results: Results, *, compiled: bool) -> pd.DataFrame:
     """Return single steps with one capacity, eager or compiled: no table holds both."""
-    where = {"compiled": compiled, "context": CONTEXTS, "on": "cuda"}
-    return steps(results, ["shape", "context"], [CAPACITY, None], **where).dropna(subset=["sink, ms"]).reset_index()
+    dense, how = ("static", " compiled") if compiled else ("dense", "")
+    wanted = [f"{dense}{how}, ms", f"{dense}-at-capacity{how}, ms", f"sink{how}, ms"]
+    wanted += [f"{name}{how}" for name in ("achieved", "ceiling", "overhead")]
+    wanted += [f"{dense}{how}, GPU ms", f"sink{how}, GPU ms", f"{dense}, cache MiB", "sink, cache MiB"]
+    cells = pick(results.cells("latency"), compiled=compiled, context=CONTEXTS, capacity=[CAPACITY, None], on="cuda")
+    found = pivot(cells, ["shape", "context"], wanted)
+    return found.dropna(subset=[f"sink{how}, ms"]).rename(columns=lambda name: name.replace(" compiled", ""))
 
 
 def whole_calls(results: Results) -> pd.DataFrame:
     """Return compiled steps of `generate()`, beside the compiled StaticCache of the same size."""
-    rows, index = pick(results.frame("calls"), compiled=True, capacity=[CAPACITY, None]), ["shape"]
-    rows = rows.assign(
-        step=[f"{arm} after {n:,}" if n > CAPACITY else arm for arm, n in zip(rows.arm, rows.context, strict=True)]
-    )
-    gains = pick(results.frame("calls ratios"), compiled=True)
-    gains = gains.assign(named=[f"{name} at {n:,}" for name, n in zip(gains.name, gains.context, strict=True)])
-    return (
-        wide(rows, index, "step", "shown median_ms", "{}, ms")
-        .join(wide(gains, index, "named", "shown value"))
-        .reset_index()
-    )
+    cells = pick(results.cells("calls"), compiled=True, capacity=CAPACITY)
+    long = [
+        f"{what}, at {n:,}" if n > CAPACITY else what for what, n in zip(cells["what"], cells["context"], strict=True)
+    ]
+    return pivot(cells.assign(what=long), ["shape"]).rename(columns=lambda name: name.replace(" compiled", ""))
 
 
 def kernels(results: Results) -> pd.DataFrame:
     """Return what the GPU does in a step, kernel by kernel."""
-    rows = pd.concat([results.frame("calls"), results.frame("latency")])
-    rows = pick(rows, capacity=[CAPACITY, None]).dropna(subset=["kernel_ms"]) if "kernel_ms" in rows else pd.DataFrame()
+    rows = pd.concat([results.frame("calls"), results.frame("latency")], ignore_index=True)
+    rows = rows.dropna(subset=["kernel_ms"]) if "kernel_ms" in rows else rows[:0]
     sums = pd.DataFrame(list(rows.get("kernel_ms", ())), index=rows.index)
-    return rows[["shape", "arm", "compiled", "context"]].join(sums) if len(rows) else rows
+    return pick(rows, capacity=[CAPACITY, None])[["shape", "arm", "compiled", "context"]].join(sums)
 
 
 def study_steps(results: Results) -> pd.DataFrame:
     """Return the study's steps, which were eager, beside the same here."""
-    context = max(
-        set(pick(results.frame("latency"), shape="pythia-70m", arm="dense")["context"]) & set(BESIDE_THE_STUDY),
-        default=0,
-    )
-    found = steps(
-        results, ["shape", "capacity"], [*STUDY_STEPS["capacity"], None], compiled=False, context=context, on="cuda"
-    )
-    return STUDY_STEPS.assign(context=context).merge(found.reset_index(), how="left", on=["shape", "capacity"])
+    every = pick(results.cells("latency"), compiled=False, on="cuda")
+    context = max(set(pick(every, shape="pythia-70m")["context"]) & set(BESIDE_THE_STUDY), default=0)
+    cells, theirs = pick(every, context=context), pd.read_csv(OTHERS / "study-steps.csv").assign(context=context)
+    wanted = ["dense-at-capacity, ms", "sink, ms", "achieved", "ceiling", "overhead", "sink, GPU ms", "sink, cache MiB"]
+    dense = pivot(pick(cells, capacity=None), ["shape"], ["dense, ms", "dense, GPU ms", "dense, cache MiB"])
+    ours = pivot(cells.dropna(subset=["capacity"]), ["shape", "capacity"], wanted)
+    return theirs.merge(dense, how="left", on="shape").merge(ours, how="left", on=["shape", "capacity"])
 
 
 def study_runs(results: Results) -> pd.DataFrame:
     """Return the study's whole runs of Pythia-70M beside ours."""
-    found = pick(regimes(results), shape="pythia-70m")
-    found = found[found["tokens"] >= 4096] if len(found) else found
-    parts = [wide(found, ["capacity"], "device", value, f"{{}}: {value}") for value in ("measured", "predicted")]
-    return STUDY_RUNS.merge(pd.concat(parts, axis=1).reset_index(), how="left", on="capacity")
+    theirs, found = pd.read_csv(OTHERS / "study-runs.csv"), pick(regimes(results), shape="pythia-70m")
+    for device, rows in found[found["tokens"] >= 4096].groupby("device"):
+        rows = rows.drop_duplicates("capacity", keep="last")[["capacity", "measured", "predicted"]]
+        rows.columns = ["capacity", f"{device}: measured", f"{device}: predicted"]
+        theirs = theirs.merge(rows, how="left")
+    return theirs
 
 
 def study_quality(results: Results) -> pd.DataFrame:
     """Return the study's perplexities and accuracies beside those of SmolLM2, whose trained context is 8,192 tokens."""
-    lines = list(STUDY_QUALITY)
+    lines, styles = [], {"perplexity": ".2f", "accuracy": ".2%", "tokens_per_second": ".1f"}
     for one in results.of("ppl"):
         if one["protocol"]["mode"] == "step" and one["model"]["weights"] == "trained":
-            both = [
-                pick(pd.DataFrame(one["rows"]), arm=arm, capacity=k).iloc[-1]
-                for arm, k in (("dense", None), ("sink", 256))
-            ]
-            shown = [
-                " → ".join(f"{row[name]:{style}}" for row in both)
-                for name, style in (("perplexity", ".2f"), ("accuracy", ".2%"), ("tokens_per_second", ".0f"))
-            ]
-            lines.append(
-                (
-                    f"{shape(one)}, {one['device']['name']}",
-                    f"{one['data']['max_tokens']:,} × {one['data']['samples']}",
-                    *shown,
-                )
-            )
-    lines.sort(key=lambda line: line[1].replace("2,024", "2,000"))
-    return pd.DataFrame(
-        lines, columns=["model", "tokens × samples", "perplexity, dense → 4+252", "accuracy", "tokens/s"]
-    )
+            both = [row for row in one["rows"] if (row["arm"], row["capacity"]) in (("dense", None), ("sink", 256))]
+            shown = [" → ".join(f"{row[name]:{style}}" for row in both) for name, style in styles.items()]
+            data, name = one["data"], f"{shape(one)}, {one['device']['name']}"
+            lines.append([name, f"{data['max_tokens']:,} × {data['samples']}", *shown])
+    theirs = pd.read_csv(OTHERS / "study-quality.csv")
+    found = pd.concat([theirs, pd.DataFrame(lines, columns=theirs.columns)])
+    return found.sort_values("tokens × samples", key=lambda shown: shown.str[0], kind="stable")
 
 
 def quality(results: Results) -> pd.DataFrame:
     """Return perplexities by capacity, of the last run that scores tokens far from the start of a text only."""
     runs = [one for one in results.of("ppl") if (one["data"] | one["protocol"]).get("score_from", 1) > 1]
-    rows = pick(results.frame("ppl"), file=[one["file"] for one in runs[-1:]])
+    rows = pick(results.frame("ppl"), file=[one["file"] for one in runs[-1:]]).sort_values("capacity")
     rows = rows.assign(
-        capacity=rows["capacity"].map(figure), same=[(one or {}).get("perplexity") for one in rows["same_tokens"]]
+        capacity=["dense" if pd.isna(one) else int(one) for one in rows["capacity"]], shown=rows["perplexity"]
     )
-    parts = (
-        wide(rows, ["capacity"], "arm", "perplexity"),
-        wide(pick(rows, arm=["sink", "dense"]), ["capacity"], "arm", "same", "{}, tokens of recompute"),
+    same = rows.assign(
+        shown=[(one or {}).get("perplexity") for one in rows["same_tokens"]], arm=rows["arm"] + ", same tokens"
     )
-    return (
-        parts[0]
-        .join(parts[1])
-        .drop(columns="dense-batched", errors="ignore")
-        .reset_index()
-        .sort_values("capacity", key=lambda c: c.str.len() + (c == "–") * -9)
-    )
+    same = same[same["arm"].str.contains("sink|dense,")]
+    return pivot(pd.concat([rows, same]), ["capacity"], what="arm").drop(columns="dense-batched", errors="ignore")
 
 
 def paper(results: Results) -> pd.DataFrame:
     """Return the paper's recomputation beside that of Llama-2-7B here: eager steps, compiled ones, and the GPU's own work."""
-    where = {"shape": "llama-2-7b", "capacity": list(PAPER["capacity"])}
-    rows, gains = (pick(results.frame(name), **where) for name in ("latency", "latency ratios"))
-    gains = pick(gains, name="recompute_over_sink")
-    index, kinds = ["capacity"], {False: "eager", True: "compiled"}
-    rows, gains = (one.assign(steps=one["compiled"].map(kinds)) for one in (rows, gains))
-    rows = rows.assign(steps=rows["arm"] + ", " + rows["steps"])
-    parts = [
-        wide(pick(rows, arm=["recompute", "sink"]), index, "steps", "shown median_ms", "{}, ms"),
-        wide(gains, index, "steps", "shown value", "gain, {}"),
+    theirs, gain = pd.read_csv(OTHERS / "paper.csv"), "recompute_over_sink"
+    theirs["gain"] = [f"{recomputed / streaming:.1f}×" for _, recomputed, streaming in theirs.itertuples(index=False)]
+    wanted = [
+        "recompute, ms",
+        "sink, ms",
+        gain,
+        f"{gain}, GPU",
+        "recompute compiled, ms",
+        "sink compiled, ms",
+        f"{gain} compiled",
     ]
-    parts.append(wide(gains, index, "steps", "gpu_value", "gain of the GPU's own work, {}"))
-    theirs = PAPER.assign(gain=[f"{a / b:.1f}×" for a, b in zip(PAPER.iloc[:, 1], PAPER.iloc[:, 2], strict=True)])
-    return theirs.merge(pd.concat(parts, axis=1).reset_index(), how="left", on="capacity")
+    cells = pick(results.cells("latency"), shape="llama-2-7b", capacity=list(theirs["capacity"]))
+    ours = pivot(cells, ["capacity"], wanted) if len(cells) else pd.DataFrame({"capacity": []})
+    return theirs.merge(ours, how="left", on="capacity")
 
 
 def new_lengths(results: Results) -> pd.DataFrame:
     """Return what a dense step takes at a length that the process has never seen, and when it comes again."""
     rows = pick(results.frame("latency"), arm="dense", attention="auto")
-    rows = rows[rows["first_time_ms"].map(bool)] if len(rows) else rows
-    for name in ("first_time_ms", "again_ms") if len(rows) else ():
-        rows = rows.assign(**{name: rows[name].map(statistics.median)})
-    return rows[["shape", "device", "context", "first_time_ms", "again_ms"]].drop_duplicates(
-        ["shape", "device", "context"], keep="last"
-    )
+    rows = rows[rows["first_time_ms"].map(len) > 0]
+    rows = rows.assign(**{name: rows[name].map(statistics.median) for name in ("first_time_ms", "again_ms")})
+    where = ["shape", "device", "context"]
+    return rows[[*where, "first_time_ms", "again_ms"]].drop_duplicates(where, keep="last")
 
 
 def long_runs(results: Results) -> pd.DataFrame:
@@ -281,16 +214,9 @@ def long_runs(results: Results) -> pd.DataFrame:
     lines = []
     for one in results.of("longrun"):
         rows, rise = one["rows"], {f"rise of {name}": line["rise"] for name, line in one["slopes"].items() if line}
-        line = {
-            "run": one["file"],
-            "tokens": rows[-1]["tokens"],
-            "ms per token": statistics.median(row["ms_per_token"] for row in rows),
-        }
-        lines.append(
-            line
-            | rise
-            | {f"perplexity, {i}": rows[j].get("perplexity") for i, j in (("first pass", 0), ("last pass", -1))}
-        )
+        passes = {f"perplexity, {which} pass": rows[i].get("perplexity") for which, i in (("first", 0), ("last", -1))}
+        ms = statistics.median(row["ms_per_token"] for row in rows)
+        lines.append({"run": one["file"], "tokens": rows[-1]["tokens"], "ms per token": ms} | rise | passes)
     return pd.DataFrame(lines)
 
 
@@ -437,44 +363,39 @@ def by_position(results: Results, axes: Axes) -> str:
 
 
 def by_context(results: Results, axes: Axes, column: str) -> str:
-    """Draw a column of latency by context for the largest shape that has dense and bounded caches at several contexts."""
-    compiled = (
-        pick(results.frame("latency"), compiled=True, arm="static")
-        .groupby("shape", sort=False)["context"]
-        .nunique()
-        .gt(1)
-    )
-    shapes = (
-        compiled[compiled].index
-        if column == "median_ms"
-        else pick(results.frame("latency"), arm="dense")["shape"].unique()
-    )
-    is_compiled = len(shapes) > 0 and column == "median_ms"
-    shapes, column = (
-        (shapes, column) if len(shapes) else (pick(results.frame("latency"), arm="dense")["shape"].unique(), "gpu_ms")
+    """Draw bytes of the cache, or ms per token (or the GPU's own work where only that is known), of the largest shape."""
+    rows = pick(results.frame("latency"), capacity=[CAPACITY, None])
+    compiled = pick(rows, compiled=True, arm="static").groupby("shape", sort=False)["context"].nunique().gt(1)
+    is_compiled = column == "median_ms" and compiled.any()
+    column = "gpu_ms" if column == "median_ms" and not is_compiled else column
+    chosen = (
+        compiled[compiled].index[-1]
+        if is_compiled
+        else pick(rows, arm="dense").dropna(subset=[column])["shape"].iloc[-1]
     )
     ends = []
-    for arm, capacity, label in (("static" if is_compiled else "dense", None, "dense cache"), ("sink", CAPACITY, OURS)):
-        found = pick(results.frame("latency"), shape=shapes[-1], arm=arm, capacity=capacity, compiled=is_compiled)
-        found = found.dropna(subset=[column]).drop_duplicates("context", keep="last")
+    for arm, label in (("static" if is_compiled else "dense", "dense cache"), ("sink", OURS)):
+        found = (
+            pick(rows, shape=chosen, arm=arm, compiled=is_compiled)
+            .dropna(subset=[column])
+            .drop_duplicates("context", keep="last")
+        )
         line(axes, found["context"], found[column] / (MIB if column == "cache_bytes" else 1), label)
-        ends += list(found[column][-1:])
+        ends.append(found[column].iloc[-1])
     what = {
         "cache_bytes": "cache, MiB",
         "median_ms": "ms per token, compiled",
         "gpu_ms": "ms per token, GPU's own work",
     }[column]
     axes.set(xlabel="context, tokens", ylabel=f"{what} (lower is better)", ylim=(0, None))
-    word = "Memory" if column == "cache_bytes" else "Time per token"
-    return f"{word} stays flat: {ends[0] / ends[1]:.2g} times less ({shapes[-1]})" if len(ends) == 2 else ""
+    return f"{what.split(',')[0].capitalize()}: flat, {ends[0] / ends[1]:.2g} times less in the end ({chosen})"
 
 
 def by_capacity(results: Results, axes: Axes) -> str:
     """Draw perplexity by capacity."""
-    rows = pick(quality(results), window=None)
     rows = quality(results).dropna(subset=["sink"])
     for arm, label in (("window", "window without sinks"), ("sink", OURS)):
-        line(axes, rows["capacity"], rows[arm], label)
+        line(axes, rows["capacity"], rows[arm].astype(float), label)
     axes.axhline(quality(results)["dense"].max(), color="black", label="dense cache")
     axes.legend(fontsize="small")
     axes.set(xlabel="capacity, tokens", ylabel="perplexity (lower is better)")
@@ -551,11 +472,13 @@ def number(results: Results, query: str) -> str:
         name: {"True": True, "False": False}.get(v, int(v) if v.isdecimal() else v)
         for name, v in (w.split("=") for w in wanted)
     }
-    found = pick(results.frame(kind.replace("-", " ")), **where)
+    found = pick(results.frame(kind), **where)
     if found.empty or pd.isna(found[column].iloc[-1]):
         raise BenchmarkError(f"no result has the figure {query!r}")
-    shown = f"shown {column}"
-    return str(found[shown].iloc[-1]) if shown in found else figure(found[column].iloc[-1].item())
+    doubts = found["note"].iloc[-1] + found["warning"].iloc[-1]
+    return figure(
+        found[column].iloc[-1].item(), column in ("value", "median_ms") and re.search("too wide|no conclusion", doubts)
+    )
 
 
 def write(text: str, results: Results) -> str:

@@ -204,18 +204,6 @@ def test_positions_count_up_to_the_last_one(monkeypatch: pytest.MonkeyPatch, tmp
     assert result["rebases"] is None
 
 
-def test_another_refusal_is_not_taken_for_the_end(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: PreTrainedModel
-) -> None:
-    def generate(*_: Any, **__: Any) -> None:
-        raise ValueError("something else")
-
-    monkeypatch.setattr(calls, "LAST_POSITION", 1500)
-    monkeypatch.setattr(model, "generate", generate)
-    with pytest.raises(ValueError, match="something else"):
-        measured(tmp_path, *LONG, "--until-the-end")
-
-
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_a_run_that_dies_keeps_what_it_has(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: type[BaseException]

@@ -153,6 +153,9 @@ def test_a_result_file_is_complete_or_not_there(tmp_path: Path) -> None:
         harness.write_json(path, {**result, "rows": [{"perplexity": float("nan")}]})
     assert harness.read_json(path) == result
     assert list(tmp_path.iterdir()) == [path]
+    harness.write_json(path, result | {"a": [[1.5, -2e-07], [3]], "text": "[1,\n 2]"})
+    assert harness.read_json(path)["text"] == "[1,\n 2]"
+    assert "[1.5, -2e-07]" in path.read_text()  # raw numbers on one line
 
 
 def test_ctrl_c_keeps_what_is_there(tmp_path: Path) -> None:
@@ -172,21 +175,6 @@ def test_ctrl_c_keeps_what_is_there(tmp_path: Path) -> None:
     assert {"schema", "schema_version", "date", "versions", "device", "synchronization", "dtype", "threads"} <= set(
         found
     )
-
-
-def test_raw_numbers_are_written_on_one_line(tmp_path: Path) -> None:
-    content = {
-        "schema": harness.SCHEMA,
-        "schema_version": 2,
-        "harness": "ppl",
-        "rows": [],
-        "a": [[1.5, -2e-07], [3]],
-        "text": "[1,\n 2]",
-        "none": [],
-    }
-    harness.write_json(tmp_path / "result.json", content)
-    assert harness.read_json(tmp_path / "result.json") == content
-    assert "[1.5, -2e-07]" in (tmp_path / "result.json").read_text()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", json.dumps({"schema": harness.SCHEMA, "schema_version": 0})])
@@ -213,16 +201,6 @@ def test_results_of_the_last_version_are_read(tmp_path: Path) -> None:
             else {"arm": "static-at-capacity", "first_time_ms": [2.0]}
         )
         assert wanted.items() <= found["rows"][0].items()
-
-
-def test_the_command_names_no_folders_of_this_machine(tmp_path: Path) -> None:
-    for argument, shown in (
-        (f"{tmp_path}/a.txt", "a.txt"),
-        (f"--model={tmp_path}/model", "--model=model"),
-        (str(Path.cwd() / "results" / "a.json"), "results/a.json"),
-        ("--device", "--device"),
-    ):
-        assert harness.portable(argument) == shown
 
 
 @pytest.mark.parametrize(

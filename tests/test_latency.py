@@ -433,13 +433,6 @@ def test_ratios_written_out_by_hand() -> None:
     assert found[1024, "overhead", False]["gpu_value"] is None
 
 
-def test_weights_that_a_step_reads() -> None:
-    for tied in (True, False):
-        model = models.AutoModelForCausalLM.from_config(tiny_config(tie_word_embeddings=tied))
-        everything = sum(parameter.nbytes for parameter in model.parameters())
-        assert models.step_weight_bytes(model) == everything - (0 if tied else 61 * 32 * 4)
-
-
 # --- the command line ---
 
 
@@ -481,7 +474,8 @@ def test_a_run_writes_tables_and_result(tmp_path: Path, capsys: pytest.CaptureFi
     assert cells["dense-at-capacity", 300]["cache_bytes"] == (32 + 1) * per_token
     assert cells["sink", 300]["cache_bytes"] == cells["sink", 16]["cache_bytes"]
     assert cells["recompute", 32]["cache_bytes"] == 0
-    weights = result["model"]["step_weight_bytes"]
+    weights = result["model"]["step_weight_bytes"]  # of the embedding, which is not the output layer here, one row
+    assert weights == result["model"]["weight_bytes"] - 61 * 32 * 4
     assert cells["dense", 300]["floor_ms"] == pytest.approx((weights + 301 * per_token) / 1e9 * 1e3)
     assert "NaN" not in json.dumps(result)
     assert "achieved" in printed
@@ -512,38 +506,16 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.Monke
     assert {row["context"] for row in result["rows"]} == {16, 32}
 
 
-def test_several_shapes_write_a_file_each(tmp_path: Path) -> None:
-    argv = [
-        "--random-weights",
-        "tiny",
-        "gpt2",
-        *QUICK,
-        "--arms",
-        "dense",
-        "--contexts",
-        "40",
-        "--output",
-        str(tmp_path),
-    ]
-    assert harness.run(latency.main, argv) == 0
-    names = {path.name for path in tmp_path.glob("*.json")}
-    assert names == {f"latency-{name}-random-weights-cpu-float32.json" for name in ("tiny", "gpt2")}
-
-
 @pytest.mark.parametrize(
     "options, complaint",
     [
         (["--arms", "sinks"], "'sinks'"),
         (["--capacities", "4"], "capacity 4 leaves no window"),
         (["--contexts", "1"], "--contexts must be at least 2"),
-        (["--contexts", "many"], "'many'"),
-        (["--rounds", "0"], "--rounds must be at least 1"),
         (["--steps", "64"], "--steps must be at most 63"),
         (["--n-sink", "-1"], "--n-sink must be at least 0"),
-        (["--min-seconds", "-1"], "--min-seconds must be at least 0"),
         (["--dtype", "int8"], "'int8'"),
         (["--device", "tpu"], "unknown device 'tpu'"),
-        (["--sdpa-backend", "fast"], "'fast'"),
         (["--random-weights", "tiny", "gpt2", "--profile"], "--profile is for one model"),
         (["--random-weights", "tiny", "gpt2", "--name", "one"], "--name is for one result file"),
         (["--profile"], "--profile is for CUDA, but --device is cpu"),

@@ -46,17 +46,11 @@ NO_BAR = harness.progress_bar(0, "", disable=True)
 
 def tiny_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCAB,
-        max_position_embeddings=TRAINED,
-        initializer_range=0.3,  # so that what is attended to matters
-    )
-    return LlamaForCausalLM(config).eval()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": TRAINED}
+    return LlamaForCausalLM(
+        LlamaConfig(**sizes, **more, initializer_range=0.3)
+    ).eval()  # so that what is attended to matters
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +73,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids = np.random.default_rng(0).integers(VOCAB, size=200)
     (folder / "text.txt").write_text(" ".join(f"w{i}" for i in ids), encoding="utf-8")
     (folder / "empty.txt").touch()
-    (folder / "blank.txt").write_text(" \n \n")
     (folder / "one.txt").write_text("w1")
     (folder / "latin-1.txt").write_bytes("caf\xe9".encode("latin-1"))
     return folder
@@ -120,13 +113,7 @@ def measured(
 
 @pytest.mark.parametrize(
     "tokens, samples",
-    [
-        (2, [[0, 1]]),
-        (4, [[0, 1, 2, 3]]),
-        (5, [[0, 1, 2, 3], [3, 4]]),
-        (7, [[0, 1, 2, 3], [3, 4, 5, 6]]),
-        (8, [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7]]),
-    ],
+    [(2, [[0, 1]]), (4, [[0, 1, 2, 3]]), (5, [[0, 1, 2, 3], [3, 4]]), (7, [[0, 1, 2, 3], [3, 4, 5, 6]])],
 )
 def test_samples_written_out_by_hand(tokens: int, samples: list[list[int]]) -> None:
     cut = models.cut(torch.arange(tokens), max_tokens=3)
@@ -309,22 +296,6 @@ def test_a_run_writes_table_and_result(folder: Path, tmp_path: Path, capsys: pyt
     assert dense["within_trained_context"]["tokens"] + dense["beyond_trained_context"]["tokens"] == 199
 
 
-def test_modes_and_batch_sizes_give_the_same_numbers(folder: Path, tmp_path: Path) -> None:
-    variants = (
-        ["--mode", "step"],
-        ["--chunk-size", "5", "--batch-size", "1"],
-        ["--chunk-size", "64", "--batch-size", "3"],
-    )
-    results = []
-    for i, variant in enumerate(variants):
-        assert run(folder, tmp_path / str(i), *variant, *RECOMPUTE, "--capacities", "8", "--num-samples", "3") == 0
-        results.append(result_in(tmp_path / str(i)))
-    for rows in zip(*(result["rows"] for result in results), strict=True):
-        for row in rows[1:]:
-            assert row["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=1e-4)
-            assert row["tokens"] == rows[0]["tokens"]
-
-
 def test_two_processes_give_the_numbers_of_one(folder: Path, tmp_path: Path) -> None:
     options = ("--batch-size", "1", "--methods", "dense", "sink", "recompute", "--capacities", "8", *RECOMPUTE)
     assert run(folder, tmp_path / "one", *options) == 0
@@ -348,32 +319,20 @@ def test_two_processes_give_the_numbers_of_one(folder: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "options, complaint",
     [
-        (["--methods", "sinks"], "'sinks'"),
         (["--capacities", "4"], "capacity 4 leaves no window"),
-        (["--capacities", "many"], "'many'"),
-        (["--n-sink", "-1"], "--n-sink must be at least 0"),
         (["--max-tokens", "0"], "--max-tokens must be at least 1"),
         (["--num-samples", "4"], "4 samples of 64 need 257"),
         (["--score-from", "65"], "--score-from 65 leaves nothing"),
         (["--mode", "step", "--chunk-size", "4"], "--chunk-size is for --mode chunk"),
-        (["--chunk-size", "0"], "--chunk-size must be at least 1"),
-        (["--batch-size", "0"], "--batch-size must be at least 1"),
-        (["--dtype", "int8"], "'int8'"),
         (["--dataset", "one"], "are different texts"),
         (["--arms", "dense", "--recompute-tokens", "9"], "--recompute-tokens is for the arm recompute"),
-        (["--device", "tpu"], "unknown device 'tpu'"),
         (["--text-file", "{folder}/empty.txt"], "empty.txt is empty"),
-        (["--text-file", "{folder}/blank.txt"], "blank.txt is empty"),
         (["--text-file", "{folder}/one.txt"], "one.txt has 1 tokens"),
         (["--text-file", "{folder}/none.txt"], "No such file"),
         (["--text-file", "{folder}/latin-1.txt"], "not UTF-8"),
-        (["--text-file", "{folder}"], "directory"),
         (["--model", "{folder}/none"], "there is no such folder"),
-        (["--model", "{folder}"], "config.json"),
         (["--model", "{folder}/text.txt"], "is a file"),
         (["--random-weights", "gpt-5"], "--model has trained weights"),
-        (["--output", "{folder}/text.txt"], "cannot make the folder"),
-        (["--no-such-option"], "--no-such-option"),
     ],
 )
 def test_bad_input_gets_one_sentence_and_exit_code_2(
@@ -385,14 +344,6 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(
     assert error.startswith("error: ")
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
-
-
-def test_cuda_that_is_absent_is_refused(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert run(folder, tmp_path, "--device", "cuda") == 2
-    assert "sees 0 such devices" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", ["model", "text"])
@@ -415,47 +366,15 @@ def test_a_hub_out_of_reach_is_said_so(
     assert "--text-file" in error
 
 
-def test_what_cannot_be_measured_says_why_and_the_rest_is(folder: Path, tmp_path: Path) -> None:
-    assert run(folder, tmp_path, "--methods", "dense", "sink", model="gpt2") == 0
+def test_what_cannot_be_measured_says_why_and_the_rest_is(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(folder, tmp_path, "--arms", "dense", "sink", model="gpt2") == 0
     dense, *sinks = result_in(tmp_path)["rows"]
     assert dense["perplexity"] > 1
-    for row in sinks:
-        assert row["perplexity"] is None
-        assert "'gpt2'" in row["reason"]
-
-
-def test_nothing_measured_is_an_error(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(folder, tmp_path, "--methods", "sink", model="gpt2") == 2
+    assert all(row["perplexity"] is None and "'gpt2'" in row["reason"] for row in sinks)
+    assert run(folder, tmp_path, "--arms", "sink", model="gpt2") == 2
     assert "nothing could be measured" in capsys.readouterr().err
-
-
-def test_out_of_memory_in_one_method_leaves_the_others(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
-
-    monkeypatch.setattr(ppl, "dense_logits", full)
-    assert run(folder, tmp_path, "--methods", "dense", "sink") == 0
-    dense, *sinks = result_in(tmp_path)["rows"]
-    assert dense["perplexity"] is None
-    assert dense["reason"].startswith("out of memory")
-    assert all(row["perplexity"] > 1 for row in sinks)
-
-
-def test_ctrl_c_keeps_what_is_finished(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = ppl.Run.measure
-
-    def interrupted(run: ppl.Run, arms: Any) -> None:
-        if arms == [Arm("window", 8)]:
-            raise KeyboardInterrupt
-        measure(run, arms)
-
-    monkeypatch.setattr(ppl.Run, "measure", interrupted)
-    assert run(folder, tmp_path, "--methods", "dense", "window", "sink") == 130
-    result = result_in(tmp_path)
-    assert result["interrupted"]
-    assert [row["arm"] for row in result["rows"]] == ["dense", "sink", "sink"]
 
 
 def test_in_step_mode_methods_take_turns_and_share_nothing(
@@ -582,12 +501,3 @@ def test_offline_replaces_nothing_that_was_named(folder: Path, tmp_path: Path, m
     assert harness.run(ppl.main, ["--offline", "--arms", "sink", *SMALL, "--output", str(tmp_path / "not")]) == 0
     assert result_in(tmp_path / "not")["data"]["name"] == "Python's help topics"
     assert harness.run(ppl.main, ["--offline", "--model", "no/such-model", *SMALL]) == 2
-
-
-def test_random_weights_are_said_so(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=256)  # bytes
-    monkeypatch.setattr(models, "shape_config", lambda _: config)
-    text = ["--text-file", str(folder / "text.txt"), "--output", str(tmp_path)]
-    argv = [*SMALL, *text, "--random-weights", "a-shape", "--arms", "dense", "--num-samples", "1"]
-    assert harness.run(ppl.main, argv) == 0
-    assert result_in(tmp_path)["model"]["weights"] == "random"
