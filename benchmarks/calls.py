@@ -43,11 +43,10 @@ class StepTimes(BaseStreamer):
         self.moments: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
-        """Note the time."""
         self.moments.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        pass
 
     def add_to(self, row: dict[str, Any]) -> None:
         """Add the times of a call to a row: of the prompt, of the first tokens, and of each token after them."""
@@ -380,34 +379,32 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise BenchmarkError(f"unknown kind of calls {kind!r}: choose {', '.join(kinds)}")
     parser = harness.Parser(f"calls {kind}", kinds[kind])
     what = parser.add_argument_group("what is measured")
-    least = {"rounds": 1, "new_tokens": WARM_UP_TOKENS + 2}
     if kind == "long":
         models.add_text_options(parser)
-        what.add_argument("--tokens", type=int, help="to generate, or of each pass (100,000)")
-        what.add_argument("--passes", type=int, help="read a text so many times, and do not generate")
         what.add_argument("--until-the-end", action="store_true", help="count positions up to the last one")
-        what.add_argument("--chunk-size", type=int, help="tokens per forward when reading and counting (512)")
-        least = {"passes": 1, "chunk_size": 1}
+        parser.numbers(
+            what,
+            tokens=(None, "to generate, or of each pass (100,000)"),
+            passes=(None, "read a text so many times, and do not generate"),
+            chunk_size=(None, "tokens per forward when reading and counting (512)"),
+        )
     else:
-        what.add_argument("--new-tokens", type=int, default=220, help="of each call (%(default)s)")
-        what.add_argument("--rounds", type=int, default=6, help="(%(default)s)")
+        parser.numbers(what, new_tokens=(220, "of each call"), rounds=(6, "of turns"))
+        parser.least["new_tokens"] = WARM_UP_TOKENS + 2
         what.add_argument("--compile", action=argparse.BooleanOptionalAction, help="also compiled steps (on CUDA)")
     if kind == "steps":
+        parser.numbers(what, contexts=([4096], "lengths of prompts"), call_tokens=(1024, "of each whole call"))
         what.add_argument(
             "--arms", nargs="+", choices=NAMES, default=list(NAMES), metavar="ARM", help=f"{', '.join(NAMES)} (all)"
         )
-        what.add_argument("--contexts", nargs="+", type=int, default=[4096], help="lengths of prompts (%(default)s)")
-        what.add_argument("--call-tokens", type=int, default=1024, help="of each whole call (%(default)s)")
         what.add_argument("--profile", action="store_true", help="in the end, the kernels of a step; CUDA, one shape")
-        least |= {"contexts": 1, "call_tokens": 1}
     if kind == "rows":
+        parser.numbers(what, batch=(64, "rows"))
         what.add_argument("--arm", choices=("sink", "endless"), default="endless", help="(%(default)s)")
         what.add_argument(
             "--rows", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=f"{', '.join(KINDS)} (all)"
         )
-        what.add_argument("--batch", type=int, default=64, help="rows (%(default)s)")
-        least |= {"batch": 1}
-    args = parser.parse(rest, least)
+    args = parser.parse(rest)
     harness.fill_in(args, capacities=[1024])
     args.kind = kind
     refuse(parser, args)
@@ -428,17 +425,16 @@ def refuse(parser: harness.Parser, args: argparse.Namespace) -> None:
             parser.error("--profile is for one shape: what the profiler attaches to CUDA would slow down the next")
         return
     named = args.text_file or args.dataset or args.dataset_config or args.split
-    if args.passes and args.until_the_end:
-        parser.error("--passes and --until-the-end are different runs: give one of them")
-    if args.passes and args.random_weights:
-        parser.error("--passes measures perplexity, which means nothing with --random-weights")
-    for option, value, is_used in (
-        ("--tokens", args.tokens, not args.until_the_end),
-        ("a text", named, args.passes),
-        ("--chunk-size", args.chunk_size, args.passes or args.until_the_end),
-    ):
-        if value is not None and not is_used:
-            parser.error(f"{option} would change nothing in this run: it belongs to another")
+    for refused, why in {
+        "--passes and --until-the-end are different runs: give one of them": args.passes and args.until_the_end,
+        "--passes measures perplexity, which means nothing with --random-weights": args.passes and args.random_weights,
+        "--tokens would change nothing with --until-the-end": args.tokens and args.until_the_end,
+        "a text would change nothing without --passes": named and not args.passes,
+        "--chunk-size would change nothing: generating reads no chunks": args.chunk_size
+        and not (args.passes or args.until_the_end),
+    }.items():
+        if why:
+            parser.error(refused)
     harness.fill_in(args, tokens=100_000, chunk_size=512)
     if args.tokens < (lowest := 2 if args.passes else 10 * SAMPLES):
         parser.error(f"--tokens must be at least {lowest}, but is {args.tokens}")
@@ -447,18 +443,18 @@ def refuse(parser: harness.Parser, args: argparse.Namespace) -> None:
 def tables(result: dict[str, Any]) -> str:
     """Return some of the rows, ratios, kernels and slopes as text tables."""
     shown = result["rows"] if len(result["rows"]) <= 20 else result["rows"][9::10]
-    parts = [
-        [
-            {k: v for k, v in row.items() if not isinstance(v, (list, dict)) and k not in ("n_sink", "reason")}
-            for row in shown
-        ]
+    columns = [
+        name
+        for name, value in shown[0].items()
+        if not isinstance(value, (list, dict)) and name not in ("n_sink", "reason")
     ]
-    if result["harness"] == "calls":
-        parts.append(list(ratios(result["rows"])))
-        parts.append([{"arm": row["arm"]} | row["kernel_ms"] for row in result["rows"] if row.get("kernel_ms")])
-    parts.append([{"slope of": name} | line for name, line in result.get("slopes", {}).items() if line])
-    parts.append([result[name] for name in ("rebases", "end") if result.get(name)])
-    return "\n\n".join(harness.table(part) for part in parts if part)
+    slopes = [{"slope of": name} | line for name, line in result.get("slopes", {}).items() if line]
+    kernels = [{"arm": row["arm"]} | row["kernel_ms"] for row in shown if row.get("kernel_ms")]
+    gains = list(ratios(shown)) if result["harness"] == "calls" else []
+    rest = [result[name] for name in ("rebases", "end") if result.get(name)]
+    return "\n\n".join(
+        filter(None, [harness.table(shown, columns), *map(harness.table, (gains, kernels, slopes, rest))])
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

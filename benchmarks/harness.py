@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import datetime
 import gc
 import json
@@ -17,10 +16,10 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -79,6 +78,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, says: str | None, *, measures: bool = True) -> None:
         epilog = "The manual and the result format are in docs/benchmarks.md."
         super().__init__(f"python -m benchmarks.{prog}", description=says, epilog=epilog, allow_abbrev=False)
+        self.least = {"n_sink": 0}
         if not measures:
             return
         source = self.add_argument_group("model and cache")
@@ -102,22 +102,33 @@ class Parser(argparse.ArgumentParser):
         """Raise the message as a `BenchmarkError`."""
         raise BenchmarkError(f"{message} (--help lists all options)")
 
-    def parse(self, argv: Sequence[str] | None, least: dict[str, int]) -> argparse.Namespace:
-        """Parse, and refuse values below the `least` ones and shared options that do nothing together."""
+    def numbers(self, group: Any, **options: tuple[Any, str]) -> None:
+        """Add options for numbers: their defaults and help; whole ones must be at least 1, others at least 0."""
+        for name, (default, says) in options.items():
+            kind, shown = (
+                (float, " (%(default)s)") if isinstance(default, float) else (int, " (%(default)s)" if default else "")
+            )
+            more = {"nargs": "+", "metavar": "N"} if name == "contexts" else {}
+            group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=says + shown, **more)
+            self.least[name] = 0 if kind is float else 1
+
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Parse, and refuse numbers that are too low and shared options that do nothing together."""
         args = self.parse_args(argv)
-        for name, lowest in {"n_sink": 0, **least}.items():
+        for name, lowest in self.least.items():
             values = getattr(args, name)
             for value in values if isinstance(values, list) else [] if values is None else [values]:
                 if value < lowest:
                     self.error(f"--{name.replace('_', '-')} must be at least {lowest}, but is {value}")
         args.module = self.prog.rpartition(".")[2].partition(" ")[0]
         self.check_capacities(args)
-        if args.model and args.random_weights:
-            self.error("--model has trained weights: leave out it or --random-weights")
-        if args.gguf_file and not args.model:
-            self.error("--gguf-file is a file of --model: name that, too")
-        if args.name and len(args.random_weights or []) > 1:
-            self.error("--name is for one result file: give one shape to --random-weights")
+        for refused, why in {
+            "--model has trained weights: leave out it or --random-weights": args.model and args.random_weights,
+            "--gguf-file is a file of --model: name that, too": args.gguf_file and not args.model,
+            "--name is for one result file: give one shape": args.name and len(args.random_weights or []) > 1,
+        }.items():
+            if why:
+                self.error(refused)
         return args
 
     def check_capacities(self, args: argparse.Namespace) -> None:
@@ -207,12 +218,11 @@ def synchronize(device: torch.device) -> str:
     return "none: the CPU runs in order"
 
 
+@dataclass(frozen=True)
 class Clock:
     """Wall time at moments when the device is idle: `start = clock.now(); ...; seconds = clock.now() - start`."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        synchronize(device)
+    device: torch.device
 
     def now(self) -> float:
         """Synchronise the device and return the time in seconds, from an arbitrary origin."""
@@ -346,58 +356,31 @@ def cache_bytes(cache: Cache | None) -> int:
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
 
 
-class PeakMemory:
-    """A context that measures by how much memory in use grew at most: afterwards `bytes`, and `swapped_bytes` of swap space.
+class Memory:
+    """A context that measures, where the allocator keeps a high-water mark, by how much memory in use grew at most.
 
-    On CUDA this is the allocator's own high-water mark. MPS and the CPU keep none that can be reset, so a thread reads what
-    tensors take (MPS) or the resident size of this process (CPU) every few milliseconds.
+    Afterwards `bytes` is that growth, None on MPS and the CPU: a thread that samples them would disturb the times of steps.
+    `warning` says in words whether the machine swapped or is nearly out of memory.
     """
 
-    INTERVAL_S = 0.02
-
     def __init__(self, device: torch.device) -> None:
-        self.device, self.bytes, self.swapped_bytes = device, 0, 0
-        self._stop = threading.Event()
+        self.device, self.bytes, self.warning = device, None if device.type != "cuda" else 0, ""
 
-    def _in_use(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        mps = self.device.type == "mps"
-        return torch.mps.current_allocated_memory() if mps else int(psutil.Process().memory_info().rss)
-
-    def _sample(self) -> None:
-        while not self._stop.wait(self.INTERVAL_S):
-            self._peak = max(self._peak, self._in_use())
-
-    def __enter__(self) -> PeakMemory:
-        # The C library keeps freed memory for itself; used again, it would not show as growth of the process.
-        with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has this
-            ctypes.CDLL(None).malloc_trim(0)
-        self._swap_before = psutil.swap_memory().used
+    def __enter__(self) -> Memory:
+        self.swap = psutil.swap_memory().used
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self._before = self._peak = self._in_use()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        if self.device.type != "cuda":
-            self._thread.start()
+            self.before = torch.cuda.max_memory_allocated(self.device)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
-        self.bytes = max(self._peak, self._in_use()) - self._before
-        self.swapped_bytes = max(0, psutil.swap_memory().used - self._swap_before)
-
-
-def memory_pressure(swapped_bytes: int) -> str:
-    """Return in words whether the machine swapped so much or is nearly out of memory, or an empty string."""
-    memory = psutil.virtual_memory()
-    if swapped_bytes > 64 * MIB:
-        return f"the machine swapped {swapped_bytes / MIB:,.0f} MiB meanwhile: do not trust the times"
-    return (
-        f"only {memory.available / MIB:,.0f} MiB of memory were left" if memory.available < memory.total * 0.03 else ""
-    )
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self.before
+        memory, swapped = psutil.virtual_memory(), psutil.swap_memory().used - self.swap
+        if swapped > 64 * MIB:
+            self.warning = f"the machine swapped {swapped / MIB:,.0f} MiB meanwhile: do not trust the times"
+        elif memory.available < memory.total * 0.03:
+            self.warning = f"only {memory.available / MIB:,.0f} MiB of memory were left"
 
 
 # --- statistics ---
@@ -475,8 +458,8 @@ class Result:
                 [f"python -m benchmarks.{args.module}", *map(portable, sys.argv[1:] if argv is None else argv)]
             ),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "commit": _commit(),
-            "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+            "commit": commit(),
+            "versions": versions(),
             "device": describe_device(device),
             "synchronization": synchronize(device),
             "dtype": dtype,
@@ -535,19 +518,18 @@ def describe_device(device: torch.device) -> dict[str, Any]:
     return described | {"name": name, "memory_bytes": psutil.virtual_memory().total}
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python and of the packages that matter, None for those that are not installed."""
+    found = {one.metadata["Name"].lower(): one.version for one in distributions()}
+    return {"python": platform.python_version(), **{name: found.get(name) for name in PACKAGES}}
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """Return the commit of this checkout, with a mark if it was changed."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         return subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        return None
+    return None
 
 
 def output_folder(path: str | Path) -> Path:
@@ -608,6 +590,18 @@ def figure(value: Any, doubtful: object = "") -> str:
     return f"{value:,.{max(0, 3 - whole)}f}{' ?' if doubtful else ''}"
 
 
-def table(rows: Any) -> str:
-    """Return rows, or a frame, as a Markdown table of figures."""
-    return str(pd.DataFrame(rows).astype(object).map(figure).to_markdown(index=False, disable_numparse=True))
+def table(rows: Any, columns: Sequence[str] = (), **more: Any) -> str:
+    """Return rows, or some columns of them, as a Markdown table of figures; `more` are columns of values beside these."""
+    frame = pd.DataFrame(rows)
+    frame = (frame[list(columns)] if columns else frame).assign(**more).astype(object)
+    return str(frame.map(figure).to_markdown(index=False, disable_numparse=True)) if len(frame) else ""
+
+
+def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return what a reader must know of each row."""
+    return [row["reason"] or row["warning"] for row in rows]
+
+
+def mib(rows: Sequence[dict[str, Any]], name: str) -> list[float | None]:
+    """Return a column of bytes in MiB."""
+    return [None if row[name] is None else row[name] / MIB for row in rows]

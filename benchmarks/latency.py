@@ -304,12 +304,12 @@ def look_closer(steps: Steps, row: Row, clock: harness.Clock) -> None:
     steps.rewind()
     steps.step()
     row["cache_bytes"] = harness.cache_bytes(steps.cache)
-    with harness.PeakMemory(clock.device) as peak:
+    with harness.Memory(clock.device) as peak:
         for _ in range(2):
             steps.step()
         clock.now()
-    row["peak_bytes_over_weights"] = row["cache_bytes"] + peak.bytes
-    row["warning"] = row["warning"] or harness.memory_pressure(peak.swapped_bytes)
+    row["peak_bytes_over_weights"] = None if peak.bytes is None else row["cache_bytes"] + peak.bytes
+    row["warning"] = row["warning"] or peak.warning
     row["sdpa"] = row["sdpa"] if steps.arm.compiled else harness.attention_of(steps.step)
     if clock.device.type == "cuda":
         row["event_ms"] = statistics.median(harness.event_ms(steps.step, clock)[0] for _ in range(EVENT_STEPS))
@@ -413,30 +413,25 @@ def ratios(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 yield where | value | {"gpu_value": work[0] / work[1] if all(work) else None}
 
 
-def tables(result: dict[str, Any]) -> str:
+COLUMNS = (
+    "context",
+    "arm",
+    "compiled",
+    "capacity",
+    "median_ms",
+    "p5_ms",
+    "p95_ms",
+    "gpu_ms",
+    "busy",
+    "floor_ms",
+    "sdpa",
+)
+
+
+def tables(rows: Sequence[Row]) -> str:
     """Return the rows and the ratios as text tables."""
-    columns = (
-        "context",
-        "arm",
-        "compiled",
-        "capacity",
-        "median_ms",
-        "p5_ms",
-        "p95_ms",
-        "gpu_ms",
-        "busy",
-        "floor_ms",
-        "sdpa",
-    )
-    lines = [
-        {name: row[name] for name in columns}
-        | {"cache_MiB": (row["cache_bytes"] or 0) / harness.MIB, "note": row["reason"] or row["warning"]}
-        for row in result["rows"]
-    ]
-    text = [harness.table(lines)]
-    if found := list(ratios(result["rows"])):
-        text.append(harness.table(found))
-    return "\n\n".join(text)
+    shown = harness.table(rows, COLUMNS, cache_MiB=harness.mib(rows, "cache_bytes"), note=harness.notes(rows))
+    return f"{shown}\n\n{harness.table(list(ratios(rows)))}"
 
 
 # --- command line ---
@@ -446,7 +441,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = harness.Parser("latency", __doc__)
     what = parser.add_argument_group("what is measured")
-    what.add_argument("--contexts", nargs="+", type=int, metavar="N", help="tokens of text before a step")
+    parser.numbers(what, contexts=(None, "tokens of text before a step"))
     what.add_argument(
         "--arms", nargs="+", choices=NAMES, default=list(NAMES), metavar="ARM", help=f"{', '.join(NAMES)} (all)"
     )
@@ -455,14 +450,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--compile-static-at", nargs="*", type=int, metavar="N", help="contexts; each takes long (the largest)"
     )
     what.add_argument(
-        "--profile", action="store_true", help="in the end, kernel times at the largest context; CUDA, one model"
+        "--profile", action="store_true", help="in the end, kernels at the largest context; CUDA, one model"
     )
-    how = parser.add_argument_group("how often")
-    how.add_argument("--rounds", type=int, help="turns of each arm at each context (24; 12 on a CPU)")
-    how.add_argument("--steps", type=int, default=4, help="steps of a turn, at least (%(default)s)")
-    how.add_argument("--min-seconds", type=float, default=0.25, help="time of all turns of an arm (%(default)s)")
-    how.add_argument("--warm-up-seconds", type=float, default=0.1, help="after the first steps (%(default)s)")
-    args = parser.parse(argv, {"steps": 1, "rounds": 1, "min_seconds": 0, "warm_up_seconds": 0, "contexts": 2})
+    parser.numbers(
+        parser.add_argument_group("how often"),
+        rounds=(None, "turns of each arm at each context (24; 12 on a CPU)"),
+        steps=(4, "steps of a turn, at least"),
+        min_seconds=(0.25, "time of all turns of an arm"),
+        warm_up_seconds=(0.1, "after the first steps"),
+    )
+    parser.least["contexts"] = 2
+    args = parser.parse(argv)
     if args.profile and len(args.random_weights or [1]) > 1:
         parser.error("--profile is for one model: what the profiler attaches to CUDA would slow down the next")
     if args.profile and args.device in ("cpu", "mps"):
@@ -506,7 +504,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for loaded in models.chosen(args, dtype, device, "pythia-70m"):
         with harness.Result("latency", loaded, args, argv, machine=machine) as result:
             measure_model(args, loaded, result)
-        print(tables(result.data))
+        print(tables(result.rows))
         harness.refuse_nothing(result.rows)
         del loaded
         harness.forget(device)

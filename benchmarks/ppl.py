@@ -172,19 +172,19 @@ class Reading:
             self.unread = score(logits, ids[:, 1:], bar)
         self.read: list[NllAndCorrect] = []
         self.turn_seconds: list[float] = []
-        self.peak_bytes = self.swapped_bytes = 0
+        self.peak_bytes: int | None = None
         self.pressure = ""
 
     def take_turn(self, everything: bool = False) -> bool:
         """Read `SCORED_AT_ONCE` tokens of each sample, or everything, and return whether there is more."""
         held = harness.cache_bytes(self.cache)
-        with torch.inference_mode(), harness.PeakMemory(self.clock.device) as peak:
+        with torch.inference_mode(), harness.Memory(self.clock.device) as peak:
             start = self.clock.now()
             self.read += itertools.islice(self.unread, None if everything else 1)
             self.turn_seconds.append(self.clock.now() - start)
-        self.peak_bytes = max(self.peak_bytes, held + peak.bytes)
-        self.swapped_bytes += peak.swapped_bytes
-        self.pressure = harness.memory_pressure(self.swapped_bytes) or self.pressure
+        if peak.bytes is not None:
+            self.peak_bytes = max(self.peak_bytes or 0, held + peak.bytes)
+        self.pressure = peak.warning or self.pressure
         return sum(len(nll[0]) for nll, _ in self.read) < len(self.chosen[0])
 
     def scores(self) -> dict[str, Any]:
@@ -344,7 +344,8 @@ def make_row(run: Run, arm: Arm) -> dict[str, Any]:
         warnings.add(f"beyond the trained context of {trained:,} positions")
     arrays = ("nll", "correct", "cache_bytes", "peak_bytes", "pressure")
     row |= {"seconds": seconds, "tokens_processed": processed, "tokens_per_second": processed / seconds}
-    row |= {name: max(one[name] for one in batches) for name in ("cache_bytes", "peak_bytes")}
+    row["cache_bytes"] = max(one["cache_bytes"] for one in batches)
+    row["peak_bytes"] = max((one["peak_bytes"] for one in batches if one["peak_bytes"] is not None), default=None)
     row |= {name: totals(nll, correct, scored & mask) for name, mask in masked.items()}
     row["by_position"] = [{"start": start, "stop": stop, **found} for start, stop, found in bins if found]
     row["samples"] = [dict(zip(by_sample, values, strict=True)) for values in zip(*by_sample.values(), strict=True)]
@@ -385,26 +386,23 @@ def measure_rows(run: Run, groups: Sequence[Sequence[Arm]]) -> Iterator[dict[str
             raise interrupted
 
 
+COLUMNS = ("arm", "capacity", "perplexity", "accuracy", "tokens", "seconds", "tokens_per_second")
+
+
 def tables(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the rows as a text table; ± is a standard deviation over samples."""
-    dense = next((row["tokens_per_second"] for row in rows if row["arm"] == "dense"), None)
-    lines = []
+    """Return the rows as a text table; `spread` is the standard deviation of perplexity over samples."""
+    dense = next((row["tokens_per_second"] for row in rows if row["arm"] == "dense"), None) or math.nan
+    spread = []
     for row in rows:
-        samples = [one for one in row.get("samples", ()) if one["tokens"]]
-        spread = (
-            np.std([math.exp(one["nll_sum"] / one["tokens"]) for one in samples], ddof=1) if len(samples) > 1 else None
-        )
-        rate = row["tokens_per_second"]
-        shown = {name: row[name] for name in ("arm", "capacity", "perplexity")} | {"±": spread}
-        shown |= {"same tokens": (row.get("same_tokens") or {}).get("perplexity")}
-        shown |= {name: row[name] for name in ("accuracy", "tokens", "seconds", "tokens_per_second")}
-        shown |= {"× dense": rate / dense if rate and dense else None}
-        shown |= {
-            name.replace("bytes", "MiB"): row[name] and row[name] / harness.MIB
-            for name in ("cache_bytes", "peak_bytes")
-        }
-        lines.append(shown | {"note": row["reason"] or row["warning"]})
-    return harness.table(lines)
+        found = [math.exp(one["nll_sum"] / one["tokens"]) for one in row.get("samples", ()) if one["tokens"]]
+        spread.append(np.std(found, ddof=1) if len(found) > 1 else None)
+    more: dict[str, Any] = {
+        "spread": spread,
+        "same tokens": [(row.get("same_tokens") or {}).get("perplexity") for row in rows],
+    }
+    more |= {"× dense": [(row["tokens_per_second"] or math.nan) / dense for row in rows]}
+    more |= {f"{name}_MiB": harness.mib(rows, f"{name}_bytes") for name in ("cache", "peak")}
+    return harness.table(rows, COLUMNS, **more, note=harness.notes(rows))
 
 
 # --- command line ---
@@ -414,12 +412,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line, with the defaults filled in that do not depend on the model."""
     parser = harness.Parser("ppl", __doc__)
     models.add_text_options(parser)
-    text = parser.add_argument_group("what is measured")
-    text.add_argument("--max-tokens", type=int, help="tokens to predict in each sample (the model's trained context)")
-    text.add_argument("--num-samples", type=int, help="samples from the start of the text (all of it)")
-    text.add_argument("--score-from", type=int, default=1, metavar="P", help="score tokens after at least P others")
-    text.add_argument("--position-bin", type=int, metavar="TOKENS", help="of the bins by position (a 20th of a sample)")
-    text.add_argument(
+    what = parser.add_argument_group("what is measured")
+    what.add_argument(
         "--arms",
         "--methods",
         nargs="+",
@@ -428,22 +422,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="ARM",
         help=f"{', '.join(NAMES)} (all)",
     )
-    text.add_argument("--recompute-tokens", type=int, help="tokens to predict with recompute (1024)")
-    text.add_argument(
+    what.add_argument(
         "--mode", choices=MODE_DEFAULTS, default="chunk", help="tokens a forward: many, or one (%(default)s)"
     )
-    text.add_argument("--chunk-size", type=int, help="tokens per forward in chunk mode (128)")
-    text.add_argument("--batch-size", type=int, help="samples read together (8 in chunk mode, 1 in step mode)")
-    positive = (
-        "max_tokens",
-        "num_samples",
-        "score_from",
-        "recompute_tokens",
-        "chunk_size",
-        "batch_size",
-        "position_bin",
+    parser.numbers(
+        what,
+        max_tokens=(None, "to predict in each sample (the model's trained context)"),
+        num_samples=(None, "from the start of the text (all of it)"),
+        score_from=(1, "score tokens after at least so many others"),
+        position_bin=(None, "tokens of the bins by position (a 20th of a sample)"),
+        recompute_tokens=(None, "to predict with recompute (1024)"),
+        chunk_size=(None, "tokens per forward in chunk mode (128)"),
+        batch_size=(None, "samples read together (8 in chunk mode, 1 in step mode)"),
     )
-    args = parser.parse(argv, dict.fromkeys(positive, 1))
+    args = parser.parse(argv)
     if args.mode == "step" and args.chunk_size is not None:
         parser.error("--chunk-size is for --mode chunk: --mode step reads one token per forward")
     if args.recompute_tokens is not None and "recompute" not in args.arms:
