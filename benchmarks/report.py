@@ -31,6 +31,36 @@ NEW_LENGTHS_COST = 1.2  # from this ratio on, what new lengths cost is part of a
 MARK = re.compile(r"(<!-- (table|figure): (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
 OTHERS = ROOT / "results" / "others"  # figures of other people
 
+# Of frames without rows.
+COLUMNS = [
+    *(
+        "shape",
+        "device",
+        "on",
+        "attention",
+        "file",
+        "arm",
+        "compiled",
+        "context",
+        "capacity",
+        "name",
+        "note",
+        "warning",
+    ),
+    *(
+        "median_ms",
+        "gpu_ms",
+        "cache_bytes",
+        "value",
+        "gpu_value",
+        "first_time_ms",
+        "again_ms",
+        "kernel_ms",
+        "perplexity",
+    ),
+    *("same_tokens", "tokens", "measured", "predicted", "last step"),
+]
+
 
 class Results(list[dict[str, Any]]):
     """Result files, the smallest model and the oldest result first."""
@@ -58,7 +88,8 @@ class Results(list[dict[str, Any]]):
                 tags = {"shape": shape(one), "device": one["device"]["name"], "on": one["device"]["type"]}
                 tags |= {"attention": attention(one), "file": one["file"]}
                 found += [{"note": "", "warning": "", "reason": ""} | row | tags for row in make(one["rows"])]
-            self.made[kind] = pd.DataFrame([row for row in found if not row["reason"]])
+            rows = [row for row in found if not row["reason"]]
+            self.made[kind] = pd.DataFrame(rows) if rows else pd.DataFrame(columns=COLUMNS)
         return self.made[kind]
 
     def cells(self, kind: str) -> pd.DataFrame:
@@ -99,7 +130,7 @@ def pick(frame: pd.DataFrame, **where: Any) -> pd.DataFrame:
 def pivot(cells: pd.DataFrame, index: Sequence[str], wanted: Sequence[str] = (), what: str = "what") -> pd.DataFrame:
     """Return the last figure for each index as rows, with what is `wanted` as columns in that order, or with all there is."""
     found = cells.groupby([*index, what], sort=False)["shown"].last().unstack(what, sort=False).reset_index()
-    return found[[*index, *(name for name in wanted if name in found)]] if wanted else found
+    return found.reindex(columns=[*index, *wanted]) if wanted or found.empty else found
 
 
 # --- tables ---
@@ -315,7 +346,7 @@ def regimes(results: Results) -> pd.DataFrame:
         line |= {"samples": len(samples), "capacity": capacity, "last step": dense.ratio_to(sink, last)["value"]}
         line |= {"measured": measured, "predicted": predicted}
         lines.append(line | {"difference": f"{predicted / measured - 1:+.0%}" if predicted else None})
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines) if lines else pd.DataFrame(columns=COLUMNS)
 
 
 TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
@@ -368,11 +399,12 @@ def by_context(results: Results, axes: Axes, column: str) -> str:
     compiled = pick(rows, compiled=True, arm="static").groupby("shape", sort=False)["context"].nunique().gt(1)
     is_compiled = column == "median_ms" and compiled.any()
     column = "gpu_ms" if column == "median_ms" and not is_compiled else column
-    chosen = (
-        compiled[compiled].index[-1]
-        if is_compiled
-        else pick(rows, arm="dense").dropna(subset=[column])["shape"].iloc[-1]
+    shapes = (
+        compiled[compiled].index if is_compiled else pick(rows, arm="dense").dropna(subset=[column])["shape"].unique()
     )
+    if not len(shapes):
+        return ""
+    chosen = shapes[-1]
     ends = []
     for arm, label in (("static" if is_compiled else "dense", "dense cache"), ("sink", OURS)):
         found = (
@@ -381,22 +413,25 @@ def by_context(results: Results, axes: Axes, column: str) -> str:
             .drop_duplicates("context", keep="last")
         )
         line(axes, found["context"], found[column] / (MIB if column == "cache_bytes" else 1), label)
-        ends.append(found[column].iloc[-1])
+        ends += list(found[column][-1:])
     what = {
         "cache_bytes": "cache, MiB",
         "median_ms": "ms per token, compiled",
         "gpu_ms": "ms per token, GPU's own work",
     }[column]
     axes.set(xlabel="context, tokens", ylabel=f"{what} (lower is better)", ylim=(0, None))
+    if len(ends) < 2:
+        return ""
     return f"{what.split(',')[0].capitalize()}: flat, {ends[0] / ends[1]:.2g} times less in the end ({chosen})"
 
 
 def by_capacity(results: Results, axes: Axes) -> str:
     """Draw perplexity by capacity."""
-    rows = quality(results).dropna(subset=["sink"])
+    rows = quality(results).reindex(columns=["capacity", "dense", "sink", "window"]).dropna(subset=["sink"])
     for arm, label in (("window", "window without sinks"), ("sink", OURS)):
         line(axes, rows["capacity"], rows[arm].astype(float), label)
-    axes.axhline(quality(results)["dense"].max(), color="black", label="dense cache")
+    for dense in pick(quality(results), capacity="dense").get("dense", ()):
+        axes.axhline(dense, color="black", label="dense cache")
     axes.legend(fontsize="small")
     axes.set(xlabel="capacity, tokens", ylabel="perplexity (lower is better)")
     return "Four sinks make up for most of what a window loses" if len(rows) else ""
@@ -489,14 +524,16 @@ def write(text: str, results: Results) -> str:
             return found[1] + number(results, found[3]) + found[5]
         if found[3] not in TABLES:
             raise BenchmarkError(f"unknown table {found[3]!r}: choose {', '.join(TABLES)}")
-        return f"{found[1]}\n{harness.table(TABLES[found[3]](results))}\n{found[5]}"
+        return f"{found[1]}\n{harness.table(TABLES[found[3]](results).dropna(axis=1, how='all'))}\n{found[5]}"
 
     return MARK.sub(fill, text)
 
 
 def page(results: Results, pictures: Sequence[Path]) -> str:
     """Return one HTML page that holds everything."""
-    frames = {name: table(results).astype(object).map(figure) for name, table in TABLES.items()}
+    frames = {
+        name: table(results).dropna(axis=1, how="all").astype(object).map(figure) for name, table in TABLES.items()
+    }
     tables = {name: frame.to_html(index=False) for name, frame in frames.items() if len(frame)}
     images = {path.stem: base64.b64encode(path.read_bytes()).decode() for path in pictures}
     template = jinja2.Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"), autoescape=True)

@@ -213,6 +213,15 @@ def test_pictures_and_the_page_need_nothing_but_result_files(tmp_path: Path, mon
     assert harness.run(report.main, [str(ROOT / "setup.cfg")]) == 2
 
 
+@pytest.mark.parametrize("kind", ["", "latency", "ppl", "longrun"])
+def test_what_there_are_no_results_of_is_left_out(results: report.Results, kind: str, tmp_path: Path) -> None:
+    some = report.Results([])
+    some.extend(one for one in results if one["harness"] == kind)
+    for table in report.TABLES.values():
+        table(some)
+    assert len(report.draw(some, tmp_path)) < len(report.PICTURES)
+
+
 def test_the_commands_of_the_whole_set_are_understood_and_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
