@@ -11,17 +11,18 @@ from sink_cache import SinkWindowCache
 
 from .harness import is_out_of_memory
 
-ARMS = {
-    "dense": "DynamicCache: everything is kept",
-    "dense-at-capacity": "DynamicCache of `capacity` tokens: what bounding can reach",
-    "static": "StaticCache of as many slots as there are tokens: a compiled dense cache",
-    "static-at-capacity": "StaticCache of `capacity` slots: the compiled baseline of a bounded cache",
-    "sink": "SinkWindowCache(n_sink, capacity - n_sink)",
-    "window": "SinkWindowCache(0, capacity): the last tokens without sinks",
-    "endless": "the sink cache in custom_generate=sink_cache.endless",
-    "dense-batched": "no cache: one forward over the whole sample, a check on `dense`",
-    "recompute": "no cache: the last `capacity` tokens are read anew for each token",
-}
+# In the order in which they take turns; docs/benchmarks.md says what each is.
+ARMS = (
+    "dense",
+    "dense-at-capacity",
+    "static",
+    "static-at-capacity",
+    "sink",
+    "window",
+    "endless",
+    "dense-batched",
+    "recompute",
+)
 UNBOUNDED = ("dense", "static", "dense-batched")
 
 

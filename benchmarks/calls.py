@@ -117,7 +117,7 @@ def steps(model: PreTrainedModel, args: argparse.Namespace, result: harness.Resu
         for arm, context in calls
     ]
     clock = harness.Clock(model.device)
-    with harness.progress_bar((args.rounds + 1) * len(calls), "steps", " calls") as bar:
+    with harness.progress_bar(total=(args.rounds + 1) * len(calls), unit=" calls") as bar:
         for turn in range(args.rounds + 1):  # the first compiles and warms up
             for (arm, context), row in zip(calls, result.rows, strict=True):
                 bar.set_postfix_str(f"{arm}, {context:,} tokens")
@@ -346,7 +346,7 @@ def long(
     compiled = device.type == "cuda" and not args.passes and not args.until_the_end
     cache = TimedCache(args.n_sink, capacity - args.n_sink, harness.Clock(device), compileable=compiled)
     total = LAST_POSITION if args.until_the_end else args.tokens * (args.passes or 1)
-    with torch.no_grad(), harness.garbage_collector_off(), harness.progress_bar(total, loaded.name) as bar:
+    with torch.no_grad(), harness.garbage_collector_off(), harness.progress_bar(total=total) as bar:
         notes = Notes(cache, math.inf if args.passes else total // SAMPLES, bar, result)
         try:
             if args.until_the_end:
@@ -474,8 +474,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 long(loaded, args, result, text)
             else:
                 {"steps": steps, "rows": rows}[args.kind](loaded.model, args, result)
-        print(tables(result.data))
-        harness.forget(device)
+            print(tables(result.data))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import gc
 import json
 import os
@@ -323,9 +324,8 @@ def garbage_collector_off() -> Iterator[None]:
         gc.enable()
 
 
-def progress_bar(total: int, says: str, unit: str = " tokens", *, disable: bool = False) -> tqdm[NoReturn]:
-    """Return a progress bar on stderr that leaves no line behind when closed."""
-    return tqdm(total=total, desc=says, unit=unit, unit_scale=True, leave=False, disable=disable, mininterval=0.5)
+# A progress bar on stderr that leaves no line behind when closed.
+progress_bar = functools.partial(tqdm, unit=" tokens", unit_scale=True, leave=False, mininterval=0.5)
 
 
 def machine_rates(device: torch.device) -> dict[str, float]:
@@ -335,14 +335,6 @@ def machine_rates(device: torch.device) -> dict[str, float]:
     best_ms = min(timed_steps(lambda: target.copy_(source), 10, Clock(device))[2:])
     others = float(psutil.cpu_percent(0.5)) / 100  # while this process sleeps
     return {"copy_bytes_per_s": 2e3 * source.nbytes / best_ms, "cpu_share_of_others": others}
-
-
-def forget(device: torch.device) -> None:
-    """Let go of what the last model has left: graphs, and memory in pieces."""
-    torch.compiler.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 # --- memory ---
@@ -488,12 +480,10 @@ class Result:
         if self.rows:
             self.keep()
             print(f"wrote {self.path}")
-
-
-def refuse_nothing(rows: Sequence[dict[str, Any]]) -> None:
-    """Fail if there is not one row with numbers."""
-    if rows and all(row["reason"] for row in rows):
-        raise BenchmarkError(f"nothing could be measured: {rows[0]['reason']}")
+        torch.compiler.reset()  # the next model finds no graphs of this one
+        gc.collect()
+        if kind is None and all(row["reason"] for row in self.rows):
+            raise BenchmarkError(f"nothing could be measured: {self.rows[0]['reason']}")
 
 
 def portable(argument: str) -> str:

@@ -477,7 +477,7 @@ def measure_model(args: argparse.Namespace, loaded: models.LoadedModel, result: 
     bench, clock = Bench(loaded, args), harness.Clock(loaded.model.device)
     arms = make_steps(bench, args.arms, args.compile)
     turns = (args.rounds + 2) * sum(arm.applies(context) for arm, context in itertools.product(arms, args.contexts))
-    with harness.progress_bar(turns, loaded.name, " turns") as bar:
+    with harness.progress_bar(total=turns, desc=loaded.name, unit=" turns") as bar:
         with torch.no_grad():  # the process's first steps, at a length that is not asked for
             bench.read(DynamicCache(config=bench.model.config), 0, 1)
         for context in args.contexts:
@@ -504,10 +504,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for loaded in models.chosen(args, dtype, device, "pythia-70m"):
         with harness.Result("latency", loaded, args, argv, machine=machine) as result:
             measure_model(args, loaded, result)
-        print(tables(result.rows))
-        harness.refuse_nothing(result.rows)
+            print(tables(result.rows))
         del loaded
-        harness.forget(device)
 
 
 if __name__ == "__main__":

@@ -129,9 +129,7 @@ def score_recomputed(
     if chosen[:, :capacity].any():
         head = ids[:, : capacity + 1]
         logits = model(head[:, :-1], use_cache=False).logits
-        ((nll[:, :capacity], correct[:, :capacity]),) = score(
-            [logits], head[:, 1:], harness.progress_bar(0, "", disable=True)
-        )
+        ((nll[:, :capacity], correct[:, :capacity]),) = score([logits], head[:, 1:], harness.progress_bar(disable=True))
         bar.update(int(chosen[:, :capacity].sum()))
     for some in torch.nonzero(chosen[:, capacity:]).split(rows_at_once):
         row, first = some[:, 0], some[:, 1] + 1
@@ -226,7 +224,7 @@ class Run:
         batches = cut_into_batches(self.samples, batch_size)[state.process_index :: state.num_processes]
         total, in_turns = sum(b.ids[:, 1:].numel() for b in batches) * len(arms), len(arms) > 1
         self.scores |= {arm: [] for arm in arms}
-        with harness.progress_bar(total, " ".join(map(str, arms)), disable=not state.is_main_process) as bar:
+        with harness.progress_bar(total=total, desc=" ".join(map(str, arms)), disable=not state.is_main_process) as bar:
             for arm in arms if batches else ():
                 with self.noting_failure(arm, in_turns):
                     self.warm_up(batches[0], arm)
@@ -278,7 +276,7 @@ class Run:
         """Read the start of a batch untimed: the first arm of a run would else pay for what all of them share."""
         ids = batch.ids[:, : WARM_UP_TOKENS + 1]
         chosen = np.ones((len(ids), ids.shape[1] - 1), dtype=bool)
-        bar = harness.progress_bar(0, "", disable=True)
+        bar = harness.progress_bar(disable=True)
         Reading(self, Batch(list(range(len(ids))), ids), arm, chosen, bar).take_turn(everything=True)
 
 
@@ -478,9 +476,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 result.rows.append(row)
                 if state.is_main_process:
                     result.keep()
-        if state.is_main_process:
-            print(tables(result.rows))
-            harness.refuse_nothing(result.rows)
+            if state.is_main_process:
+                print(tables(result.rows))
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def test_what_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: P
         model(torch.ones(1, 7, dtype=torch.long), **cache_kwargs(cache, model))
     args = calls.parse([*LONG, "--output", str(tmp_path)])
     result = harness.Result("longrun", models.LoadedModel(model, None, "tiny"), args, [])
-    notes = calls.Notes(cache, 10, harness.progress_bar(0, "", disable=True), result)
+    notes = calls.Notes(cache, 10, harness.progress_bar(disable=True), result)
     for tokens in (4, 4, 4, 10):
         notes.took(tokens)
     assert [(row["tokens"], row["next_position"]) for row in result.rows] == [(12, 7), (22, 7)]

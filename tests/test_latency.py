@@ -38,7 +38,7 @@ QUICK = (
     "--device",
     "cpu",
 )
-NO_BAR = harness.progress_bar(0, "", disable=True)
+NO_BAR = harness.progress_bar(disable=True)
 
 
 def tiny_config(**changes: Any) -> LlamaConfig:
