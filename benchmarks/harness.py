@@ -482,6 +482,8 @@ class Result:
             print(f"wrote {self.path}")
         torch.compiler.reset()  # the next model finds no graphs of this one
         gc.collect()
+        if self.data["device"]["type"] == "cuda":
+            torch.cuda.empty_cache()
         if kind is None and all(row["reason"] for row in self.rows):
             raise BenchmarkError(f"nothing could be measured: {self.rows[0]['reason']}")
 
