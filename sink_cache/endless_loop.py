@@ -26,7 +26,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from .cache import SinkWindowCache
+from .cache import SinkWindowCache, stack_of
 from .fed import KEPT, first_new_token, note_fed, text_fed_to
 from .internals import (
     GenerateDecoderOnlyOutput,
@@ -117,7 +117,7 @@ def endless(
     pad_token = pad_token_of(generation_config)
 
     recent: Any = _RecentTokens(input_ids, keep_tokens or cache.capacity)
-    new_tokens = input_ids[:, first_new_token(cache, input_ids) :]
+    new_tokens = input_ids[:, first_new_token(stack_of(cache), input_ids) :]
     unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
     next_logits = _next_logits(model, cache, new_tokens, generation_config, model_kwargs, recent)
     with _noting_what_is_fed(cache, recent, new_tokens), closing(next_logits) as steps:
@@ -236,14 +236,16 @@ class _RecentTokens:
 @contextmanager
 def _noting_what_is_fed(cache: SinkWindowCache, recent: _RecentTokens, prompt: torch.Tensor) -> Iterator[None]:
     """Leaves the end of the text with the cache, for the next turn, also if something stops the loop."""
-    before, seen = text_fed_to(cache), cache.get_seq_length()
+    before, seen = text_fed_to(stack_of(cache)), cache.get_seq_length()
     try:
         yield
     finally:
         if fed := cache.get_seq_length() - seen:
             unfed = prompt.shape[1] + recent.appended - fed
             tokens = recent.last(fed + unfed)
-            note_fed(cache, before, tokens[:, : tokens.shape[1] - unfed], recent.tokens.clone() if unfed else None)
+            note_fed(
+                stack_of(cache), before, tokens[:, : tokens.shape[1] - unfed], recent.tokens.clone() if unfed else None
+            )
 
 
 def _next_logits(
@@ -272,14 +274,14 @@ def _next_logits(
         for _ in range(cache.tokens_until_full()):
             yield step.with_masks(recent.tokens[:, -1:], mask)
     every = max(cache.rebase_step, min(_REBASE_EVERY, cache.tokens_between_rebases()))
-    cache.leave_out_masks_if_full()
+    stack_of(cache).leave_out_masks_if_full()
     try:
         while True:
             step.rebase()
             for _ in range(every):
                 yield step(recent.tokens[:, -1:])
     finally:
-        cache._state.moved = True  # and others may not know
+        stack_of(cache).state.moved = True  # and others may not know
 
 
 def _read_prompt(
@@ -297,7 +299,7 @@ def _read_prompt(
         positions = positions.to(input_ids.device)
         seen = None if mask is None else mask[:, : part.stop]
         logits = model(input_ids[:, part], attention_mask=seen, position_ids=positions, **kwargs).logits
-    cache.other_layers_to_move()  # which raises here, and not when the cache is full
+    stack_of(cache).other_layers_to_move()  # which raises here, and not when the cache is full
     if cache.tokens_between_rebases() < cache.rebase_step:
         raise ValueError(
             f"this cache moves by {cache.rebase_step:,} positions at a time, which takes it beyond the last one that the model "
@@ -319,13 +321,13 @@ def _read_turn(
     """Reads further tokens of the rows, which may have been padded before and may be padded now; see `_read_prompt`."""
     new_mask = torch.ones(1, input_ids.shape[1], device="cpu") if mask is None else mask[:, -input_ids.shape[1] :].cpu()
     pads = (new_mask == 0).sum(dim=1, keepdim=True)
-    rows_differ = mask is not None or cache._state.padded
+    rows_differ = mask is not None or stack_of(cache).state.padded
     for part in _parts(input_ids, config):
         length = part.stop - part.start
         skips = (pads - part.start).clamp(0, length)
         index = (torch.arange(length, device="cpu") - skips).clamp(min=0).to(input_ids.device)
         positions = cache.next_position_ids().to(input_ids.device) + index
-        with cache._turn(tuple(skips.flatten().tolist())) if rows_differ else nullcontext():
+        with stack_of(cache).rows_of_any_length(tuple(skips.flatten().tolist())) if rows_differ else nullcontext():
             logits = model(input_ids[:, part], position_ids=positions, **kwargs).logits
     last: torch.Tensor = logits[:, -1]
     return last
@@ -380,9 +382,9 @@ class _Step:
     def with_masks(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Runs one step while some row is not full. Such steps need a mask."""
         self.tokens.copy_(tokens)
-        padded = self.cache._state.padded
-        own_masks = padded and mask is None
-        with self.cache._turn((0,)) if own_masks else nullcontext():
+        stack = stack_of(self.cache)
+        own_masks = stack.state.padded and mask is None
+        with stack.rows_of_any_length() if own_masks else nullcontext():
             return self._run(**({} if mask is None else {"attention_mask": _up_to_now(mask, self.cache)}))
 
     def rebase(self) -> None:

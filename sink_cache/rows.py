@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .cache import SinkWindowCache
+from .cache import SinkWindowCache, stack_of
 from .layers import StaticSinkWindowLayer
+from .stack import LayerStack
 
 
 @torch.inference_mode()  # in which any tensor can be written to
@@ -27,40 +28,39 @@ def copy_row(source: SinkWindowCache, row: int, target: SinkWindowCache, target_
         IndexError: if there is no such row.
         NotImplementedError: for models with layers other than full attention, and while a cache records.
     """
-    _check(source, target)
-    for cache, index in ((source, row), (target, target_row)):
-        rows = len(cache._rings[0].keys)
-        if not 0 <= index < rows:
-            raise IndexError(f"there is no row {index}: this cache has the rows 0 to {rows - 1}")
-    for theirs, ours in zip(source._rings, target._rings, strict=True):
-        for name, tensor in ours.tensors().items():
-            tensor[target_row].copy_(theirs.tensors()[name][row])
-    count, start, rebased = source._state.row(row)
-    target._state.set_row(target_row, len(target._rings[0].keys), count, start, rebased)
-    for storage in target._storages():
-        storage.forget_steps()
-    for ring in target._rings:
+    theirs, ours = stack_of(source), stack_of(target)
+    _check(theirs, ours)
+    for stack, index in ((theirs, row), (ours, target_row)):
+        if not 0 <= index < stack.rows:
+            raise IndexError(f"there is no row {index}: this cache has the rows 0 to {stack.rows - 1}")
+    for tensors, into in zip(theirs.take_out(), ours.take_out(), strict=True):
+        for name, tensor in into.items():
+            tensor[target_row].copy_(tensors[name][row])
+    count, start, rebased = theirs.state.row(row)
+    ours.state.set_row(target_row, ours.rows, count, start, rebased)
+    ours.forget_steps()
+    for ring in ours.rings:
         if isinstance(ring, StaticSinkWindowLayer):
             ring.sinks_complete = ring.sinks_complete and count >= ring.n_sink
-    if target.compileable and target.tokens_until_full():
-        target._show_all_slots(False)
-    target.fed_text = None
+    if ours.compileable and ours.checks.tokens_until_full():
+        ours.show_all_slots(False)
+    ours.fed_text = None
 
 
-def _check(source: SinkWindowCache, target: SinkWindowCache) -> None:
-    for cache in (source, target):
-        if not cache._rings or not cache._rings[0].is_initialized:
+def _check(source: LayerStack, target: LayerStack) -> None:
+    for stack in (source, target):
+        if not stack.rows:
             raise ValueError(
                 "rows can be copied between caches that a model has used; one of these has not been used yet"
             )
-        cache._checks.refuse_interrupted()
-        if cache._state.recording:
+        stack.checks.refuse_interrupted()
+        if stack.state.recording:
             raise NotImplementedError("rows cannot be copied while a cache records for assisted decoding")
-        if len(cache._rings) < len(cache.layers):
+        if len(stack.rings) < len(stack.layers):
             raise NotImplementedError(
                 "rows cannot be copied in models with layers other than full attention, unless compileable=True makes rings of "
                 "their sliding layers"
             )
-    sizes = [(cache.n_sink, cache.window, [ring.keys.shape[1:] for ring in cache._rings]) for cache in (source, target)]
-    if sizes[0] != sizes[1] or not (source._scheme is not None and source._scheme.agrees_with(target._scheme)):
+    sizes = [(stack.n_sink, stack.window, [ring.keys.shape[1:] for ring in stack.rings]) for stack in (source, target)]
+    if sizes[0] != sizes[1] or not (source.scheme is not None and source.scheme.agrees_with(target.scheme)):
         raise ValueError("rows can be copied between caches of the same n_sink and window, used by the same model")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedModel
 
-from .cache import SinkWindowCache
+from .cache import SinkWindowCache, stack_of
 from .fed import note_fed, text_fed_to
 from .internals import attention_of, cache_kwargs, is_recurrent_only, layers_of, text_model
 from .masks import KNOWN_TO
@@ -65,10 +65,10 @@ def stream(
         )
     kwargs = cache_kwargs(cache, model)
     for chunk in input_ids.split(chunk_size, dim=1):
-        before = text_fed_to(cache)
+        before = text_fed_to(stack_of(cache))
         positions = cache.next_position_ids(chunk.shape[1]).to(chunk.device).expand(len(chunk), -1)
-        with cache.exact_chunks():
+        with stack_of(cache).exact_chunks():
             output = model(chunk, position_ids=positions, use_cache=True, **kwargs)
-        note_fed(cache, before, chunk)
+        note_fed(stack_of(cache), before, chunk)
         yield output.logits
         del output  # or its logits would still be in memory while the next ones are made

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sink_cache import SinkWindowCache, stream, verify
+from sink_cache.cache import stack_of
 
 from .families import cache_name, tiny_model
 from .oracle import relative_error, streamed_logits
@@ -175,7 +176,7 @@ def test_padding_where_it_is_not_supported(llama: PreTrainedModel) -> None:
     for compileable in (False, True):
         cache = SinkWindowCache(4, 8, compileable=compileable)
         says = re.escape("stream() and assisted decoding do not support padded batches")
-        with torch.no_grad(), cache.exact_chunks(), pytest.raises(NotImplementedError, match=says):
+        with torch.no_grad(), stack_of(cache).exact_chunks(), pytest.raises(NotImplementedError, match=says):
             _pads_in(llama, cache)
         assert cache.get_seq_length() == 0
 
