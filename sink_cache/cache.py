@@ -622,4 +622,7 @@ def error_of(twin: PreTrainedModel, scheme: PositionScheme) -> float:
     """The relative error of a small cache that believes `scheme`, on a twin; see `twin.learn`."""
     cache = SinkWindowCache(2, 2)
     prepare_as(cache, twin.config, scheme)
+    if scheme.plain:
+        with cache._stack.exact_chunks(merged=True):
+            return streaming_error(twin, cache, 2, 2, tokens=8, chunk_size=5)
     return streaming_error(twin, cache, 2, 2, tokens=7, masked=scheme.takes_masks)

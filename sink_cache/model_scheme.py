@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .internals import text_model
-from .live_model import accept, refuse_changed
+from .internals import attention_of, device_of, text_model
+from .live_model import accept, differences, refuse_changed
+from .masks import merges_sinks
 from .reference import CannotStream
 from .twin import ErrorOf, Learned, PositionScheme, learn
 
@@ -33,6 +34,22 @@ def scheme_of(text: PreTrainedModel, error_of: ErrorOf, *, may_be_changed: bool 
 def scheme_of_class(model_class: type[PreTrainedModel], config: PreTrainedConfig, error_of: ErrorOf) -> PositionScheme:
     """How models of this class and config use positions; as `scheme_of`, before there is a model."""
     return _learn(model_class, config, {}, error_of)[0]
+
+
+def attends_plainly(model: PreTrainedModel, error_of: ErrorOf) -> bool:
+    """Whether the attention of this model merges the sinks of exact chunks itself.
+
+    A twin has been seen to do so exactly, and nothing in this model, or around it, is known to differ from the twin.
+
+    Raises:
+        NotImplementedError: if the model is refused.
+    """
+    text = text_model(model)
+    device = device_of(text)
+    if attention_of(text.config) != "sdpa" or text.training or device is None or torch.is_autocast_enabled(device.type):
+        return False
+    scheme, known = _learn(type(text), text.config, _small_buffers(text), error_of)
+    return scheme.plain and merges_sinks() and not differences(text, known)
 
 
 def accept_as_it_is(model: PreTrainedModel, error_of: ErrorOf) -> None:

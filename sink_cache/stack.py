@@ -125,14 +125,28 @@ class LayerStack:
         self.step_offset = StepOffset(first, all_full) if isinstance(first, StaticSinkWindowLayer) else None
 
     @contextmanager
-    def exact_chunks(self) -> Iterator[None]:
-        """Within, each token of a call with several sees exactly what it would see if fed alone; see `streaming.stream`."""
+    def exact_chunks(self, *, merged: bool = False) -> Iterator[None]:
+        """Within, each token of a call with several sees exactly what it would see if fed alone; see `streaming.stream`.
+
+        Args:
+            merged (`bool`): attention merges the sinks itself, which only plain attention does; see `chunk_attention.py`.
+
+        Raises:
+            NotImplementedError: at the end, if attention has not merged all sinks. What the model has returned is wrong then.
+        """
         register_mask_functions()
-        self.state.exact_chunks = True
+        state = self.state
+        state.exact_chunks, state.unmerged = True, set() if merged else None
         try:
             yield
+            if state.unmerged:
+                state.unfinished = True
+                raise NotImplementedError(
+                    f"the attention of {len(state.unmerged)} layers was not called with the keys that the cache gave them, so "
+                    "that they have not seen the sinks. Call reset(), and use chunk_size=1."
+                )
         finally:
-            self.state.exact_chunks = False
+            state.exact_chunks, state.unmerged = False, None
 
     @contextmanager
     def rows_of_any_length(self, skips: PerRow = (0,)) -> Iterator[None]:

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from .chunk_attention import ExactChunk
 
 PerRow = tuple[int, ...]  # one number for each row, or one number for all rows
 
@@ -37,6 +40,8 @@ class StreamState:
         unfinished (`bool`): a call has begun and its last layer has not come. If this is so when the next call begins, a
             forward was interrupted.
         exact_chunks (`bool`): each query of a call with several tokens gets its own copy of the sinks.
+        unmerged (`set[ExactChunk]`, *optional*): set while attention merges the sinks of exact chunks: the chunks of layers whose
+            attention has not come yet.
         recording (`bool`): what is overwritten is kept, so that `crop` can bring it back.
         moved (`bool`): `rebase` has moved the rows, and the positions of a caller have not been looked at since.
         prompt (`int`): the length of the prompt in a first call that is recorded and exceeds the capacity, else 0. Draft
@@ -50,6 +55,7 @@ class StreamState:
     def reset(self) -> None:
         """Forgets the stream."""
         self.exact_chunks = self.recording = False
+        self.unmerged: set[ExactChunk] | None = None
         self.pads: PerRow = (0,)
         self.rebased: PerRow = (0,)
         self.starts: PerRow = (0,)
