@@ -1,11 +1,57 @@
-"""Moving a row of one cache into a row of another: for whoever serves many streams with one batch."""
+"""Rows of one cache: moving one into another cache, to host memory or a file, and letting one pause while others go on."""
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 
 from .cache import SinkWindowCache
 from .layers import StaticSinkWindowLayer
+from .state import DeviceStreamState, alike
+
+
+@dataclass(frozen=True)
+class Row:
+    """The stream of one row, outside of its cache.
+
+    Attributes:
+        tensors (`dict[str, torch.Tensor]`): what the layers hold, by index and name, `[num_heads, slots, head_dim]` each.
+        count, start, rebased (`int`): how far the row is; see `state`.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    count: int
+    start: int
+    rebased: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def on_host(self) -> Row:
+        """A copy in host memory."""
+        return replace(self, tensors={name: tensor.detach().cpu().clone() for name, tensor in self.tensors.items()})
+
+    def save(self, path: Path) -> None:
+        """Writes the row to a safetensors file, which has its name only when it is whole."""
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        numbers = {name: str(getattr(self, name)) for name in ("count", "start", "rebased")}
+        try:
+            save_file(self.on_host().tensors, unfinished, metadata={"sink_cache.row": json.dumps(numbers)})
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def load(self, path: Path) -> Row:
+        """The row whose numbers are these, with its tensors from a file that `save` wrote."""
+        return replace(self, tensors=load_file(path))
 
 
 @torch.inference_mode()  # in which any tensor can be written to
@@ -28,23 +74,62 @@ def copy_row(source: SinkWindowCache, row: int, target: SinkWindowCache, target_
         NotImplementedError: for models with layers other than full attention, and while a cache records.
     """
     _check(source, target)
-    for cache, index in ((source, row), (target, target_row)):
-        rows = len(cache._rings[0].keys)
-        if not 0 <= index < rows:
-            raise IndexError(f"there is no row {index}: this cache has the rows 0 to {rows - 1}")
-    for theirs, ours in zip(source._rings, target._rings, strict=True):
-        for name, tensor in ours.tensors().items():
-            tensor[target_row].copy_(theirs.tensors()[name][row])
-    count, start, rebased = source._state.row(row)
-    target._state.set_row(target_row, len(target._rings[0].keys), count, start, rebased)
-    for storage in target._storages():
+    _check_index(target, target_row)
+    put_row(take_row(source, row), target, target_row)
+
+
+def take_row(cache: SinkWindowCache, row: int) -> Row:
+    """A row of a cache that a model has used; its tensors are views, which change with the cache."""
+    _check_index(cache, row)
+    tensors = {f"{i}.{name}": held[row] for i, ring in enumerate(cache._rings) for name, held in ring.tensors().items()}
+    return Row(tensors, *cache._state.row(row))
+
+
+@torch.inference_mode()  # in which any tensor can be written to
+def put_row(row: Row, cache: SinkWindowCache, index: int) -> None:
+    """Puts a row in the place of another one; see `copy_row`, which checks that they fit."""
+    rows = len(cache._rings[0].keys)
+    for i, ring in enumerate(cache._rings):
+        for name, tensor in ring.tensors().items():
+            tensor[index].copy_(row.tensors[f"{i}.{name}"])
+    if rows == 1:  # nothing is left of the stream that was there
+        fed = {"fed": row.count + row.rebased, "pads": (0,), "rebased": (row.rebased,), "starts": (row.start,)}
+        cache._state.take_over({**fed, "begun": True, "unfinished": False, "moved": True})
+    else:
+        cache._state.set_row(index, rows, row.count, row.start, row.rebased)
+    for storage in cache._storages():
         storage.forget_steps()
-    for ring in target._rings:
+    for ring in cache._rings:
         if isinstance(ring, StaticSinkWindowLayer):
-            ring.sinks_complete = ring.sinks_complete and count >= ring.n_sink
-    if target.compileable and target.tokens_until_full():
-        target._show_all_slots(False)
-    target.fed_text = None
+            ring.sinks_complete = ring.sinks_complete and row.count >= ring.n_sink
+    if cache.compileable and cache.tokens_until_full():
+        cache._show_all_slots(False)
+    cache.fed_text = None
+
+
+def pause_rows(cache: SinkWindowCache, running: torch.Tensor) -> None:
+    """After a step of a compileable cache: takes it back in rows that do not run. What these were fed is overwritten later.
+
+    Only on the devices, as a captured graph needs it. `note_pauses` says the same to the host, before it next looks.
+
+    Args:
+        running (`torch.Tensor`): int64 `[rows]`, 1 for rows that run and 0 for the others.
+    """
+    assert isinstance(cache._state, DeviceStreamState)
+    for counts in cache._state._counts.values():
+        counts.add_(running.to(counts.device) - 1)
+
+
+def note_pauses(cache: SinkWindowCache, steps: Sequence[int]) -> None:
+    """Notes for how many steps each row has paused since the last time: to these rows, the steps brought padding."""
+    state = cache._state
+    state.pads = alike(tuple(pads + more for pads, more in state.per_row(state.pads, tuple(steps))))
+
+
+def _check_index(cache: SinkWindowCache, row: int) -> None:
+    rows = len(cache._rings[0].keys)
+    if not 0 <= row < rows:
+        raise IndexError(f"there is no row {row}: this cache has the rows 0 to {rows - 1}")
 
 
 def _check(source: SinkWindowCache, target: SinkWindowCache) -> None:

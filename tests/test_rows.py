@@ -72,7 +72,7 @@ def test_endless_goes_on_with_rows_of_different_lengths(
     llama: PreTrainedModel, compileable: bool, compiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A row's new tokens after padding in the middle of its text; rows that rebase by different numbers.
-    monkeypatch.setattr("sink_cache.endless_loop._REBASE_EVERY", 7)
+    monkeypatch.setattr("sink_cache.steps._REBASE_EVERY", 7)
     lengths = [LENGTHS, (2, 5, 1), (1, 1, 6)]
     turns = [[tokens(n, seed=10 * i + j) for j, n in enumerate(turn)] for i, turn in enumerate(lengths)]
     more = {"compile_config": compiling("aot_eager")} if compiles else {}
