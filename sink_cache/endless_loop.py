@@ -94,7 +94,7 @@ def endless(
     ```
     """
     cache = take_cache(model_kwargs)
-    _check(cache, generation_config, input_ids, model_kwargs, keep_tokens)
+    refuse_what_endless_has_not(cache, generation_config, input_ids, model_kwargs, keep_tokens)
     if method := virtual_tokens(model):
         raise NotImplementedError(
             f"endless feeds the tokens of the text, and would leave out the virtual tokens of {method}. Use DynamicCache and "
@@ -104,8 +104,8 @@ def endless(
     streamer = model_kwargs.pop("streamer", None) or call.get("streamer")
     # generate() adds a MaxLengthCriteria of its own, also where nobody has asked for one.
     asked_for = call.get("stopping_criteria", stopping_criteria) or ()
-    steps_left = _steps_left(generation_config, input_ids, call.get("has_default_max_length", False), asked_for)
-    _check_what_counts_tokens(generation_config, input_ids.shape[1], steps_left, keep_tokens or cache.capacity)
+    left = steps_left(generation_config, input_ids, call.get("has_default_max_length", False), asked_for)
+    _check_what_counts_tokens(generation_config, input_ids.shape[1], left, keep_tokens or cache.capacity)
     criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria))
     has_eos = any(map(stops_at_token, criteria))
     pad_token = pad_token_of(generation_config)
@@ -130,8 +130,8 @@ def endless(
                 unfinished = unfinished & ~criteria(recent.tokens, None)
                 if not unfinished.any():
                     break
-            steps_left -= 1
-            if steps_left == 0:
+            left -= 1
+            if left == 0:
                 break
     if streamer is not None:
         streamer.end()
@@ -141,9 +141,10 @@ def endless(
     return kept
 
 
-def _check(
+def refuse_what_endless_has_not(
     cache: Any, config: GenerationConfig, input_ids: torch.Tensor, model_kwargs: dict[str, Any], keep_tokens: Any
 ) -> None:
+    """Refuses options and inputs of `generate()` that have no meaning for a text without end."""
     if not isinstance(cache, SinkWindowCache):
         raise TypeError(
             f"endless needs past_key_values=SinkWindowCache(...), but got {'none' if cache is None else type(cache).__name__}"
@@ -182,7 +183,7 @@ def _check_what_counts_tokens(config: GenerationConfig, prompt: int, steps_left:
             )
 
 
-def _steps_left(
+def steps_left(
     config: GenerationConfig, input_ids: torch.Tensor, has_default_max_length: bool, asked_for: Sequence[Any]
 ) -> int:
     """How many tokens to generate; negative for no end."""

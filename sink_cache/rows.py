@@ -35,6 +35,11 @@ class Row:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def next_position(self) -> int:
+        """The position of the row's next token."""
+        return self.start + self.count
+
     def on_host(self) -> Row:
         """A copy in host memory."""
         return replace(self, tensors={name: tensor.detach().cpu().clone() for name, tensor in self.tensors.items()})
