@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
+from .batch import Batch, Reader
 from .cache import SinkWindowCache
-from .internals import cache_kwargs, takes_logits_to_keep, text_model, virtual_tokens
+from .internals import takes_logits_to_keep, text_model, virtual_tokens
 from .layers import RingLayer
-from .rows import Row, note_pauses, put_row, take_row
-from .sampling import BLOCK, GREEDY, Draws, SamplingOptions, choose
-from .steps import Step, pieces, read, steps_between_rebases
+from .rows import Row
+from .sampling import Draws
 from .turns import TurnOptions, turn_options
 
 QUEUED, READING, RUNNING, IDLE, FAILED, CLOSED = "queued", "reading", "running", "idle", "failed", "closed"
@@ -181,21 +181,20 @@ class StreamPool:
             raise FileNotFoundError(f"there is no folder {park_to} to park streams in")
         self.park_to = None if park_to is None else Path(park_to)
         self._refuse_model(model)
-        self._reader = SinkWindowCache(n_sink, window, compileable=True)  # with one row
-        self._kwargs: dict[str, Any] = {"use_cache": True, "return_dict": True}
+        kwargs: dict[str, Any] = {"use_cache": True, "return_dict": True}
         if takes_logits_to_keep(model):
-            self._kwargs["logits_to_keep"] = 1
+            kwargs["logits_to_keep"] = 1
         config = copy.deepcopy(model.generation_config)
         config.compile_config = compile_config
-        self._batch = _Batch(model, self._cache, max_streams, self.keep_tokens, config, self._kwargs)
+        self._batch = Batch(model, self._cache, max_streams, self.keep_tokens, config, kwargs)
+        one_row = SinkWindowCache(n_sink, window, compileable=True)
+        self._reader = Reader(model, one_row, prefill_chunk_size, kwargs)
 
         self._lock = threading.RLock()  # over all that follows, and never held while the model works
         self._has_work = threading.Condition(self._lock)
         self._stepping = threading.Lock()
         self._queue: deque[Stream] = deque()
         self._reading: Stream | None = None  # whose text is in the reader
-        self._pieces: Iterator[torch.Tensor] | None = None
-        self._pieces_left = 0  # until the text is read; then it waits for a row
         self._rows: list[Stream | None] = [None] * max_streams
         self._idle: dict[Stream, None] = {}  # those that have a row, the longest idle first
         self._streams: set[Stream] = set()
@@ -283,7 +282,7 @@ class StreamPool:
     @property
     def nbytes(self) -> int:
         """Bytes of the batch's cache and the reader's; parked rows are not among them."""
-        return self._cache.nbytes + self._reader.nbytes
+        return self._cache.nbytes + self._reader.cache.nbytes
 
     def close(self) -> None:
         """Closes all streams."""
@@ -390,27 +389,27 @@ class StreamPool:
             raise RuntimeError("the pool is in the middle of a step, in another thread: only one thread can run steps")
         try:
             with _interrupted_afterwards(self._batch.is_ready), torch.no_grad():
-                self._run_streams()
-                self._read_piece()
+                running = self._running_rows()
+                launched = self._batch.launch() if running else None
+                try:
+                    self._read_piece()  # while the device works on the step
+                finally:
+                    if launched is not None:
+                        self._deliver(running, self._batch.tokens_of(launched))
                 self.steps += 1
         finally:
             self._stepping.release()
 
-    def _run_streams(self) -> None:
+    def _running_rows(self) -> list[tuple[int, Stream]]:
         with self._lock:
-            for stream in self._rows:
-                if stream is not None and stream.status == RUNNING and stream._stops:
+            rows = [(row, one) for row, one in enumerate(self._rows) if one is not None and one.status == RUNNING]
+            for _, stream in rows:
+                if stream._stops:
                     stream.finish_reason = "stopped"
                     self._end_turn(stream)
-            running = [
-                (row, stream)
-                for row, stream in enumerate(self._rows)
-                if stream is not None and stream.status == RUNNING
-            ]
-            if not running:
-                return
-            self._batch.prepare()
-        tokens = self._batch.step()
+            return [(row, stream) for row, stream in rows if stream.status == RUNNING]
+
+    def _deliver(self, running: list[tuple[int, Stream]], tokens: list[int]) -> None:
         with self._lock:
             for row, stream in running:
                 if stream.status != RUNNING:
@@ -420,7 +419,7 @@ class StreamPool:
                 if stream.finish_reason is not None:
                     self._end_turn(stream)
                 elif not stream._turn.sampling.is_greedy and stream._draws.advance():
-                    self._batch.draws[row] = stream._draws.block.to(self._batch.device)
+                    self._batch.renew_draws(row, stream._draws)
 
     def _end_turn(self, stream: Stream) -> None:
         stream.status = IDLE
@@ -436,73 +435,49 @@ class StreamPool:
             stream = self._reading
             if stream is None or stream.status == CLOSED:
                 stream = self._reading = self._queue.popleft() if self._queue else None
-                self._pieces = None
             if stream is None:
                 return
-            if stream.status == QUEUED:
-                try:
-                    self._begin_reading(stream)
-                except Exception as reason:
-                    self._fail(stream, reason)
+            begins, stream.status = stream.status == QUEUED, READING
+        try:
+            if begins:
+                self._reader.begin(stream._unread, self._row_of(stream))
+            if self._reader.pieces_left:
+                token = self._reader.read_piece(stream._turn.sampling, list(stream._recent), stream._draws)
+                if token is None:
                     return
-        if self._pieces_left:
-            assert self._pieces is not None
-            try:
-                logits = next(self._pieces)
-                self._pieces_left -= 1
-                if self._pieces_left:
-                    return
-                self._reader.rebase()
-                token = self._batch.choose_first(logits, stream)
-            except Exception as reason:
-                self._fail(stream, reason)
-                return
+                with self._lock:
+                    if stream.status != CLOSED:
+                        stream._take(token)
+                        self._undelivered.append((stream, token))
             with self._lock:
-                if stream.status == CLOSED:
-                    return
-                self._pieces = None
-                stream._take(token)
-                self._undelivered.append((stream, token))
-        with self._lock:
-            if stream.status != CLOSED:
-                self._place(stream)
+                if stream.status != CLOSED:
+                    self._place(stream)
+        except Exception as reason:
+            with self._lock:
+                stream.error, self._reading = reason, None
+                if stream.status != CLOSED:
+                    self._leave(stream, FAILED)
 
-    def _begin_reading(self, stream: Stream) -> None:
-        stream.status = READING
-        self._reader.reset()
+    def _row_of(self, stream: Stream) -> Row | None:
         if stream._row is not None:
-            self._batch.settle()
-            put_row(take_row(self._cache, stream._row), self._reader, 0)
-        elif stream._parked is not None:
-            put_row(stream._parked if stream._file is None else stream._parked.load(stream._file), self._reader, 0)
-        ids = torch.tensor([stream._unread], device=self._batch.device)
-        kwargs = {**self._kwargs, **cache_kwargs(self._reader, self.model)}
-        self._pieces = read(self.model, self._reader, ids, self.prefill_chunk_size, kwargs)
-        self._pieces_left = len(pieces(len(stream._unread), self.prefill_chunk_size))
-
-    def _fail(self, stream: Stream, reason: Exception) -> None:
-        with self._lock:
-            self._reader.reset()
-            self._reading = self._pieces = None
-            stream.error = reason
-            if stream.status != CLOSED:
-                self._leave(stream, FAILED)
+            return self._batch.take(stream._row)
+        if stream._parked is None or stream._file is None:
+            return stream._parked
+        return stream._parked.load(stream._file)
 
     def _place(self, stream: Stream) -> None:
         """Puts the stream that was read into the batch, if there is room."""
         row = stream._row if stream._row is not None else self._free_row()
         if row is None:
             return  # all rows run: the next step tries again
+        self._batch.put(self._reader.row(), row, stream._recent[-1])
         self._forget_parked(stream)
-        self._batch.settle()
-        put_row(take_row(self._reader, 0), self._cache, row)
-        self._rows[row], stream._row = stream, row
-        self._reading = None
-        if stream.finish_reason is None:
-            stream.status = RUNNING
-            self._batch.join(row, stream)
-        else:
+        self._rows[row], stream._row, self._reading = stream, row, None
+        if stream.finish_reason is not None:
             self._end_turn(stream)
+        else:
+            stream.status = RUNNING
+            self._batch.run(row, stream._turn.sampling, list(stream._recent), stream._draws)
 
     def _free_row(self) -> int | None:
         """A row that is free, or that can be freed: of the stream that has been idle for longest, or will wait for longest."""
@@ -514,8 +489,7 @@ class StreamPool:
             return None
         row = stream._row
         assert row is not None
-        self._batch.settle()
-        held = take_row(self._cache, row)
+        held = self._batch.take(row)
         if self.park_to is None:
             stream._parked = held.on_host()
         else:
@@ -530,126 +504,6 @@ class StreamPool:
         if stream._file is not None:
             stream._file.unlink(missing_ok=True)
         stream._parked = stream._file = None
-
-
-class _Batch:
-    """The rows on the device: their step, and what is chosen from its logits.
-
-    What a row does is written to host tensors first, and to the device before the next step.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        cache: SinkWindowCache,
-        rows: int,
-        keep_tokens: int,
-        config: GenerationConfig,
-        kwargs: dict[str, Any],
-    ) -> None:
-        embedding = model.get_input_embeddings()
-        self.vocab_size = embedding.weight.shape[0]
-        self.device: torch.device = model.device
-        self.cache = cache
-        kwargs = {**kwargs, **cache_kwargs(cache, model)}
-        with torch.no_grad():  # each row begins with a token, so that all steps are alike
-            first = torch.zeros(rows, 1, dtype=torch.long, device=self.device)
-            model(first, position_ids=torch.zeros_like(first), **kwargs)
-        self.paused = [0] * rows  # steps since the host last looked
-        self.runs = [False] * rows
-        self.sampling: list[SamplingOptions] = [GREEDY] * rows
-        self.changed = True
-        with torch.inference_mode(False):
-            self.running = torch.zeros(rows, dtype=torch.long, device=self.device)
-            self.options = torch.tensor([GREEDY.numbers(self.vocab_size)] * rows, device=self.device)
-            self.recent = torch.zeros(rows, keep_tokens, dtype=torch.long, device=self.device)
-            self.place = torch.zeros(rows, 1, dtype=torch.long, device=self.device)  # of the next token in `recent`
-            self.draws = torch.zeros(rows, BLOCK, dtype=torch.long, device=self.device)
-            self.drawn = torch.zeros(rows, 1, dtype=torch.long, device=self.device)
-            self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=self.device)
-        self.model_step = Step(model, cache, rows, self.device, config, kwargs, self.running)
-        self.every = self.until_rebase = steps_between_rebases(cache)
-        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether all is compiled and captured that will be."""
-        return not self.model_step.is_compiled or self.model_step.graph is not None
-
-    # --- changes, between steps ---
-
-    def settle(self) -> None:
-        """Brings the host up to date, before it looks at rows."""
-        note_pauses(self.cache, self.paused)
-        self.paused = [0] * len(self.paused)
-
-    def pause(self, row: int) -> None:
-        """This row does not run any more."""
-        self.runs[row] = False
-        self.changed = True
-
-    def join(self, row: int, stream: Stream) -> None:
-        """A row of the cache, which has been put there, runs from now on."""
-        self.runs[row], self.changed = True, True
-        self.sampling[row] = stream._turn.sampling
-        self.model_step.positions[row] = take_row(self.cache, row).next_position
-        self.tokens[row] = stream._recent[-1]
-        if not stream._turn.sampling.is_greedy:
-            recent = self._recent_of(stream)
-            size = self.recent.shape[1]
-            # What is missing is a token that is there already.
-            self.recent[row] = torch.nn.functional.pad(recent, (0, size - len(recent)), value=int(recent[0]))
-            self.place[row] = len(recent) % size
-            self.draws[row] = stream._draws.block.to(self.device)
-            self.drawn[row] = stream._draws.drawn
-
-    def _recent_of(self, stream: Stream) -> torch.Tensor:
-        return torch.tensor(stream._recent, device=self.device)
-
-    # --- a step ---
-
-    def prepare(self) -> None:
-        """Before a step: what has changed goes to the device."""
-        if not self.model_step.is_compiled:
-            self.settle()
-        if self.changed:
-            self.running.copy_(torch.tensor(self.runs, device="cpu"))
-            self.options.copy_(torch.tensor([one.numbers(self.vocab_size) for one in self.sampling], device="cpu"))
-            self.changed = False
-        if self.until_rebase == 0:
-            self.settle()
-            self.model_step.rebase()
-            self.until_rebase = self.every
-
-    def step(self) -> list[int]:
-        """One step of all rows; returns a token for each of them, also for those that do not run."""
-        logits = self.model_step(self.tokens)
-        self.until_rebase -= 1
-        self.paused = [steps + (not runs) for steps, runs in zip(self.paused, self.runs, strict=True)]
-        self._choose(logits)
-        found: list[int] = self.tokens.flatten().tolist()
-        return found
-
-    def _choose(self, logits: torch.Tensor) -> None:
-        runs = self.running[:, None] > 0
-        if all(one.is_greedy for one, runs in zip(self.sampling, self.runs, strict=True) if runs):
-            chosen = logits.argmax(dim=-1, keepdim=True)
-        else:
-            draws = self.draws.gather(1, self.drawn)
-            chosen = choose(logits, self.options, self.recent, draws)
-            self.recent.scatter_(1, self.place, torch.where(runs, chosen, self.recent.gather(1, self.place)))
-            self.place.add_(self.running[:, None]).remainder_(self.recent.shape[1])
-            self.drawn.add_(self.running[:, None]).remainder_(BLOCK)
-        self.tokens.copy_(torch.where(runs, chosen, self.tokens))
-
-    def choose_first(self, logits: torch.Tensor, stream: Stream) -> int:
-        """The first token after what was read, `[1, vocab_size]`."""
-        sampling = stream._turn.sampling
-        if sampling.is_greedy:
-            return int(logits.argmax())
-        options = torch.tensor([sampling.numbers(self.vocab_size)], device=self.device)
-        draw = stream._draws.next().to(self.device)
-        return int(choose(logits.to(self.device), options, self._recent_of(stream)[None], draw))
 
 
 def _draws(seed: int | None) -> Draws:
