@@ -54,6 +54,7 @@ class Batch:
             first = torch.zeros(rows, 1, dtype=torch.long, device=self.device)
             model(first, position_ids=torch.zeros_like(first), **kwargs)
         self.runs = [False] * rows
+        self._run_on_device = self.runs
         self._sampling = [GREEDY] * rows
         self._changed = True  # since these were last written to the device
         self._paused = [0] * rows  # steps since the host last looked
@@ -62,11 +63,14 @@ class Batch:
             return torch.zeros(*shape, dtype=torch.long, device=self.device)
 
         with torch.inference_mode(False):
-            self._running, self._tokens = numbers(rows), numbers(rows, 1)
+            self._running = numbers(rows)
             self._options = torch.tensor([GREEDY.numbers(self.vocab_size)] * rows, device=self.device)
             self._recent, self._place = numbers(rows, keep_tokens), numbers(rows, 1)  # a ring, and where it goes on
             self._draws, self._drawn = numbers(rows, BLOCK), numbers(rows, 1)
         self._step = Step(model, cache, rows, self.device, config, kwargs, self._running)
+        self._tokens = self._step.tokens  # each row's last one
+        self._on_host = torch.zeros(rows, dtype=torch.long, pin_memory=self.device.type == "cuda", device="cpu")
+        self._launched = torch.cuda.Event() if self.device.type == "cuda" else None
         self._every = self._until_rebase = steps_between_rebases(cache)
         self._compiles_choice = self._step.is_compiled and self.device.type == "cuda"
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # of choices, by whether all rows are greedy
@@ -118,40 +122,37 @@ class Batch:
 
     # --- a step ---
 
-    def launch(self) -> torch.Tensor:
-        """Begins a step of all rows; `tokens_of` waits for its end."""
+    def launch(self) -> None:
+        """Begins a step of all rows; `tokens` waits for its end."""
         if not self._step.is_compiled:
             self._settle()  # as every call looks at the positions
         if self._changed:
-            self._running.copy_(torch.tensor(self.runs, device="cpu"))
+            self._changed = False  # first, because another thread may pause a row meanwhile
+            self._run_on_device = list(self.runs)
+            self._running.copy_(torch.tensor(self._run_on_device, device="cpu"))
             options = [sampling.numbers(self.vocab_size) for sampling in self._sampling]
             self._options.copy_(torch.tensor(options, device="cpu"))
-            self._changed = False
         if self._until_rebase == 0:
             self._settle()
             self._step.rebase()
             self._until_rebase = self._every
         logits = self._step(self._tokens)
         self._until_rebase -= 1
-        self._paused = [steps + (not runs) for steps, runs in zip(self._paused, self.runs, strict=True)]
+        self._paused = [steps + (not runs) for steps, runs in zip(self._paused, self._run_on_device, strict=True)]
         self._choose(logits)
-        if self.device.type != "cuda":
-            return self._tokens.clone()
-        on_host = torch.empty(self._tokens.shape, dtype=torch.long, pin_memory=True, device="cpu")
-        on_host.copy_(self._tokens, non_blocking=True)
-        self._launched = torch.cuda.Event()
-        self._launched.record()
-        return on_host
+        self._on_host.copy_(self._tokens[:, 0], non_blocking=True)
+        if self._launched is not None:
+            self._launched.record()
 
-    def tokens_of(self, launched: torch.Tensor) -> list[int]:
-        """The tokens of a step that was launched, one for each row, also for those that pause."""
-        if self.device.type == "cuda":
+    def tokens(self) -> list[int]:
+        """The tokens of the step that was launched, one for each row, also for those that pause."""
+        if self._launched is not None:
             self._launched.synchronize()
-        found: list[int] = launched.flatten().tolist()
+        found: list[int] = self._on_host.tolist()
         return found
 
     def _choose(self, logits: torch.Tensor) -> None:
-        is_greedy = all(one.is_greedy for one, runs in zip(self._sampling, self.runs, strict=True) if runs)
+        is_greedy = all(one.is_greedy for one, runs in zip(self._sampling, self._run_on_device, strict=True) if runs)
         if self._compiles_choice and self._warm_up:
             is_greedy = False  # all is compiled in the first steps, and not when the first stream samples
             self._warm_up -= self._step.graph is not None

@@ -104,7 +104,7 @@ def endless(
     streamer = model_kwargs.pop("streamer", None) or call.get("streamer")
     # generate() adds a MaxLengthCriteria of its own, also where nobody has asked for one.
     asked_for = call.get("stopping_criteria", stopping_criteria) or ()
-    left = steps_left(generation_config, input_ids, call.get("has_default_max_length", False), asked_for)
+    left = _steps_left(generation_config, input_ids, call.get("has_default_max_length", False), asked_for)
     _check_what_counts_tokens(generation_config, input_ids.shape[1], left, keep_tokens or cache.capacity)
     criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria))
     has_eos = any(map(stops_at_token, criteria))
@@ -183,7 +183,7 @@ def _check_what_counts_tokens(config: GenerationConfig, prompt: int, steps_left:
             )
 
 
-def steps_left(
+def _steps_left(
     config: GenerationConfig, input_ids: torch.Tensor, has_default_max_length: bool, asked_for: Sequence[Any]
 ) -> int:
     """How many tokens to generate; negative for no end."""

@@ -95,7 +95,7 @@ class Stream:
         self._pool._send(self, input_ids, generation_config, seed, options)
 
     def stop(self) -> None:
-        """Ends the turn before the pool's next step; the stream is idle then, and `send` goes on."""
+        """Ends the turn with its next token; the stream is idle then, and `send` goes on."""
         with self._pool._lock:
             self._stops = self.is_active
 
@@ -198,6 +198,7 @@ class StreamPool:
         self._rows: list[Stream | None] = [None] * max_streams
         self._idle: dict[Stream, None] = {}  # those that have a row, the longest idle first
         self._streams: set[Stream] = set()
+        self._launched: list[tuple[int, Stream]] = []  # the rows of the step that the device works on
         self._undelivered: deque[tuple[Stream, int]] = deque()
         self._names = itertools.count()
         self.steps = 0
@@ -239,7 +240,7 @@ class StreamPool:
         new = self._new_tokens(input_ids, least=1)
         if generation_config is not None:
             options = {**options, "generation_config": generation_config}
-        turn = self._options_of(new, options)
+        turn = self._options_of(len(new), options)
         stream = Stream(self, options, _draws(seed))
         self._enqueue(stream, turn, new)
         return stream
@@ -318,9 +319,9 @@ class StreamPool:
             )
         return new
 
-    def _options_of(self, new: list[int], options: dict[str, Any]) -> TurnOptions:
+    def _options_of(self, length: int, options: dict[str, Any]) -> TurnOptions:
         return turn_options(
-            self.model, new, options, SinkWindowCache(self.n_sink, self.window), self.prefill_chunk_size
+            self.model, length, options, SinkWindowCache(self.n_sink, self.window), self.prefill_chunk_size
         )
 
     def _send(
@@ -339,7 +340,7 @@ class StreamPool:
         with self._lock:
             if stream.status != IDLE:
                 raise RuntimeError(f"this stream is {stream.status}; only an idle one can be sent something")
-            turn = self._options_of([stream._recent[-1], *new], options)
+            turn = self._options_of(1 + len(new), options)
             if seed is not None:
                 stream._draws = _draws(seed)
             stream._options = options
@@ -389,37 +390,42 @@ class StreamPool:
             raise RuntimeError("the pool is in the middle of a step, in another thread: only one thread can run steps")
         try:
             with _interrupted_afterwards(self._batch.is_ready), torch.no_grad():
-                running = self._running_rows()
-                launched = self._batch.launch() if running else None
+                self._launch()  # unless the step before has done so
                 try:
                     self._read_piece()  # while the device works on the step
                 finally:
-                    if launched is not None:
-                        self._deliver(running, self._batch.tokens_of(launched))
+                    self._deliver()
+                self._launch()  # the device works on the next step while the caller has these tokens
                 self.steps += 1
         finally:
             self._stepping.release()
 
-    def _running_rows(self) -> list[tuple[int, Stream]]:
+    def _launch(self) -> None:
+        if self._launched:
+            return
         with self._lock:
             rows = [(row, one) for row, one in enumerate(self._rows) if one is not None and one.status == RUNNING]
-            for _, stream in rows:
-                if stream._stops:
-                    stream.finish_reason = "stopped"
-                    self._end_turn(stream)
-            return [(row, stream) for row, stream in rows if stream.status == RUNNING]
+        if rows:
+            self._batch.launch()
+            self._launched = rows
 
-    def _deliver(self, running: list[tuple[int, Stream]], tokens: list[int]) -> None:
+    def _deliver(self) -> None:
+        """Waits for the step that was launched, and hands its tokens to their streams."""
+        if not self._launched:
+            return
+        tokens = self._batch.tokens()
         with self._lock:
-            for row, stream in running:
+            for row, stream in self._launched:
                 if stream.status != RUNNING:
                     continue  # closed meanwhile
-                stream._take(tokens[row])
-                self._undelivered.append((stream, tokens[row]))
+                token = tokens[row]
+                stream._take(token)
+                self._undelivered.append((stream, token))
                 if stream.finish_reason is not None:
                     self._end_turn(stream)
                 elif not stream._turn.sampling.is_greedy and stream._draws.advance():
                     self._batch.renew_draws(row, stream._draws)
+            self._launched = []
 
     def _end_turn(self, stream: Stream) -> None:
         stream.status = IDLE

@@ -19,7 +19,8 @@ import torch
 
 BLOCK = 256  # random numbers that a row has on its device
 _DRAW_BITS, _WEIGHT_BITS = 31, 40  # for vocabularies up to 2**22 these products stay below 2**63
-_TILE = 512  # tokens
+_TILE = 1024  # tokens
+_PASS_BITS = 3  # that a pass of the search finds, of 30
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,10 @@ def choose(
     """
     do_sample, _, top_k, top_p, min_p, _ = options.split(1, dim=1)
     run = _compiled if compiled else _plain
-    scores, weights = run(weigh)(logits, options, recent)
+    likeliest, weights = run(weigh)(logits, options, recent)
     limit = limit_by_search(weights, top_k, top_p, run) if compiled else limit_by_sorting(weights, top_k, top_p)
-    return torch.where(
-        do_sample > 0,
-        run(pick)(weights, torch.maximum(limit, min_p), draws),
-        scores.argmax(dim=1, keepdim=True),
-    )
+    drawn = run(pick)(weights, torch.maximum(limit, min_p), draws)
+    return torch.where(do_sample > 0, drawn, likeliest).clamp(max=logits.shape[1] - 1)  # where logits are not finite
 
 
 @functools.cache
@@ -120,12 +118,18 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def weigh(logits: torch.Tensor, options: torch.Tensor, recent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores after the repetition penalty, and the weights of sampling: 1 for the likeliest token. `[rows, vocab_size]` each."""
+    """What the options make of logits, up to the temperature.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the likeliest token of each row, `[rows, 1]`, and the weights of sampling, 1 for the
+            likeliest: float32 `[rows, tokens]`, with zeros up to a multiple of `_TILE` tokens.
+    """
     temperature, penalty = options[:, 1:2], options[:, 5:6]
     scores = logits.float()
     seen = scores.gather(1, recent)
     scores = scores.scatter(1, recent, torch.where(seen < 0, seen * penalty, seen / penalty))
-    return scores, torch.exp((scores - scores.amax(dim=1, keepdim=True)) / temperature)
+    weights = torch.exp((scores - scores.amax(dim=1, keepdim=True)) / temperature)
+    return scores.argmax(dim=1, keepdim=True), torch.nn.functional.pad(weights, (0, -scores.shape[1] % _TILE))
 
 
 def limit_by_sorting(weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
@@ -143,50 +147,57 @@ def limit_by_search(
     """The same as `limit_by_sorting`.
 
     Weights are between 0 and 1, so their bits, read as integers, are in the order of their sizes. Each pass over the weights finds
-    three bits of the limit.
+    some bits of the limit.
     """
     kth = _largest(weights, top_k, run(_narrow_to_number))
-    kept = torch.where(weights >= kth, weights, 0)
-    last = _largest(kept, top_p * kept.sum(dim=1, keepdim=True), run(_narrow_to_mass))
+    kept, goal = run(_keep)(weights, kth, top_p)
+    last = _largest(kept, goal, run(_narrow_to_mass))
     return torch.where(top_p < 1, torch.maximum(kth, last), kth)
 
 
 def _largest(weights: torch.Tensor, goal: torch.Tensor, narrow: Callable[..., torch.Tensor]) -> torch.Tensor:
     """The largest weight for which all weights that are at least as large reach the goal together, `[rows, 1]`."""
     found = torch.zeros(len(weights), 1, dtype=torch.int32, device=weights.device)
-    for shift in torch.arange(27, -1, -3, dtype=torch.int32, device=weights.device):
+    for shift in torch.arange(30 - _PASS_BITS, -1, -_PASS_BITS, dtype=torch.int32, device=weights.device):
         found = narrow(weights, found, goal, shift)
     return found.view(torch.float32)
+
+
+def _keep(weights: torch.Tensor, least: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    kept = torch.where(weights >= least, weights, 0)
+    return kept, share * kept.sum(dim=1, keepdim=True)
 
 
 def _narrow_to_number(
     weights: torch.Tensor, found: torch.Tensor, goal: torch.Tensor, shift: torch.Tensor
 ) -> torch.Tensor:
-    return _next_bits(found, shift, lambda limit: (weights >= limit).sum(dim=1, keepdim=True) >= goal)
+    return _next_bits(found, goal, shift, lambda limit: (_tiles(weights) >= limit).float())
 
 
 def _narrow_to_mass(
     weights: torch.Tensor, found: torch.Tensor, goal: torch.Tensor, shift: torch.Tensor
 ) -> torch.Tensor:
-    return _next_bits(
-        found, shift, lambda limit: torch.where(weights >= limit, weights, 0).sum(dim=1, keepdim=True) >= goal
-    )
+    return _next_bits(found, goal, shift, lambda limit: torch.where(_tiles(weights) >= limit, _tiles(weights), 0))
 
 
 def _next_bits(
-    found: torch.Tensor, shift: torch.Tensor, reaches: Callable[[torch.Tensor], torch.Tensor]
+    found: torch.Tensor, goal: torch.Tensor, shift: torch.Tensor, counted: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     digit = torch.zeros_like(found)
-    for tried in range(1, 8):
-        digit = digit + reaches((found + (tried << shift)).view(torch.float32)).int()
+    for tried in range(1, 2**_PASS_BITS):
+        limit = (found + (tried << shift)).view(torch.float32)[..., None]
+        # In two steps, because the compiler would have each row summed up by few of a GPU's processors.
+        digit = digit + (counted(limit).sum(dim=2).sum(dim=1, keepdim=True) >= goal).int()
     return found + (digit << shift)
+
+
+def _tiles(weights: torch.Tensor) -> torch.Tensor:
+    return weights.view(len(weights), -1, _TILE)
 
 
 def pick(weights: torch.Tensor, least: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """The token of each row for which its random number stands, int64 `[rows, 1]`, among those of at least this weight."""
-    rows, vocab_size = weights.shape
-    whole = (torch.where(weights >= least, weights, 0) * 2**_WEIGHT_BITS).long()
-    tiles = torch.nn.functional.pad(whole, (0, -vocab_size % _TILE)).view(rows, -1, _TILE)
+    tiles = _tiles((torch.where(weights >= least, weights, 0) * 2**_WEIGHT_BITS).long())
     ends = tiles.sum(dim=2).cumsum(dim=1)
     total = ends[:, -1:]
     target = (total >> _DRAW_BITS) * draws + (((total & (2**_DRAW_BITS - 1)) * draws) >> _DRAW_BITS)
@@ -194,4 +205,4 @@ def pick(weights: torch.Tensor, least: torch.Tensor, draws: torch.Tensor) -> tor
     tokens = tiles.gather(1, tile[..., None].expand(-1, -1, _TILE))[:, 0]
     before = ends.gather(1, tile) - tokens.sum(dim=1, keepdim=True)
     place = (tokens.cumsum(dim=1) + before <= target).sum(dim=1, keepdim=True)
-    return (tile * _TILE + place).clamp(max=vocab_size - 1)  # where weights are not finite
+    return tile * _TILE + place

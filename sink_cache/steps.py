@@ -136,7 +136,8 @@ class Step:
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits `[rows, vocab_size]` after one token of each row, `[rows, 1]`, valid until the next call."""
-        self.tokens.copy_(tokens)
+        if tokens is not self.tokens:
+            self.tokens.copy_(tokens)
         if self.graph is None and self.warm_up == 0:
             self._capture()
         self.warm_up -= 1

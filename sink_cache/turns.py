@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 
 from .cache import SinkWindowCache
-from .endless_loop import refuse_what_endless_has_not, steps_left
-from .internals import cache_kwargs, eos_tokens_of, generate_call, stops_at_token, warper_options
+from .endless_loop import refuse_what_endless_has_not
+from .internals import cache_kwargs, eos_tokens_of, stops_at_token, warper_options
 from .sampling import SamplingOptions
 
 
@@ -30,12 +31,13 @@ class TurnOptions:
 
 
 def turn_options(
-    model: PreTrainedModel, text: list[int], options: dict[str, Any], cache: SinkWindowCache, piece_size: int
+    model: PreTrainedModel, length: int, options: dict[str, Any], cache: SinkWindowCache, piece_size: int
 ) -> TurnOptions:
     """Asks `generate()` what it makes of these options, by giving it a decoding loop that looks and decodes nothing.
 
     Args:
-        text (`list[int]`): the tokens of the turn.
+        length (`int`): tokens of the turn, which `max_length` counts.
+        options (`dict[str, Any]`): as for `generate()`.
         cache (`SinkWindowCache`): of the stream's sizes, and unused.
         piece_size (`int`): the pool's `prefill_chunk_size`.
 
@@ -47,7 +49,14 @@ def turn_options(
         raise NotImplementedError(
             f"{taken[0]} is not an option of a stream in a StreamPool: {_THE_POOLS_OWN[taken[0]]}"
         )
-    input_ids = torch.tensor([text], device=model.device)
+    config = options.get("generation_config")
+    given = (*(options.get(name) for name in _LENGTHS), *_lengths_of(config), *_lengths_of(model.generation_config))
+    has_end = any(number is not None for number in given)
+    if not has_end and config is None:
+        options = {**options, "max_new_tokens": 1}  # generate() would choose a length
+    elif not has_end:
+        options = {**options, "generation_config": copy.deepcopy(config)}
+        options["generation_config"].max_new_tokens = 1
     found: list[TurnOptions] = []
 
     def look(
@@ -65,8 +74,6 @@ def turn_options(
             raise NotImplementedError("return_dict_in_generate is not possible in a StreamPool, which hands out tokens")
         if generation_config.prefill_chunk_size not in (None, piece_size):
             raise NotImplementedError("prefill_chunk_size is an option of the StreamPool, and not of a stream in it")
-        call = generate_call()
-        asked_for = call.get("stopping_criteria") or ()
         for criterion in stopping_criteria:
             if not isinstance(criterion, MaxLengthCriteria) and not stops_at_token(criterion):
                 raise NotImplementedError(
@@ -78,18 +85,32 @@ def turn_options(
                 f"a StreamPool has temperature, top_k, top_p, min_p and repetition_penalty, and no {warpers}. Leave this option out, "
                 "or use generate() with custom_generate=endless."
             )
-        left = steps_left(generation_config, input_ids, call.get("has_default_max_length", False), asked_for)
+        new_tokens = -1
+        if has_end and generation_config.max_new_tokens is not None:
+            new_tokens = generation_config.max_new_tokens
+        elif has_end and generation_config.max_length is not None:
+            new_tokens = generation_config.max_length - length
+            if new_tokens < 1:
+                raise ValueError(
+                    f"max_length={generation_config.max_length} leaves no token to generate after {length}"
+                )
         sampling = SamplingOptions(do_sample=bool(generation_config.do_sample), **warpers)
-        found.append(TurnOptions(sampling, eos_tokens_of(stopping_criteria), left))
+        found.append(TurnOptions(sampling, eos_tokens_of(stopping_criteria), new_tokens))
         return input_ids
 
-    # A mask, because generate() would look for pads in the text otherwise.
-    mask = torch.ones_like(input_ids)
-    options = {"pad_token_id": 0, **options} if "generation_config" not in options else options
-    model.generate(input_ids, attention_mask=mask, custom_generate=look, **cache_kwargs(cache), **options)  # type: ignore[operator]
+    # One token stands for the text; with a mask, because generate() would ask whether it is padding.
+    token = torch.ones(1, 1, dtype=torch.long, device=model.device)
+    if config is None:
+        options = {"pad_token_id": 0, **options}
+    model.generate(token, attention_mask=token, custom_generate=look, **cache_kwargs(cache), **options)  # type: ignore[operator]
     return found[0]
 
 
+def _lengths_of(config: GenerationConfig | None) -> list[int | None]:
+    return [getattr(config, name, None) for name in _LENGTHS]
+
+
+_LENGTHS = ("max_new_tokens", "max_length")
 _THE_POOLS_OWN = {
     "streamer": "iterate over the pool, which hands out each token with its stream.",
     "custom_generate": "the pool decodes by itself.",

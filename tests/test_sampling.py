@@ -15,7 +15,7 @@ from transformers import (
 
 from sink_cache.sampling import SamplingOptions, choose, limit_by_search, limit_by_sorting, pick, weigh
 
-VOCAB = 700  # more than one tile of `pick`, and not a multiple of it
+VOCAB = 1500  # more than one tile of `pick`, and not a multiple of it
 OPTIONS = st.builds(
     SamplingOptions, do_sample=st.just(True), temperature=st.floats(0.3, 3), top_k=st.integers(0, VOCAB + 9),
     top_p=st.sampled_from([0.05, 0.5, 0.9, 0.999, 1.0]), min_p=st.sampled_from([0.0, 0.01, 0.3]),
@@ -46,7 +46,7 @@ def test_rows_have_the_chances_that_transformers_gives_them(rows: list[SamplingO
     _, weights = weigh(logits, options, recent)
     for limit in (limit_by_sorting, limit_by_search):
         least = torch.maximum(limit(weights, options[:, 2:3], options[:, 3:4]), options[:, 4:5])
-        kept = torch.where(weights >= least, weights, 0)
+        kept = torch.where(weights >= least, weights, 0)[:, :VOCAB]
         for i, row in enumerate(rows):
             expected = by_transformers(logits[i : i + 1], recent[i : i + 1], row)[0]
             assert torch.allclose(kept[i] / kept[i].sum(), expected, atol=1e-6, rtol=1e-4)
@@ -54,12 +54,12 @@ def test_rows_have_the_chances_that_transformers_gives_them(rows: list[SamplingO
 
 def test_draws_are_shared_out_by_weight() -> None:
     # Numbers at equal distances: each token is drawn as often as its weight says, to one draw.
-    weights = torch.zeros(1, VOCAB)
-    weights[0, [3, 511, 512, 699]] = torch.tensor([0.125, 1.0, 0.5, 0.375])
+    weights = torch.zeros(1, 2048)
+    weights[0, [3, 1023, 1024, 1700]] = torch.tensor([0.125, 1.0, 0.5, 0.375])
     draws = torch.arange(0, 2**31, 2**31 // 1000)[:1000]
     found = torch.cat([pick(weights, torch.zeros(1, 1), draw.view(1, 1)) for draw in draws]).flatten()
-    assert found.bincount(minlength=VOCAB)[[3, 511, 512, 699]].tolist() == pytest.approx([62, 500, 250, 188], abs=1)
-    assert pick(weights, torch.full((1, 1), 0.4), torch.tensor([[2**31 - 1]])).item() == 512  # the last that is left
+    assert found.bincount(minlength=2048)[[3, 1023, 1024, 1700]].tolist() == pytest.approx([62, 500, 250, 188], abs=1)
+    assert pick(weights, torch.full((1, 1), 0.4), torch.tensor([[2**31 - 1]])).item() == 1024  # the last that is left
 
 
 def test_what_is_not_finite_gives_some_token() -> None:
