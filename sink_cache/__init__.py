@@ -31,7 +31,8 @@ Terms of our own:
 from .cache import SinkWindowCache
 from .endless_loop import endless
 from .internals import cache_kwargs
+from .pool import Stream, StreamPool
 from .streaming import stream
 from .verify import verify
 
-__all__ = ["SinkWindowCache", "cache_kwargs", "endless", "stream", "verify"]
+__all__ = ["SinkWindowCache", "Stream", "StreamPool", "cache_kwargs", "endless", "stream", "verify"]

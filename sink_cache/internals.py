@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any, cast
 
@@ -23,8 +23,13 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
+    MinPLogitsWarper,
     PreTrainedConfig,
     PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
 # Relies on: these are the layer classes of a DynamicCache. Recurrent states are LinearAttention layers, and a layer of attention
@@ -424,6 +429,39 @@ def stops_at_token(criterion: Any) -> bool:
     Relies on: this criterion has an attribute `eos_token_id`.
     """
     return hasattr(criterion, "eos_token_id")
+
+
+def eos_tokens_of(criteria: Iterable[Any]) -> frozenset[int]:
+    """The tokens at which these stopping criteria end a text; see `stops_at_token`."""
+    return frozenset(token for one in criteria if stops_at_token(one) for token in one.eos_token_id.flatten().tolist())
+
+
+# Relies on: generate() makes these of its options, in this order, and they keep what they were given in these attributes.
+_WARPERS = {
+    RepetitionPenaltyLogitsProcessor: ("repetition_penalty", "penalty"),
+    TemperatureLogitsWarper: ("temperature", "temperature"),
+    TopKLogitsWarper: ("top_k", "top_k"),
+    TopPLogitsWarper: ("top_p", "top_p"),
+    MinPLogitsWarper: ("min_p", "min_p"),
+}
+
+
+def warper_options(processors: Sequence[Any]) -> dict[str, Any] | str:
+    """The numbers by which these processors change logits, by the name of the option; or what else is among them."""
+    order = list(_WARPERS)
+    known = [order.index(type(one)) if type(one) in _WARPERS else -1 for one in processors]
+    for one, place, before in zip(processors, known, [-1, *known], strict=False):
+        if place <= before:
+            return type(one).__name__
+    return {_WARPERS[type(one)][0]: getattr(one, _WARPERS[type(one)][1]) for one in processors}
+
+
+def takes_logits_to_keep(model: PreTrainedModel) -> bool:
+    """Whether the model's forward can leave out the logits of all but the last tokens.
+
+    Relies on: such a forward has an argument `logits_to_keep`.
+    """
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def would_compile(model: PreTrainedModel, cache: Cache, generation_config: GenerationConfig) -> bool:

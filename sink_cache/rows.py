@@ -1,12 +1,65 @@
-"""Moving a row of one cache into a row of another: for whoever serves many streams with one batch."""
+"""Rows of one cache: moving one into another cache, to host memory or a file, and letting one pause while others go on."""
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
 import torch
+from safetensors.torch import load_file, save_file
 
 from .cache import SinkWindowCache, stack_of
-from .layers import StaticSinkWindowLayer
+from .internals import LinearAttentionCacheLayerMixin
+from .layers import RingLayer, StaticSinkWindowLayer
 from .stack import LayerStack
+from .state import DeviceStreamState, alike
+
+
+@dataclass(frozen=True)
+class Row:
+    """The stream of one row, outside of its cache.
+
+    Attributes:
+        tensors (`dict[str, torch.Tensor]`): what the layers hold, by index and name, `[num_heads, slots, head_dim]` each.
+        count, start, rebased (`int`): how far the row is; see `state`.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    count: int
+    start: int
+    rebased: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def next_position(self) -> int:
+        """The position of the row's next token."""
+        return self.start + self.count
+
+    def on_host(self) -> Row:
+        """A copy in host memory."""
+        return replace(self, tensors={name: tensor.detach().cpu().clone() for name, tensor in self.tensors.items()})
+
+    def save(self, path: Path) -> None:
+        """Writes the row to a safetensors file, which has its name only when it is whole."""
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        numbers = {name: str(getattr(self, name)) for name in ("count", "start", "rebased")}
+        try:
+            save_file(self.on_host().tensors, unfinished, metadata={"sink_cache.row": json.dumps(numbers)})
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def load(self, path: Path) -> Row:
+        """The row whose numbers are these, with its tensors from a file that `save` wrote."""
+        return replace(self, tensors=load_file(path))
 
 
 @torch.inference_mode()  # in which any tensor can be written to
@@ -28,23 +81,71 @@ def copy_row(source: SinkWindowCache, row: int, target: SinkWindowCache, target_
         IndexError: if there is no such row.
         NotImplementedError: for models with layers other than full attention, and while a cache records.
     """
-    theirs, ours = stack_of(source), stack_of(target)
-    _check(theirs, ours)
-    for stack, index in ((theirs, row), (ours, target_row)):
-        if not 0 <= index < stack.rows:
-            raise IndexError(f"there is no row {index}: this cache has the rows 0 to {stack.rows - 1}")
-    for tensors, into in zip(theirs.take_out(), ours.take_out(), strict=True):
-        for name, tensor in into.items():
-            tensor[target_row].copy_(tensors[name][row])
-    count, start, rebased = theirs.state.row(row)
-    ours.state.set_row(target_row, ours.rows, count, start, rebased)
-    ours.forget_steps()
-    for ring in ours.rings:
+    _check(stack_of(source), stack_of(target))
+    _check_index(target, target_row)
+    put_row(take_row(source, row), target, target_row)
+
+
+def take_row(cache: SinkWindowCache, row: int) -> Row:
+    """A row of a cache that a model has used; its tensors are views, which change with the cache."""
+    _check_index(cache, row)
+    tensors = {
+        f"{i}.{name}": held[row]
+        for i, ring in enumerate(stack_of(cache).rings)
+        for name, held in ring.tensors().items()
+    }
+    return Row(tensors, *stack_of(cache).state.row(row))
+
+
+@torch.inference_mode()  # in which any tensor can be written to
+def put_row(row: Row, cache: SinkWindowCache, index: int) -> None:
+    """Puts a row in the place of another one; see `copy_row`, which checks that they fit."""
+    stack = stack_of(cache)
+    for i, ring in enumerate(stack.rings):
+        for name, tensor in ring.tensors().items():
+            tensor[index].copy_(row.tensors[f"{i}.{name}"])
+    if stack.rows == 1:  # nothing is left of the stream that was there
+        fed = {"fed": row.count + row.rebased, "pads": (0,), "rebased": (row.rebased,), "starts": (row.start,)}
+        stack.state.take_over({**fed, "begun": True, "unfinished": False, "moved": True})
+    else:
+        stack.state.set_row(index, stack.rows, row.count, row.start, row.rebased)
+    stack.forget_steps()
+    for ring in stack.rings:
         if isinstance(ring, StaticSinkWindowLayer):
-            ring.sinks_complete = ring.sinks_complete and count >= ring.n_sink
-    if ours.compileable and ours.checks.tokens_until_full():
-        ours.show_all_slots(False)
-    ours.fed_text = None
+            ring.sinks_complete = ring.sinks_complete and row.count >= ring.n_sink
+    if stack.compileable and stack.checks.tokens_until_full():
+        stack.show_all_slots(False)
+    stack.fed_text = None
+
+
+def is_ring_alone(layer: Any) -> bool:
+    """Whether a cache layer is a ring, and has no recurrent state beside it, which could not be copied row by row."""
+    return isinstance(layer, RingLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
+def pause_rows(cache: SinkWindowCache, running: torch.Tensor) -> None:
+    """After a step of a compileable cache: takes it back in rows that do not run. What these were fed is overwritten later.
+
+    Only on the devices, as a captured graph needs it. `note_pauses` says the same to the host, before it next looks.
+
+    Args:
+        running (`torch.Tensor`): int64 `[rows]`, 1 for rows that run and 0 for the others.
+    """
+    state = stack_of(cache).state
+    assert isinstance(state, DeviceStreamState)
+    state.pause(running)
+
+
+def note_pauses(cache: SinkWindowCache, steps: Sequence[int]) -> None:
+    """Notes for how many steps each row has paused since the last time: to these rows, the steps brought padding."""
+    state = stack_of(cache).state
+    state.pads = alike(tuple(pads + more for pads, more in state.per_row(state.pads, tuple(steps))))
+
+
+def _check_index(cache: SinkWindowCache, row: int) -> None:
+    rows = stack_of(cache).rows
+    if not 0 <= row < rows:
+        raise IndexError(f"there is no row {row}: this cache has the rows 0 to {rows - 1}")
 
 
 def _check(source: LayerStack, target: LayerStack) -> None:
@@ -56,7 +157,7 @@ def _check(source: LayerStack, target: LayerStack) -> None:
         stack.checks.refuse_interrupted()
         if stack.state.recording:
             raise NotImplementedError("rows cannot be copied while a cache records for assisted decoding")
-        if len(stack.rings) < len(stack.layers):
+        if not all(map(is_ring_alone, stack.layers)):
             raise NotImplementedError(
                 "rows cannot be copied in models with layers other than full attention, unless compileable=True makes rings of "
                 "their sliding layers"

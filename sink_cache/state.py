@@ -266,6 +266,11 @@ class DeviceStreamState(StreamState):
         yield
         self.fed = fed
 
+    def pause(self, running: torch.Tensor) -> None:
+        """Takes the last step back, on the devices alone, where `running` `[rows]` is 0 and not 1."""
+        for counts in self._counts.values():
+            counts.add_(running.to(counts.device) - 1)
+
     def set_pads(self, pads: PerRow) -> None:
         """As in the base class."""
         with self._keeping_fed():

@@ -42,7 +42,7 @@ def model() -> PreTrainedModel:
 
 
 def test_generate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: PreTrainedModel) -> None:
-    monkeypatch.setattr("sink_cache.endless_loop._REBASE_EVERY", 48)
+    monkeypatch.setattr("sink_cache.steps._REBASE_EVERY", 48)
     result = run(monkeypatch, tmp_path, model, "--random-weights", "tiny", "--tokens", "250")
     assert [row["tokens"] for row in result["rows"]] == list(range(10, 251, 10))
     assert max(row["next_position"] for row in result["rows"]) <= 16 + 12 + 48

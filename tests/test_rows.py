@@ -73,7 +73,7 @@ def test_endless_goes_on_with_rows_of_different_lengths(
     llama: PreTrainedModel, compileable: bool, compiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A row's new tokens after padding in the middle of its text; rows that rebase by different numbers.
-    monkeypatch.setattr("sink_cache.endless_loop._REBASE_EVERY", 7)
+    monkeypatch.setattr("sink_cache.steps._REBASE_EVERY", 7)
     lengths = [LENGTHS, (2, 5, 1), (1, 1, 6)]
     turns = [[tokens(n, seed=10 * i + j) for j, n in enumerate(turn)] for i, turn in enumerate(lengths)]
     more = {"compile_config": compiling("aot_eager")} if compiles else {}
@@ -230,6 +230,11 @@ def test_rows_that_cannot_be_copied(llama: PreTrainedModel) -> None:
         one_by_one(tiny_model("gemma3_text"), tokens(4, 2), one)
     with pytest.raises(NotImplementedError, match="other than full attention"):
         copy_row(sliding[0], 0, sliding[1], 0)
+    recurrent = [SinkWindowCache(2, 6), SinkWindowCache(2, 6)]
+    for one in recurrent:
+        one_by_one(tiny_model("falcon_h1"), tokens(4, 2), one)
+    with pytest.raises(NotImplementedError, match="other than full attention"):
+        copy_row(recurrent[0], 0, recurrent[1], 0)  # which would leave the states beside the rings behind
     other.activate_past_recording()
     with pytest.raises(NotImplementedError, match="while a cache records"):
         copy_row(cache, 0, other, 0)
