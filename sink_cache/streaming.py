@@ -43,7 +43,8 @@ def stream(
     Raises:
         TypeError: if `cache` is not a `SinkWindowCache`, or `input_ids` no tensor of two dimensions.
         ValueError: if `chunk_size` is below 1, or for other attention implementations, whose masks have other forms.
-        NotImplementedError: for models with linear-attention layers; not all of these go on from a state with several tokens.
+        NotImplementedError: for models with linear-attention layers, of which not all go on from a state with several tokens; and
+            for models that do not use a cache.
     """
     if not isinstance(cache, SinkWindowCache):
         raise TypeError(f"stream needs a SinkWindowCache, but got a {type(cache).__name__}")
@@ -68,10 +69,15 @@ def stream(
         )
     kwargs, merged = cache_kwargs(cache, model), chunk_size > 1 and attends_plainly(model, error_of)
     for chunk in input_ids.split(chunk_size, dim=1):
-        before = text_fed_to(stack_of(cache))
+        before, fed = text_fed_to(stack_of(cache)), cache.get_seq_length()
         positions = cache.next_position_ids(chunk.shape[1]).to(chunk.device).expand(len(chunk), -1)
         with stack_of(cache).exact_chunks(merged=merged):
             output = model(chunk, position_ids=positions, use_cache=True, **kwargs)
+        if cache.get_seq_length() == fed:
+            raise NotImplementedError(
+                f"this {type(model).__name__} (model type {model.config.model_type!r}) has not used its cache: it reads every chunk as "
+                "a text of its own"
+            )
         note_fed(stack_of(cache), before, chunk)
         yield output.logits
         del output  # or its logits would still be in memory while the next ones are made
