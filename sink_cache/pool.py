@@ -284,7 +284,8 @@ class StreamPool:
     @property
     def is_active(self) -> bool:
         """Whether any stream is queued, reading or running."""
-        return any(stream.is_active for stream in [*self._queue, self._reading, *self._rows] if stream is not None)
+        with self._lock:
+            return any(stream.is_active for stream in [*self._queue, self._reading, *self._rows] if stream is not None)
 
     @property
     def counts(self) -> dict[str, int]:
