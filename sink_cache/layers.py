@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -134,15 +135,10 @@ class RingLayer(CacheLayerMixin):
             attended = self._with_sinks_per_query(key_states, value_states)
         elif self.state.fed:
             self.present_sinks()
-            cached = [
-                slots_of(tokens_seen(max(0, count), *self._ring, self.device), *self._ring)
-                for _, count, _ in self._rows()
-            ]
-            longest = max(map(len, cached))
-            slots = torch.stack([torch.nn.functional.pad(slots, (longest - len(slots), 0)) for slots in cached])
+            shown = self._of_call(self._shown_slots, key_states.shape[2])
             attended = (
-                torch.cat([take(self.keys, slots), key_states], dim=2),
-                torch.cat([take(self.values, slots), value_states], dim=2),
+                torch.cat([take(self.keys, shown), key_states], dim=2),
+                torch.cat([take(self.values, shown), value_states], dim=2),
             )
         if self.state.recording and self.state.dense and self.evicts_within(key_states.shape[2]):
             self._store_prompt_and_candidates(key_states, value_states)
@@ -163,11 +159,30 @@ class RingLayer(CacheLayerMixin):
             for row, (count, skip) in enumerate(rows)
         ]
 
+    def _of_call(self, compute: Callable[..., Any], *numbers: int) -> Any:
+        """Indices that are the same in every layer like this; the first of them computes them for all."""
+        key = compute.__name__, self._ring, self.device, self.state.counts, numbers
+        if key not in self.state.of_call:
+            self.state.of_call[key] = compute(*numbers)
+        return self.state.of_call[key]
+
+    def _shown_slots(self, new_tokens: int) -> torch.Tensor:
+        """The slots that several new tokens see, `[1 or batch, length]`, in the order of the text; a shorter row's at the end."""
+        cached = [
+            slots_of(tokens_seen(max(0, count), *self._ring, self.device), *self._ring) for _, count, _ in self._rows()
+        ]
+        longest = max(map(len, cached))
+        return torch.stack([torch.nn.functional.pad(slots, (longest - len(slots), 0)) for slots in cached])
+
+    def _places(self, count: int, new_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which of several new tokens of a row stay, by their index in the call, and the slots that they get."""
+        kept = tokens_kept(count, new_tokens, *self._ring, self.device)
+        return kept - count, slots_of(kept, *self._ring)
+
     def _store(self, row: slice, count: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        kept = tokens_kept(count, key_states.shape[2], *self._ring, self.device)
-        slots = slots_of(kept, *self._ring)
-        self.keys[row].index_copy_(2, slots, key_states.index_select(2, kept - count))
-        self.values[row].index_copy_(2, slots, value_states.index_select(2, kept - count))
+        kept, slots = self._of_call(self._places, count, key_states.shape[2])
+        self.keys[row].index_copy_(2, slots, key_states.index_select(2, kept))
+        self.values[row].index_copy_(2, slots, value_states.index_select(2, kept))
         if count < self.n_sink:
             stop = min(self.n_sink, count + key_states.shape[2])
             self.sink_keys[row, :, count:stop] = key_states[:, :, : stop - count]

@@ -46,6 +46,7 @@ class StreamState:
         moved (`bool`): `rebase` has moved the rows, and the positions of a caller have not been looked at since.
         prompt (`int`): the length of the prompt in a first call that is recorded and exceeds the capacity, else 0. Draft
             candidates follow the prompt.
+        of_call (`dict`): indices that layers have computed for the call that is under way; see `RingLayer`.
         skips (`PerRow`, *optional*): inside `LayerStack.rows_of_any_length`, the number of pads before each row's new tokens.
     """
 
@@ -61,6 +62,7 @@ class StreamState:
         self.starts: PerRow = (0,)
         self.begun = self.unfinished = self.moved = False
         self.skips: PerRow | None = None
+        self.of_call: dict[Any, Any] = {}
         self.prompt = 0
         self.fed = 0
 
@@ -113,6 +115,7 @@ class StreamState:
         """Counts tokens that have been through all layers."""
         if self.skips is not None and any(self.skips):
             self.pads = alike(tuple(pads + skip for pads, skip in self.per_row(self.pads, self.skips)))
+        self.of_call.clear()
         self.fed += new_tokens
 
     def step(self) -> None:

@@ -75,8 +75,8 @@ def stream(
             output = model(chunk, position_ids=positions, use_cache=True, **kwargs)
         if cache.get_seq_length() == fed:
             raise NotImplementedError(
-                f"this {type(model).__name__} (model type {model.config.model_type!r}) has not used its cache: it reads every chunk as "
-                "a text of its own"
+                f"this {type(model).__name__} (model type {model.config.model_type!r}) has not used its cache, so each chunk "
+                "would be a text of its own"
             )
         note_fed(stack_of(cache), before, chunk)
         yield output.logits
