@@ -11,14 +11,12 @@ Low positions are exact ones, too: with a position of 100,000 the logits of plai
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
 from transformers import (
-    CompileConfig,
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
@@ -26,24 +24,20 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from .cache import SinkWindowCache
+from .cache import SinkWindowCache, stack_of
 from .fed import KEPT, first_new_token, note_fed, text_fed_to
 from .internals import (
     GenerateDecoderOnlyOutput,
     by_both_names,
     cache_kwargs,
-    compiled_forward,
     generate_call,
     generate_output,
     pad_token_of,
     stops_at_token,
     take_cache,
     virtual_tokens,
-    would_compile,
 )
-
-# Rebasing costs a few small kernels a layer; a small window need not pay for them every few tokens.
-_REBASE_EVERY = 1024
+from .steps import Step, read, steps_between_rebases
 
 
 @by_both_names
@@ -100,7 +94,7 @@ def endless(
     ```
     """
     cache = take_cache(model_kwargs)
-    _check(cache, generation_config, input_ids, model_kwargs, keep_tokens)
+    refuse_what_endless_has_not(cache, generation_config, input_ids, model_kwargs, keep_tokens)
     if method := virtual_tokens(model):
         raise NotImplementedError(
             f"endless feeds the tokens of the text, and would leave out the virtual tokens of {method}. Use DynamicCache and "
@@ -110,14 +104,14 @@ def endless(
     streamer = model_kwargs.pop("streamer", None) or call.get("streamer")
     # generate() adds a MaxLengthCriteria of its own, also where nobody has asked for one.
     asked_for = call.get("stopping_criteria", stopping_criteria) or ()
-    steps_left = _steps_left(generation_config, input_ids, call.get("has_default_max_length", False), asked_for)
-    _check_what_counts_tokens(generation_config, input_ids.shape[1], steps_left, keep_tokens or cache.capacity)
+    left = _steps_left(generation_config, input_ids, call.get("has_default_max_length", False), asked_for)
+    _check_what_counts_tokens(generation_config, input_ids.shape[1], left, keep_tokens or cache.capacity)
     criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria))
     has_eos = any(map(stops_at_token, criteria))
     pad_token = pad_token_of(generation_config)
 
     recent: Any = _RecentTokens(input_ids, keep_tokens or cache.capacity)
-    new_tokens = input_ids[:, first_new_token(cache, input_ids) :]
+    new_tokens = input_ids[:, first_new_token(stack_of(cache), input_ids) :]
     unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
     next_logits = _next_logits(model, cache, new_tokens, generation_config, model_kwargs, recent)
     with _noting_what_is_fed(cache, recent, new_tokens), closing(next_logits) as steps:
@@ -136,8 +130,8 @@ def endless(
                 unfinished = unfinished & ~criteria(recent.tokens, None)
                 if not unfinished.any():
                     break
-            steps_left -= 1
-            if steps_left == 0:
+            left -= 1
+            if left == 0:
                 break
     if streamer is not None:
         streamer.end()
@@ -147,9 +141,10 @@ def endless(
     return kept
 
 
-def _check(
+def refuse_what_endless_has_not(
     cache: Any, config: GenerationConfig, input_ids: torch.Tensor, model_kwargs: dict[str, Any], keep_tokens: Any
 ) -> None:
+    """Refuses options and inputs of `generate()` that have no meaning for a text without end."""
     if not isinstance(cache, SinkWindowCache):
         raise TypeError(
             f"endless needs past_key_values=SinkWindowCache(...), but got {'none' if cache is None else type(cache).__name__}"
@@ -236,14 +231,16 @@ class _RecentTokens:
 @contextmanager
 def _noting_what_is_fed(cache: SinkWindowCache, recent: _RecentTokens, prompt: torch.Tensor) -> Iterator[None]:
     """Leaves the end of the text with the cache, for the next turn, also if something stops the loop."""
-    before, seen = text_fed_to(cache), cache.get_seq_length()
+    before, seen = text_fed_to(stack_of(cache)), cache.get_seq_length()
     try:
         yield
     finally:
         if fed := cache.get_seq_length() - seen:
             unfed = prompt.shape[1] + recent.appended - fed
             tokens = recent.last(fed + unfed)
-            note_fed(cache, before, tokens[:, : tokens.shape[1] - unfed], recent.tokens.clone() if unfed else None)
+            note_fed(
+                stack_of(cache), before, tokens[:, : tokens.shape[1] - unfed], recent.tokens.clone() if unfed else None
+            )
 
 
 def _next_logits(
@@ -261,153 +258,24 @@ def _next_logits(
     mask = model_kwargs.get("attention_mask")
     if mask is not None and mask.all():
         mask = None
-    if cache.get_seq_length():
-        yield _read_turn(model, cache, input_ids, mask, config, kwargs)
+    size, position_ids = config.prefill_chunk_size, model_kwargs.get("position_ids")
+    is_turn = cache.get_seq_length() > 0
+    for logits in read(model, cache, input_ids, size, kwargs, mask=mask, position_ids=position_ids):
+        last = logits
+    yield last
+    if is_turn:
         mask = None
-    else:
-        yield _read_prompt(model, cache, input_ids, mask, config, kwargs, model_kwargs.get("position_ids"))
 
-    step = _Step(model, cache, len(input_ids), input_ids.device, config, kwargs)
+    step = Step(model, cache, len(input_ids), input_ids.device, config, kwargs)
     if not step.is_compiled:
         for _ in range(cache.tokens_until_full()):
             yield step.with_masks(recent.tokens[:, -1:], mask)
-    every = max(cache.rebase_step, min(_REBASE_EVERY, cache.tokens_between_rebases()))
-    cache.leave_out_masks_if_full()
+    every = steps_between_rebases(cache)
+    stack_of(cache).leave_out_masks_if_full()
     try:
         while True:
             step.rebase()
             for _ in range(every):
                 yield step(recent.tokens[:, -1:])
     finally:
-        cache._state.moved = True  # and others may not know
-
-
-def _read_prompt(
-    model: PreTrainedModel,
-    cache: SinkWindowCache,
-    input_ids: torch.Tensor,
-    mask: torch.Tensor | None,
-    config: GenerationConfig,
-    kwargs: dict[str, Any],
-    position_ids: torch.Tensor | None,
-) -> torch.Tensor:
-    """Reads the first tokens of the rows, and returns the logits of the last."""
-    for part in _parts(input_ids, config):
-        positions = cache.next_position_ids(part.stop - part.start) if position_ids is None else position_ids[..., part]
-        positions = positions.to(input_ids.device)
-        seen = None if mask is None else mask[:, : part.stop]
-        logits = model(input_ids[:, part], attention_mask=seen, position_ids=positions, **kwargs).logits
-    cache.other_layers_to_move()  # which raises here, and not when the cache is full
-    if cache.tokens_between_rebases() < cache.rebase_step:
-        raise ValueError(
-            f"this cache moves by {cache.rebase_step:,} positions at a time, which takes it beyond the last one that the model "
-            "has. Choose a smaller window (with compileable=True one that divides the model's sliding window, or is "
-            "divided by it)."
-        )
-    last: torch.Tensor = logits[:, -1]
-    return last
-
-
-def _read_turn(
-    model: PreTrainedModel,
-    cache: SinkWindowCache,
-    input_ids: torch.Tensor,
-    mask: torch.Tensor | None,
-    config: GenerationConfig,
-    kwargs: dict[str, Any],
-) -> torch.Tensor:
-    """Reads further tokens of the rows, which may have been padded before and may be padded now; see `_read_prompt`."""
-    new_mask = torch.ones(1, input_ids.shape[1], device="cpu") if mask is None else mask[:, -input_ids.shape[1] :].cpu()
-    pads = (new_mask == 0).sum(dim=1, keepdim=True)
-    rows_differ = mask is not None or cache._state.padded
-    for part in _parts(input_ids, config):
-        length = part.stop - part.start
-        skips = (pads - part.start).clamp(0, length)
-        index = (torch.arange(length, device="cpu") - skips).clamp(min=0).to(input_ids.device)
-        positions = cache.next_position_ids().to(input_ids.device) + index
-        with cache._turn(tuple(skips.flatten().tolist())) if rows_differ else nullcontext():
-            logits = model(input_ids[:, part], position_ids=positions, **kwargs).logits
-    last: torch.Tensor = logits[:, -1]
-    return last
-
-
-def _parts(input_ids: torch.Tensor, config: GenerationConfig) -> list[slice]:
-    length = input_ids.shape[1]
-    size = config.prefill_chunk_size or length
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
-
-
-class _Step:
-    """The step of a full cache, whose shapes never change: compiled where `generate()` would, and captured in a CUDA graph.
-
-    A graph of our own, rather than those of `mode="reduce-overhead"`: it is replayed without looking at the model again, which
-    takes the compiler longer on the host than the step of a small model takes on the GPU. A `compile_config` is obeyed.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        cache: SinkWindowCache,
-        rows: int,
-        device: torch.device,
-        config: GenerationConfig,
-        kwargs: dict[str, Any],
-    ) -> None:
-        self.cache, self.kwargs = cache, kwargs
-        self.positions = cache.next_position_ids().expand(rows, -1).to(device).clone()
-        self.tokens = torch.empty_like(self.positions)
-        self.forward: Any = model.__call__
-        self.warm_up = -1  # steps until the graph is captured; negative for never
-        self.is_compiled = would_compile(model, cache, config)
-        if self.is_compiled:
-            own = config.compile_config is None and {p.device.type for p in model.parameters()} == {"cuda"}
-            self.forward = compiled_forward(model, CompileConfig(mode="default") if own else config.compile_config)
-            if own and len({p.device for p in model.parameters()}) == 1:
-                self.warm_up = 3
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits `[batch_size, vocab_size]` after one token of each row, `[batch_size, 1]`, valid until the next call."""
-        self.tokens.copy_(tokens)
-        if self.graph is None and self.warm_up == 0:
-            self._capture()
-        self.warm_up -= 1
-        if self.graph is None:
-            return self._run()
-        self.graph.replay()
-        return self.logits
-
-    def with_masks(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Runs one step while some row is not full. Such steps need a mask."""
-        self.tokens.copy_(tokens)
-        padded = self.cache._state.padded
-        own_masks = padded and mask is None
-        with self.cache._turn((0,)) if own_masks else nullcontext():
-            return self._run(**({} if mask is None else {"attention_mask": _up_to_now(mask, self.cache)}))
-
-    def rebase(self) -> None:
-        """Moves the rows back; see `SinkWindowCache.rebase`."""
-        if self.cache.rebase():
-            self.positions.copy_(self.cache.next_position_ids())
-
-    def _run(self, **more: Any) -> torch.Tensor:
-        outputs = self.forward(input_ids=self.tokens, position_ids=self.positions, **self.kwargs, **more)
-        self.positions += 1
-        logits: torch.Tensor = outputs.logits[:, -1]
-        return logits
-
-    def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.logits = self._run()
-            self.graph = graph
-        except RuntimeError as reason:
-            warnings.warn(
-                f"this model's step cannot be captured in a CUDA graph ({reason}); it runs without", stacklevel=2
-            )
-
-
-def _up_to_now(mask: torch.Tensor, cache: SinkWindowCache) -> torch.Tensor:
-    """The padding mask of the prompt, `[batch_size, length]`, with ones for the tokens since and the next one."""
-    return torch.nn.functional.pad(mask, (0, cache.get_seq_length() + 1 - mask.shape[1]), value=1)
+        stack_of(cache).state.moved = True  # and others may not know

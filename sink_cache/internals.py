@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any, cast
 
@@ -23,8 +23,13 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
+    MinPLogitsWarper,
     PreTrainedConfig,
     PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
 # Relies on: these are the layer classes of a DynamicCache. Recurrent states are LinearAttention layers, and a layer of attention
@@ -40,6 +45,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # Relies on: these map a config to the model class that transformers builds for it.
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
@@ -391,6 +397,16 @@ def attention_functions() -> Any:
     return AttentionInterface()
 
 
+def is_own_sdpa(function: Any) -> bool:
+    """Whether an attention function is the one that transformers has for "sdpa".
+
+    Relies on: that function computes softmax(query · key * scaling + mask) · value of its arguments, with a dropout. It adds
+    `position_bias` to the mask and refuses a `softcap`. Other keywords change nothing, but for `is_causal`, which says what no
+    mask means.
+    """
+    return function is sdpa_attention_forward
+
+
 def register_attention(attention: str, function: Callable[..., Any]) -> None:
     """Puts an attention function in the place of transformers' own; see `attention_functions`."""
     AttentionInterface.register(attention, function)
@@ -413,6 +429,42 @@ def stops_at_token(criterion: Any) -> bool:
     Relies on: this criterion has an attribute `eos_token_id`.
     """
     return hasattr(criterion, "eos_token_id")
+
+
+def eos_tokens_of(criteria: Iterable[Any]) -> frozenset[int]:
+    """The tokens at which these stopping criteria end a text; see `stops_at_token`."""
+    return frozenset(token for one in criteria if stops_at_token(one) for token in one.eos_token_id.flatten().tolist())
+
+
+_WARPERS = {
+    RepetitionPenaltyLogitsProcessor: ("repetition_penalty", "penalty"),
+    TemperatureLogitsWarper: ("temperature", "temperature"),
+    TopKLogitsWarper: ("top_k", "top_k"),
+    TopPLogitsWarper: ("top_p", "top_p"),
+    MinPLogitsWarper: ("min_p", "min_p"),
+}
+
+
+def warper_options(processors: Sequence[Any]) -> dict[str, Any] | str:
+    """The numbers by which these processors change logits, by the name of the option; or what else is among them.
+
+    Relies on: `generate()` makes the processors of `_WARPERS` of these options, in this order, and they keep the options in these
+    attributes.
+    """
+    order = list(_WARPERS)
+    known = [order.index(type(one)) if type(one) in _WARPERS else -1 for one in processors]
+    for one, place, before in zip(processors, known, [-1, *known], strict=False):
+        if place <= before:
+            return type(one).__name__
+    return {_WARPERS[type(one)][0]: getattr(one, _WARPERS[type(one)][1]) for one in processors}
+
+
+def takes_logits_to_keep(model: PreTrainedModel) -> bool:
+    """Whether the model's forward can leave out the logits of all but the last tokens.
+
+    Relies on: such a forward has an argument `logits_to_keep`.
+    """
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def would_compile(model: PreTrainedModel, cache: Cache, generation_config: GenerationConfig) -> bool:

@@ -1,11 +1,65 @@
-"""Moving a row of one cache into a row of another: for whoever serves many streams with one batch."""
+"""Rows of one cache: moving one into another cache, to host memory or a file, and letting one pause while others go on."""
 
 from __future__ import annotations
 
-import torch
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from .cache import SinkWindowCache
-from .layers import StaticSinkWindowLayer
+import torch
+from safetensors.torch import load_file, save_file
+
+from .cache import SinkWindowCache, stack_of
+from .internals import LinearAttentionCacheLayerMixin
+from .layers import RingLayer, StaticSinkWindowLayer
+from .stack import LayerStack
+from .state import DeviceStreamState, alike
+
+
+@dataclass(frozen=True)
+class Row:
+    """The stream of one row, outside of its cache.
+
+    Attributes:
+        tensors (`dict[str, torch.Tensor]`): what the layers hold, by index and name, `[num_heads, slots, head_dim]` each.
+        count, start, rebased (`int`): how far the row is; see `state`.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    count: int
+    start: int
+    rebased: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def next_position(self) -> int:
+        """The position of the row's next token."""
+        return self.start + self.count
+
+    def on_host(self) -> Row:
+        """A copy in host memory."""
+        return replace(self, tensors={name: tensor.detach().cpu().clone() for name, tensor in self.tensors.items()})
+
+    def save(self, path: Path) -> None:
+        """Writes the row to a safetensors file, which has its name only when it is whole."""
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        numbers = {name: str(getattr(self, name)) for name in ("count", "start", "rebased")}
+        try:
+            save_file(self.on_host().tensors, unfinished, metadata={"sink_cache.row": json.dumps(numbers)})
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def load(self, path: Path) -> Row:
+        """The row whose numbers are these, with its tensors from a file that `save` wrote."""
+        return replace(self, tensors=load_file(path))
 
 
 @torch.inference_mode()  # in which any tensor can be written to
@@ -27,40 +81,87 @@ def copy_row(source: SinkWindowCache, row: int, target: SinkWindowCache, target_
         IndexError: if there is no such row.
         NotImplementedError: for models with layers other than full attention, and while a cache records.
     """
-    _check(source, target)
-    for cache, index in ((source, row), (target, target_row)):
-        rows = len(cache._rings[0].keys)
-        if not 0 <= index < rows:
-            raise IndexError(f"there is no row {index}: this cache has the rows 0 to {rows - 1}")
-    for theirs, ours in zip(source._rings, target._rings, strict=True):
-        for name, tensor in ours.tensors().items():
-            tensor[target_row].copy_(theirs.tensors()[name][row])
-    count, start, rebased = source._state.row(row)
-    target._state.set_row(target_row, len(target._rings[0].keys), count, start, rebased)
-    for storage in target._storages():
-        storage.forget_steps()
-    for ring in target._rings:
+    _check(stack_of(source), stack_of(target))
+    _check_index(target, target_row)
+    put_row(take_row(source, row), target, target_row)
+
+
+def take_row(cache: SinkWindowCache, row: int) -> Row:
+    """A row of a cache that a model has used; its tensors are views, which change with the cache."""
+    _check_index(cache, row)
+    tensors = {
+        f"{i}.{name}": held[row]
+        for i, ring in enumerate(stack_of(cache).rings)
+        for name, held in ring.tensors().items()
+    }
+    return Row(tensors, *stack_of(cache).state.row(row))
+
+
+@torch.inference_mode()  # in which any tensor can be written to
+def put_row(row: Row, cache: SinkWindowCache, index: int) -> None:
+    """Puts a row in the place of another one; see `copy_row`, which checks that they fit."""
+    stack = stack_of(cache)
+    for i, ring in enumerate(stack.rings):
+        for name, tensor in ring.tensors().items():
+            tensor[index].copy_(row.tensors[f"{i}.{name}"])
+    if stack.rows == 1:  # nothing is left of the stream that was there
+        fed = {"fed": row.count + row.rebased, "pads": (0,), "rebased": (row.rebased,), "starts": (row.start,)}
+        stack.state.take_over({**fed, "begun": True, "unfinished": False, "moved": True})
+    else:
+        stack.state.set_row(index, stack.rows, row.count, row.start, row.rebased)
+    stack.forget_steps()
+    for ring in stack.rings:
         if isinstance(ring, StaticSinkWindowLayer):
-            ring.sinks_complete = ring.sinks_complete and count >= ring.n_sink
-    if target.compileable and target.tokens_until_full():
-        target._show_all_slots(False)
-    target.fed_text = None
+            ring.sinks_complete = ring.sinks_complete and row.count >= ring.n_sink
+    if stack.compileable and stack.checks.tokens_until_full():
+        stack.show_all_slots(False)
+    stack.fed_text = None
 
 
-def _check(source: SinkWindowCache, target: SinkWindowCache) -> None:
-    for cache in (source, target):
-        if not cache._rings or not cache._rings[0].is_initialized:
+def is_ring_alone(layer: Any) -> bool:
+    """Whether a cache layer is a ring, and has no recurrent state beside it, which could not be copied row by row."""
+    return isinstance(layer, RingLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
+def pause_rows(cache: SinkWindowCache, running: torch.Tensor) -> None:
+    """After a step of a compileable cache: takes it back in rows that do not run. What these were fed is overwritten later.
+
+    Only on the devices, as a captured graph needs it. `note_pauses` says the same to the host, before it next looks.
+
+    Args:
+        running (`torch.Tensor`): int64 `[rows]`, 1 for rows that run and 0 for the others.
+    """
+    state = stack_of(cache).state
+    assert isinstance(state, DeviceStreamState)
+    state.pause(running)
+
+
+def note_pauses(cache: SinkWindowCache, steps: Sequence[int]) -> None:
+    """Notes for how many steps each row has paused since the last time: to these rows, the steps brought padding."""
+    state = stack_of(cache).state
+    state.pads = alike(tuple(pads + more for pads, more in state.per_row(state.pads, tuple(steps))))
+
+
+def _check_index(cache: SinkWindowCache, row: int) -> None:
+    rows = stack_of(cache).rows
+    if not 0 <= row < rows:
+        raise IndexError(f"there is no row {row}: this cache has the rows 0 to {rows - 1}")
+
+
+def _check(source: LayerStack, target: LayerStack) -> None:
+    for stack in (source, target):
+        if not stack.rows:
             raise ValueError(
                 "rows can be copied between caches that a model has used; one of these has not been used yet"
             )
-        cache._checks.refuse_interrupted()
-        if cache._state.recording:
+        stack.checks.refuse_interrupted()
+        if stack.state.recording:
             raise NotImplementedError("rows cannot be copied while a cache records for assisted decoding")
-        if len(cache._rings) < len(cache.layers):
+        if not all(map(is_ring_alone, stack.layers)):
             raise NotImplementedError(
                 "rows cannot be copied in models with layers other than full attention, unless compileable=True makes rings of "
                 "their sliding layers"
             )
-    sizes = [(cache.n_sink, cache.window, [ring.keys.shape[1:] for ring in cache._rings]) for cache in (source, target)]
-    if sizes[0] != sizes[1] or not (source._scheme is not None and source._scheme.agrees_with(target._scheme)):
+    sizes = [(stack.n_sink, stack.window, [ring.keys.shape[1:] for ring in stack.rings]) for stack in (source, target)]
+    if sizes[0] != sizes[1] or not (source.scheme is not None and source.scheme.agrees_with(target.scheme)):
         raise ValueError("rows can be copied between caches of the same n_sink and window, used by the same model")

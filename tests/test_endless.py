@@ -56,7 +56,7 @@ def go_on(model: PreTrainedModel, input_ids: torch.Tensor, cache: SinkWindowCach
 @pytest.mark.parametrize("model_type", ["llama", "gpt_neox", "gemma3_text"])
 def test_many_rebases_leave_no_trace(model_type: str, compileable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # 24 rebases: a key rotated at every one of them, or by other numbers than the positions, would add up.
-    monkeypatch.setattr("sink_cache.endless_loop._REBASE_EVERY", 12)
+    monkeypatch.setattr("sink_cache.steps._REBASE_EVERY", 12)
     model, streamer, cache = tiny_model(model_type), Collect(), SinkWindowCache(3, 9, compileable=compileable)
     model.generation_config.eos_token_id = None
     positions, logits = [], []
@@ -77,7 +77,7 @@ def test_many_rebases_leave_no_trace(model_type: str, compileable: bool, monkeyp
 
 
 def test_each_key_is_rotated_once_at_most(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sink_cache.endless_loop._REBASE_EVERY", 1)  # even then not before the window has turned over
+    monkeypatch.setattr("sink_cache.steps._REBASE_EVERY", 1)  # even then not before the window has turned over
     moments, cache = [], SinkWindowCache(3, 9)
     rebase = SinkWindowCache.rebase
 
@@ -217,7 +217,7 @@ def test_a_conversation_that_is_given_again_is_not_read_again(
     model: PreTrainedModel, given: str, compileable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # generate() wants the whole text in every turn; and torch.cat([returned, new]) is the whole as long as all is returned.
-    monkeypatch.setattr("sink_cache.endless_loop._REBASE_EVERY", 1)  # as often as the window turns over
+    monkeypatch.setattr("sink_cache.steps._REBASE_EVERY", 1)  # as often as the window turns over
     assert torch.equal(talk(model, given, compileable=compileable), talk(model, "new"))
 
 
@@ -404,7 +404,7 @@ def test_who_calls_the_model_between_steps_has_its_masks(model: PreTrainedModel)
 def test_generate_after_a_rebase_is_refused(
     model: PreTrainedModel, compileable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sink_cache.endless_loop._REBASE_EVERY", 8)
+    monkeypatch.setattr("sink_cache.steps._REBASE_EVERY", 8)
     cache = SinkWindowCache(3, 5, compileable=compileable)
     text = go_on(model, tokens(5), cache, max_new_tokens=40, keep_tokens=99)
     with pytest.raises(NotImplementedError, match="use next_position_ids"):

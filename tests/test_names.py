@@ -131,7 +131,7 @@ def test_own_loops(model_type: str, name: str) -> None:
 def test_two_turns_of_endless(model_type: str, compileable: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # The second turn is a second call of generate(), with a cache that has seen tokens. It is streamed but for its last token,
     # because several tokens of one call see more than the oracle shows them.
-    monkeypatch.setattr("sink_cache.endless_loop._REBASE_EVERY", 10)
+    monkeypatch.setattr("sink_cache.steps._REBASE_EVERY", 10)
     model, cache = tiny_model(model_type), new_cache(compileable=compileable)
     options = {"custom_generate": endless, "keep_tokens": 100, "max_new_tokens": 30, **PLAIN}
     first = model.generate(tokens(5), **{name: cache}, **options)

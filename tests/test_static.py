@@ -247,7 +247,7 @@ def test_the_same_tokens_compiled_eager_and_by_hand(model_type: str, backend: st
 
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_the_endless_loop_compiles_once_and_its_rebases_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sink_cache.endless_loop._REBASE_EVERY", 40)
+    monkeypatch.setattr("sink_cache.steps._REBASE_EVERY", 40)
     model, input_ids = tiny_model("llama"), tokens(6)
     text: list[int] = []
 

@@ -59,7 +59,7 @@ def main() -> int:
     if "cuda:1" in devices and torch.cuda.device_count() < 2:
         print(f"this needs two CUDA GPUs, and there are {torch.cuda.device_count()}", file=sys.stderr)
         return 2
-    sink_cache.endless_loop._REBASE_EVERY = 64  # so that a short text is rebased several times
+    sink_cache.steps._REBASE_EVERY = 64  # so that a short text is rebased several times
     failures = 0
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:
