@@ -43,6 +43,8 @@ SET = """
 3  35 moby-dick ppl --text-file {moby} SMOL --num-samples 1 --max-tokens 20000 --position-bin 2000 --capacities 1024 MOBY
 3  25 study-1000 ppl WIKI STUDY --max-tokens 1000 --num-samples 3 --batch-size 3
 3  40 study-2000 ppl WIKI STUDY --max-tokens 2000 --num-samples 10 --batch-size 10
+3 110 throughput-llama-3-8b throughput steady --random-weights llama-3-8b --prefill-chunk-size 1024
+3  60 rows-llama-3-8b throughput rows --random-weights llama-3-8b
 3  80 study-5000 ppl WIKI STUDY --max-tokens 5000 --num-samples 1
 4 600 cpu-steps-70m latency --device cpu EAGER --rounds 24 ALL
 4 900 cpu-run-70m ppl --device cpu --random-weights pythia-70m RUN --dtype float32 --num-samples 1 --max-tokens 4096 ALL
@@ -51,23 +53,19 @@ SET = """
 
 def is_there(path: Path) -> bool:
     """Whether a result file is complete."""
-    return path.exists() and not harness.read_json(path)["interrupted"]
+    return path.exists() and not harness.read_json(path).get("interrupted")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, one process for each command, so that each begins with lengths that it has never seen."""
     parser = harness.Parser("all", __doc__, measures=False)
-    parser.add_argument("--output", default="results/h200", help="folder of the result files (%(default)s)")
-    parser.add_argument(
-        "--part", type=int, choices=range(1, 5), help="1 to 3: of a GPU, under 9 minutes each; 4: of the CPU (1 to 3)"
-    )
+    parser.set_defaults(output="results/h200")
+    parts = "1 to 3: of a GPU, under 9 minutes each; 4: of the CPU (1 to 3)"
+    parser.add_argument("--part", type=int, choices=range(1, 5), help=parts)
     parser.add_argument("--list", action="store_true", help="only show what is missing, and its estimated seconds")
-    for name, what in {
-        "smollm2": "folder of SmolLM2-135M-Instruct",
-        "wiki": "WikiText-103's test split",
-        "moby": "Moby-Dick",
-    }.items():
-        parser.add_argument(f"--{name}", default=f"build/{name}", help=f"{what} (%(default)s)")
+    parser.add_argument("--smollm2", default="build/smollm2", help="folder of SmolLM2-135M-Instruct (%(default)s)")
+    parser.add_argument("--wiki", default="build/wiki", help="WikiText-103's test split (%(default)s)")
+    parser.add_argument("--moby", default="build/moby", help="Moby-Dick (%(default)s)")
     args = parser.parse_args(argv)
     failed = []
     for part, seconds, name, *words in map(str.split, SET.strip().splitlines()):
@@ -78,11 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"part {part}, about {seconds} s: python -m benchmarks.{shlex.join(command)}", flush=True)
         if not args.list:
             start = time.perf_counter()
-            failed += (
-                [name]
-                if subprocess.run([sys.executable, "-m", f"benchmarks.{command[0]}", *command[1:]]).returncode
-                else []
-            )
+            done = subprocess.run([sys.executable, "-m", f"benchmarks.{command[0]}", *command[1:]])
+            failed += [name] if done.returncode else []
             print(f"{name} took {time.perf_counter() - start:.0f} s", flush=True)
     if failed:
         raise harness.BenchmarkError(f"{', '.join(failed)} failed: see above, and run this command again")

@@ -1,11 +1,10 @@
-"""Whole calls of `generate()`: steps of several arms in turns, rows of different lengths, and very long runs with one cache."""
+"""Whole calls of `generate()`: steps of several arms in turns, and very long runs with one cache."""
 
 from __future__ import annotations
 
 import argparse
 import gc
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,12 +26,11 @@ from .arms import Arm, choose
 from .harness import BenchmarkError
 
 NAMES = ("dense", "static-at-capacity", "sink", "endless")
-KINDS = ("same", "differ", "half")
+KINDS = {"steps": "steps of several arms, in turns", "long": "one cache, and a very long text"}
 WARM_UP_TOKENS = 16  # of a call: in these, endless captures its graph
 CALL_ROUNDS = 2
 PROFILED_TOKENS = 48
 SAMPLES, STRETCHES = 100, 10  # of a long run: how often something is noted, and the stretches that a line is fitted to
-LAST_POSITION, LAST_TOKENS = 2**24, 1000  # from here on float32 cannot tell positions apart; generated before it
 SLOPES = ("ms_per_token", "device_bytes", "host_bytes")
 
 
@@ -57,9 +55,10 @@ class StepTimes(BaseStreamer):
 
 
 def generate(model: PreTrainedModel, ids: torch.Tensor, cache: Any, new_tokens: int, **options: Any) -> None:
-    """Generate greedily, without an end-of-text token."""
+    """Generate without an end-of-text token; greedily if nothing else is asked for."""
     model.generation_config.eos_token_id = None
-    model.generate(ids, **cache_kwargs(cache), do_sample=False, max_new_tokens=new_tokens, pad_token_id=0, **options)
+    options = {"do_sample": False, "max_new_tokens": new_tokens, "pad_token_id": 0} | options
+    model.generate(ids, **cache_kwargs(cache), **options)
 
 
 def random_text(model: PreTrainedModel, rows: int, tokens: int) -> torch.Tensor:
@@ -171,71 +170,16 @@ def ratios(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield {"name": f"{arm} / {arm} after {first:,}"} | where | found
 
 
-# --- rows of different lengths ---
-
-
-def prompt_lengths(kind: str, batch: int, capacity: int, new_tokens: int) -> torch.Tensor:
-    """Return how many tokens each row reads, `[batch]`: the same, different ones, or every other row not filling its cache."""
-    full = capacity + capacity // 16
-    if kind == "same":
-        return torch.full((batch,), full)
-    if kind == "differ":
-        return torch.linspace(full, 2 * capacity, batch).long()
-    short = torch.linspace(4, capacity - new_tokens - 4, batch).long()  # not full at the end of the call either
-    return torch.where(torch.arange(batch) % 2 == 0, short, full)
-
-
-def rows(model: PreTrainedModel, args: argparse.Namespace, result: harness.Result) -> None:
-    """Measure the steps of batches, in turns, after a call that compiles."""
-    (arm,) = choose([args.arm], args.capacities[:1], NAMES if args.compile else ())
-    made = []
-    for kind in args.rows:
-        lengths = prompt_lengths(kind, args.batch, int(arm.capacity or 0), args.new_tokens)
-        longest = int(lengths.max())
-        mask = (torch.arange(longest) >= (longest - lengths)[:, None]).long().to(model.device)
-        options = {"custom_generate": endless, "prefill_chunk_size": 512} if arm.name == "endless" else {}
-        made.append(
-            (random_text(model, args.batch, longest), options if kind == "same" else options | {"attention_mask": mask})
-        )
-        result.rows.append({"arm": arm.name, "compiled": arm.compiled, "rows": kind, "batch": args.batch, "reason": ""})
-        result.rows[-1] |= {"capacity": arm.capacity, "prompt_ms": [], "warm_up_ms": [], "step_ms": []}
-    for turn in range(args.rounds + 1):
-        for (ids, options), row in zip(made, result.rows, strict=True):
-            cache = arm.make_cache(model, args.n_sink)
-            generate(model, ids, cache, args.new_tokens, streamer=(times := StepTimes()), **options)
-            if turn:
-                times.add_to(row)
-        if turn:
-            summarize(result.rows)
-            result.keep()
-
-
 # --- long runs ---
-
-
-class TimedCache(SinkWindowCache):
-    """A `SinkWindowCache` that times its rebases."""
-
-    def __init__(self, n_sink: int, window: int, clock: harness.Clock, *, compileable: bool = False) -> None:
-        super().__init__(n_sink, window, compileable=compileable)
-        self.clock, self.rebase_ms = clock, list[float]()
-
-    def rebase(self) -> int:
-        """Rebase, and note how long it took."""
-        start = self.clock.now()
-        by = super().rebase()
-        if by:
-            self.rebase_ms.append(1e3 * (self.clock.now() - start))
-        return by
 
 
 class Notes(LogitsProcessor):
     """Notes time, memory and position every so many tokens; as a logits processor it changes nothing and makes nobody wait."""
 
-    def __init__(self, cache: TimedCache, every: float, bar: Any, result: harness.Result) -> None:
-        self.cache, self.every, self.bar, self.result = cache, every, bar, result
+    def __init__(self, cache: SinkWindowCache, clock: harness.Clock, every: float, result: harness.Result) -> None:
+        self.cache, self.clock, self.every, self.result = cache, clock, every, result
         self.tokens = self.unnoted = 0
-        self.started = cache.clock.now()
+        self.started = clock.now()
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Count a token."""
@@ -250,7 +194,7 @@ class Notes(LogitsProcessor):
 
     def note(self, **more: Any) -> None:
         """Note where we are."""
-        now, device = self.cache.clock.now(), self.cache.clock.device
+        now, device = self.clock.now(), self.clock.device
         gc.collect()  # what was left of the last note, above all
         self.tokens += self.unnoted
         row = {
@@ -259,13 +203,11 @@ class Notes(LogitsProcessor):
             "ms_per_token": 1e3 * (now - self.started) / self.unnoted,
             "device_bytes": torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
             "host_bytes": psutil.Process().memory_info().rss,
-            "rebases": len(self.cache.rebase_ms),
             "reason": "",
         }
         self.result.rows.append(row | more)
         self.result.keep()
-        self.bar.update(self.unnoted)
-        self.unnoted, self.started = 0, self.cache.clock.now()
+        self.unnoted, self.started = 0, self.clock.now()
 
 
 def read(loaded: models.LoadedModel, args: argparse.Namespace, notes: Notes, text: models.Text) -> None:
@@ -292,24 +234,6 @@ def read(loaded: models.LoadedModel, args: argparse.Namespace, notes: Notes, tex
         notes.note(**{"pass": number, "perplexity": math.exp(loss / done)})
 
 
-def count(loaded: models.LoadedModel, args: argparse.Namespace, notes: Notes) -> dict[str, Any]:
-    """Feed chunks and then generate, without ever rebasing, until the cache stops; return where and with which words."""
-    model, cache = loaded.model, notes.cache
-    chunk, length = random_text(model, 1, args.chunk_size), max(2, LAST_POSITION - LAST_TOKENS)
-    # The length of the text is all that generate() reads of what the cache has seen.
-    text = chunk.repeat(1, -(-length // args.chunk_size))[:, :length]
-    for piece in text[:, :-1].split(args.chunk_size, dim=1):
-        model(piece, **cache_kwargs(cache, model), logits_to_keep=1)
-        notes.took(piece.shape[1])
-    try:
-        generate(model, text, cache, 2 * LAST_TOKENS)
-    except ValueError as refusal:
-        if cache.get_seq_length() != LAST_POSITION:
-            raise
-        return {"position": cache.get_seq_length(), "message": str(refusal)}
-    raise BenchmarkError(f"the cache went on to position {cache.get_seq_length():,}, beyond {LAST_POSITION:,}")
-
-
 def slope(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float] | None:
     """Fit a line through the means of ten stretches, as neighbours are alike, the first tenth left out.
 
@@ -327,38 +251,21 @@ def slope(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float] | None:
     return {"rise": float(line.slope), "standard_error": float(line.stderr), "mean": mean}
 
 
-def rebases(times_ms: Sequence[float], rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return how many rebases there were until the last row, their median time in ms, and their share of the time."""
-    number = rows[-1]["rebases"] if rows else 0
-    if not number:
-        return None
-    # The first tenth left out here, too: it allocates, and loads kernels.
-    median = statistics.median(times_ms[number // 10 : number])
-    apart = statistics.median(row["ms_per_token"] for row in rows) * rows[-1]["tokens"] / number
-    return {"count": number, "median_ms": median, "ms_apart": apart, "share": median / apart}
-
-
 def long(
     loaded: models.LoadedModel, args: argparse.Namespace, result: harness.Result, text: models.Text | None
 ) -> None:
-    """Generate, read a text again and again, or count positions up to the last one, with one cache."""
-    device, capacity = loaded.model.device, args.capacities[0]
-    compiled = device.type == "cuda" and not args.passes and not args.until_the_end
-    cache = TimedCache(args.n_sink, capacity - args.n_sink, harness.Clock(device), compileable=compiled)
-    total = LAST_POSITION if args.until_the_end else args.tokens * (args.passes or 1)
-    with torch.no_grad(), harness.garbage_collector_off(), harness.progress_bar(total=total) as bar:
-        notes = Notes(cache, math.inf if args.passes else total // SAMPLES, bar, result)
-        try:
-            if args.until_the_end:
-                result.data["end"] = count(loaded, args, notes)
-            elif text is not None:
-                read(loaded, args, notes, text)
-            else:
-                options = {"custom_generate": endless, "logits_processor": LogitsProcessorList([notes])}
-                generate(loaded.model, random_text(loaded.model, 1, capacity), cache, args.tokens, **options)
-        finally:
-            result.data["slopes"] = {name: slope(result.rows, name) for name in SLOPES}
-            result.data["rebases"] = rebases(cache.rebase_ms, result.rows)
+    """Generate, or read a text again and again, with one cache."""
+    clock, (capacity,) = harness.Clock(loaded.model.device), args.capacities
+    cache = Arm("sink", capacity, compiled=clock.device.type == "cuda" and text is None).make_cache(
+        loaded.model, args.n_sink
+    )
+    with torch.no_grad(), harness.garbage_collector_off():
+        notes = Notes(cache, clock, math.inf if text else args.tokens // SAMPLES, result)
+        if text is not None:
+            read(loaded, args, notes, text)
+        else:
+            options = {"custom_generate": endless, "logits_processor": LogitsProcessorList([notes])}
+            generate(loaded.model, random_text(loaded.model, 1, capacity), cache, args.tokens, **options)
 
 
 # --- command line ---
@@ -366,114 +273,76 @@ def long(
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line: what is measured comes first."""
-    kinds = {"steps": "arms in turns", "rows": "rows of different lengths", "long": "one cache, a very long text"}
-    kind, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
-    if kind not in kinds:
-        print(
-            __doc__,
-            *(f"  python -m benchmarks.calls {name} --help     {says}" for name, says in kinds.items()),
-            sep="\n",
-        )
-        if kind in ("-h", "--help"):
-            sys.exit(0)
-        raise BenchmarkError(f"unknown kind of calls {kind!r}: choose {', '.join(kinds)}")
-    parser = harness.Parser(f"calls {kind}", kinds[kind])
-    what = parser.add_argument_group("what is measured")
+    kind, rest = harness.kind_of(argv, __doc__, KINDS)
+    parser = harness.Parser(f"calls {kind}", KINDS[kind])
     if kind == "long":
         models.add_text_options(parser)
-        what.add_argument("--until-the-end", action="store_true", help="count positions up to the last one")
         parser.numbers(
-            what,
-            tokens=(None, "to generate, or of each pass (100,000)"),
+            tokens=(100_000, "to generate, or of each pass"),
             passes=(None, "read a text so many times, and do not generate"),
-            chunk_size=(None, "tokens per forward when reading and counting (512)"),
+            chunk_size=(None, "tokens per forward when reading (512)"),
         )
+        args = parser.parse(rest)
+        named = args.text_file or args.dataset or args.dataset_config or args.split
+        lowest = 2 if args.passes else 10 * SAMPLES
+        parser.refuse(
+            {
+                "--passes measures perplexity, which means nothing with --random-weights": args.passes
+                and args.random_weights,
+                "a text would change nothing without --passes": named and not args.passes,
+                "--chunk-size would change nothing without --passes": args.chunk_size and not args.passes,
+                f"--tokens must be at least {lowest}, but is {args.tokens}": args.tokens < lowest,
+                "calls long has one cache: give one of --capacities": len(args.capacities or [1]) > 1,
+            }
+        )
+        harness.fill_in(args, capacities=[1024], chunk_size=512)
     else:
-        parser.numbers(what, new_tokens=(220, "of each call"), rounds=(6, "of turns"))
+        parser.numbers(
+            new_tokens=(220, "of each call"),
+            rounds=(6, "of turns"),
+            contexts=([4096], "lengths of prompts"),
+            call_tokens=(1024, "of each whole call"),
+        )
         parser.least["new_tokens"] = WARM_UP_TOKENS + 2
-        what.add_argument("--compile", action=argparse.BooleanOptionalAction, help="also compiled steps (on CUDA)")
-    if kind == "steps":
-        parser.numbers(what, contexts=([4096], "lengths of prompts"), call_tokens=(1024, "of each whole call"))
-        what.add_argument(
-            "--arms", nargs="+", choices=NAMES, default=list(NAMES), metavar="ARM", help=f"{', '.join(NAMES)} (all)"
-        )
-        what.add_argument("--profile", action="store_true", help="in the end, the kernels of a step; CUDA, one shape")
-    if kind == "rows":
-        parser.numbers(what, batch=(64, "rows"))
-        what.add_argument("--arm", choices=("sink", "endless"), default="endless", help="(%(default)s)")
-        what.add_argument(
-            "--rows", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=f"{', '.join(KINDS)} (all)"
-        )
-    args = parser.parse(rest)
-    harness.fill_in(args, capacities=[1024])
+        parser.names("--arms", of=NAMES)
+        parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="also compiled steps (on CUDA)")
+        parser.add_argument("--profile", action="store_true", help="in the end, the kernels of a step; CUDA, one shape")
+        args = parser.parse(rest)
+        harness.fill_in(args, capacities=[1024])
+        least = args.new_tokens + args.n_sink + 8
+        limit = f"--capacities must be at least --new-tokens + --n-sink + 8 = {least}"
+        parser.refuse({f"{limit}, but one is {min(args.capacities)}": min(args.capacities) < least})
     args.kind = kind
-    refuse(parser, args)
     return args
 
 
-def refuse(parser: harness.Parser, args: argparse.Namespace) -> None:
-    """Refuse what does nothing together."""
-    if args.kind != "steps" and len(args.capacities) > 1:
-        parser.error(f"calls {args.kind} has one cache: give one of --capacities")
-    if args.kind != "long":
-        if min(args.capacities) < args.new_tokens + args.n_sink + 8:
-            least = args.new_tokens + args.n_sink + 8
-            parser.error(
-                f"--capacities must be at least --new-tokens + --n-sink + 8 = {least}, but one is {min(args.capacities)}"
-            )
-        if args.kind == "steps" and args.profile and len(args.random_weights or [1]) > 1:
-            parser.error("--profile is for one shape: what the profiler attaches to CUDA would slow down the next")
-        return
-    named = args.text_file or args.dataset or args.dataset_config or args.split
-    for refused, why in {
-        "--passes and --until-the-end are different runs: give one of them": args.passes and args.until_the_end,
-        "--passes measures perplexity, which means nothing with --random-weights": args.passes and args.random_weights,
-        "--tokens would change nothing with --until-the-end": args.tokens and args.until_the_end,
-        "a text would change nothing without --passes": named and not args.passes,
-        "--chunk-size would change nothing: generating reads no chunks": args.chunk_size
-        and not (args.passes or args.until_the_end),
-    }.items():
-        if why:
-            parser.error(refused)
-    harness.fill_in(args, tokens=100_000, chunk_size=512)
-    if args.tokens < (lowest := 2 if args.passes else 10 * SAMPLES):
-        parser.error(f"--tokens must be at least {lowest}, but is {args.tokens}")
-
-
 def tables(result: dict[str, Any]) -> str:
-    """Return some of the rows, ratios, kernels and slopes as text tables."""
-    shown = result["rows"] if len(result["rows"]) <= 20 else result["rows"][9::10]
-    columns = [
-        name
-        for name, value in shown[0].items()
-        if not isinstance(value, (list, dict)) and name not in ("n_sink", "reason")
-    ]
-    slopes = [{"slope of": name} | line for name, line in result.get("slopes", {}).items() if line]
-    kernels = [{"arm": row["arm"]} | row["kernel_ms"] for row in shown if row.get("kernel_ms")]
-    gains = list(ratios(shown)) if result["harness"] == "calls" else []
-    rest = [result[name] for name in ("rebases", "end") if result.get(name)]
-    return "\n\n".join(
-        filter(None, [harness.table(shown, columns), *map(harness.table, (gains, kernels, slopes, rest))])
-    )
+    """Return some of the rows, ratios and slopes as text tables."""
+    rows = result["rows"] if len(result["rows"]) <= 20 else result["rows"][9::10]
+    if result["harness"] == "calls":
+        more = list(ratios(rows))
+    else:
+        found = {name: slope(result["rows"], name) for name in SLOPES}
+        more = [{"slope of": name} | line for name, line in found.items() if line]
+    return "\n\n".join([harness.table(rows, hidden=("n_sink", "reason")), harness.table(more)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure each model, print its tables, and write its result file."""
     args = parse(argv)
     device, dtype = harness.set_up(args)
-    if args.kind != "long":
+    if args.kind == "steps":
         harness.fill_in(args, compile=device.type == "cuda")
-    text = models.chosen_text(args) if args.kind == "long" and args.passes else None
-    names = {"steps": "calls", "rows": "rows", "long": "longrun"}
-    default = "HuggingFaceTB/SmolLM2-135M-Instruct" if text else "llama-tiny" if args.kind == "long" else "pythia-70m"
-    for loaded in models.chosen(args, dtype, device, default):
-        kind = [] if args.kind != "long" else ["count" if args.until_the_end else "read" if text else "generate"]
-        more = {"data": text.description} if text else {}
-        with harness.Result(names[args.kind], loaded, args, argv, kind, **more) as result:
-            if args.kind == "long":
-                long(loaded, args, result, text)
-            else:
-                {"steps": steps, "rows": rows}[args.kind](loaded.model, args, result)
+        for loaded in models.chosen(args, dtype, device, "pythia-70m"):
+            with harness.Result("calls", loaded, args, argv) as result:
+                steps(loaded.model, args, result)
+                print(tables(result.data))
+        return
+    text = models.chosen_text(args) if args.passes else None
+    for loaded in models.chosen(args, dtype, device, "HuggingFaceTB/SmolLM2-135M-Instruct" if text else "llama-tiny"):
+        data = text.description if text else None
+        with harness.Result("longrun", loaded, args, argv, ["read" if text else "generate"], data=data) as result:
+            long(loaded, args, result, text)
             print(tables(result.data))
 
 

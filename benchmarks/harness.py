@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -80,14 +81,13 @@ class Parser(argparse.ArgumentParser):
         epilog = "The manual and the result format are in docs/benchmarks.md."
         super().__init__(f"python -m benchmarks.{prog}", description=says, epilog=epilog, allow_abbrev=False)
         self.least = {"n_sink": 0}
+        self.add_argument("--output", default="build/benchmarks", help="folder of what is written (%(default)s)")
         if not measures:
             return
         source = self.add_argument_group("model and cache")
         source.add_argument("--model", help="an id on the hub or a folder, with trained weights")
         source.add_argument("--gguf-file", help="a GGUF file in the model's folder or repository")
-        source.add_argument(
-            "--random-weights", nargs="+", metavar="SHAPE", help="named in docs/benchmarks.md; one run each"
-        )
+        source.add_argument("--random-weights", nargs="+", metavar="SHAPE", help="see docs/benchmarks.md; one run each")
         source.add_argument("--offline", action="store_true", help="ask no hub: what is named must be here")
         source.add_argument("--attn-implementation", help="sdpa or eager (the model's default)")
         source.add_argument("--capacities", nargs="+", type=int, metavar="N", help="of the caches, sinks included")
@@ -96,47 +96,71 @@ class Parser(argparse.ArgumentParser):
         machine.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (%(default)s)")
         machine.add_argument("--dtype", choices=DTYPES, help="(bfloat16 on CUDA, else float32; ppl: float32)")
         machine.add_argument("--sdpa-backend", choices=SDPA_CHOICES, default="auto", help="(torch's choice)")
-        machine.add_argument("--output", default="build/benchmarks", help="folder of the result file (%(default)s)")
         machine.add_argument("--name", help="of the result file, without .json (made of what is measured)")
 
     def error(self, message: str) -> NoReturn:
         """Raise the message as a `BenchmarkError`."""
         raise BenchmarkError(f"{message} (--help lists all options)")
 
-    def numbers(self, group: Any, **options: tuple[Any, str]) -> None:
+    def refuse(self, reasons: dict[str, Any]) -> None:
+        """Refuse for the first reason that holds: options that do nothing together, or a number beyond its limit."""
+        for reason, holds in reasons.items():
+            if holds:
+                self.error(reason)
+
+    def numbers(self, **options: tuple[Any, str]) -> None:
         """Add options for numbers: their defaults and help; whole ones must be at least 1, others at least 0."""
         for name, (default, says) in options.items():
-            kind, shown = (
-                (float, " (%(default)s)") if isinstance(default, float) else (int, " (%(default)s)" if default else "")
-            )
-            more = {"nargs": "+", "metavar": "N"} if name == "contexts" else {}
-            group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=says + shown, **more)
+            kind = float if isinstance(default, float) else int
+            several = {"nargs": "+", "metavar": "N"} if name in ("contexts", "streams") else {}
+            shown = says if default is None else f"{says} (%(default)s)"
+            self.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=shown, **several)
             self.least[name] = 0 if kind is float else 1
+
+    def names(self, *flags: str, of: Sequence[str], default: Sequence[str] | None = None) -> None:
+        """Add an option for some of these names; by default for all."""
+        says = f"{', '.join(of)} ({'all' if default is None else ', '.join(default)})"
+        default = list(of if default is None else default)
+        self.add_argument(*flags, nargs="+", choices=of, default=default, metavar="NAME", help=says)
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Parse, and refuse numbers that are too low and shared options that do nothing together."""
         args = self.parse_args(argv)
         for name, lowest in self.least.items():
-            values = getattr(args, name)
-            for value in values if isinstance(values, list) else [] if values is None else [values]:
-                if value < lowest:
-                    self.error(f"--{name.replace('_', '-')} must be at least {lowest}, but is {value}")
+            found = getattr(args, name)
+            values = [] if found is None else found if isinstance(found, list) else [found]
+            below = min(values, default=lowest)
+            self.refuse({f"--{name.replace('_', '-')} must be at least {lowest}, but is {below}": below < lowest})
         args.module = self.prog.rpartition(".")[2].partition(" ")[0]
         self.check_capacities(args)
-        for refused, why in {
-            "--model has trained weights: leave out it or --random-weights": args.model and args.random_weights,
-            "--gguf-file is a file of --model: name that, too": args.gguf_file and not args.model,
-            "--name is for one result file: give one shape": args.name and len(args.random_weights or []) > 1,
-        }.items():
-            if why:
-                self.error(refused)
+        several = len(args.random_weights or []) > 1
+        self.refuse(
+            {
+                "--model has trained weights: leave out it or --random-weights": args.model and args.random_weights,
+                "--gguf-file is a file of --model: name that, too": args.gguf_file and not args.model,
+                "--name is for one result file: give one shape": args.name and several,
+                "--profile is for one shape: what the profiler attaches to CUDA would slow down the next": several
+                and getattr(args, "profile", False),
+            }
+        )
         return args
 
     def check_capacities(self, args: argparse.Namespace) -> None:
         """Refuse capacities that the sinks fill."""
-        for capacity in args.capacities or []:
-            if capacity <= args.n_sink:
-                self.error(f"capacity {capacity} leaves no window: it includes the {args.n_sink} sinks of --n-sink")
+        least = min(args.capacities or [args.n_sink + 1])
+        sinks = f"it includes the {args.n_sink} sinks of --n-sink"
+        self.refuse({f"capacity {least} leaves no window: {sinks}": least <= args.n_sink})
+
+
+def kind_of(argv: Sequence[str] | None, says: str | None, kinds: dict[str, str]) -> tuple[str, list[str]]:
+    """Return the first argument, which says what is measured, and the rest; or show what there is."""
+    kind, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
+    if kind in ("-h", "--help"):
+        print(says, *(f"  {name:10} {what}" for name, what in kinds.items()), "Options: NAME --help", sep="\n")
+        sys.exit(0)
+    if kind not in kinds:
+        raise BenchmarkError(f"what is to be measured comes first: {', '.join(kinds)}, not {kind!r}")
+    return kind, rest
 
 
 def fill_in(args: argparse.Namespace, **defaults: Any) -> None:
@@ -284,12 +308,8 @@ def kernel_times(work: Callable[[], Any], clock: Clock) -> dict[str, tuple[int, 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         work()
         clock.now()
-    found: dict[str, tuple[int, float]] = {}
-    for one in profiler.events():
-        if one.device_type == torch.autograd.DeviceType.CUDA and not one.is_user_annotation:
-            times, ms = found.get(one.name, (0, 0.0))
-            found[one.name] = times + 1, ms + one.time_range.elapsed_us() / 1e3
-    return found
+    found = [one for one in profiler.key_averages() if one.device_type == torch.autograd.DeviceType.CUDA]
+    return {one.key: (one.count, one.self_device_time_total / 1e3) for one in found if not one.is_user_annotation}
 
 
 def kernel_sums(kernels: dict[str, tuple[float, float]]) -> dict[str, float]:
@@ -348,18 +368,16 @@ def cache_bytes(cache: Cache | None) -> int:
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
 
 
-class Memory:
-    """A context that measures, where the allocator keeps a high-water mark, by how much memory in use grew at most.
+class PeakMemory:
+    """A context: afterwards `bytes` is by how much memory in use grew at most, where the allocator keeps a high-water mark.
 
-    Afterwards `bytes` is that growth, None on MPS and the CPU: a thread that samples them would disturb the times of steps.
-    `warning` says in words whether the machine swapped or is nearly out of memory.
+    It is None on MPS and the CPU, where a thread that samples memory would disturb the times of steps.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.bytes, self.warning = device, None if device.type != "cuda" else 0, ""
+        self.device, self.bytes = device, None if device.type != "cuda" else 0
 
-    def __enter__(self) -> Memory:
-        self.swap = psutil.swap_memory().used
+    def __enter__(self) -> PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.max_memory_allocated(self.device)
@@ -368,11 +386,6 @@ class Memory:
     def __exit__(self, *_: object) -> None:
         if self.device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self.device) - self.before
-        memory, swapped = psutil.virtual_memory(), psutil.swap_memory().used - self.swap
-        if swapped > 64 * MIB:
-            self.warning = f"the machine swapped {swapped / MIB:,.0f} MiB meanwhile: do not trust the times"
-        elif memory.available < memory.total * 0.03:
-            self.warning = f"only {memory.available / MIB:,.0f} MiB of memory were left"
 
 
 # --- statistics ---
@@ -436,19 +449,18 @@ class Result:
 
     def __init__(self, harness: str, model: Any, args: Any, argv: Any, what: Sequence[str] = (), **more: Any) -> None:
         device, dtype = model.model.device, str(model.model.dtype).removeprefix("torch.")
-        protocol = {
-            name: value
-            for name, value in vars(args).items()
-            if name not in ("output", "name", "device", "dtype", "module")
-        }
+        elsewhere = ("output", "name", "device", "dtype", "module")  # in the file, or no matter
+        words = " ".join([harness, model.name, *what, device.type, dtype]).lower()
+        stem = args.name or re.sub(r"[^a-z0-9.]+", "-", words).strip("-")
+        self.path = output_folder(args.output) / f"{stem}.json"
+        self.swapped = psutil.swap_memory().used
+        given = sys.argv[1:] if argv is None else argv
         self.rows: list[dict[str, Any]] = []
         self.data = {
             "schema": SCHEMA,
             "schema_version": SCHEMA_VERSION,
             "harness": harness,
-            "command": " ".join(
-                [f"python -m benchmarks.{args.module}", *map(portable, sys.argv[1:] if argv is None else argv)]
-            ),
+            "command": shlex.join(["python", "-m", f"benchmarks.{args.module}", *map(portable, given)]),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "commit": commit(),
             "versions": versions(),
@@ -457,17 +469,16 @@ class Result:
             "dtype": dtype,
             "threads": torch.get_num_threads(),
             "model": model.description,
-            "protocol": {name: portable(one) if isinstance(one, str) else one for name, one in protocol.items()},
+            "protocol": {name: portable(one) for name, one in vars(args).items() if name not in elsewhere},
             "interrupted": False,
+            "swapped_bytes": 0,
             **more,
             "rows": self.rows,
         }
-        words = " ".join([harness, model.name, *what, device.type, dtype]).lower()
-        stem = args.name or re.sub(r"[^a-z0-9.]+", "-", words).strip("-")
-        self.path = output_folder(args.output) / f"{stem}.json"
 
     def keep(self) -> None:
         """Write what there is, in one rename: a reader never sees half of it."""
+        self.data["swapped_bytes"] = max(0, psutil.swap_memory().used - self.swapped)
         write_json(self.path, self.data)
 
     def __enter__(self) -> Result:
@@ -480,6 +491,8 @@ class Result:
         if self.rows:
             self.keep()
             print(f"wrote {self.path}")
+        if self.data["swapped_bytes"] > 64 * MIB:
+            print(f"the machine swapped {self.data['swapped_bytes'] / MIB:,.0f} MiB meanwhile: do not trust the times")
         torch.compiler.reset()  # the next model finds no graphs of this one
         gc.collect()
         if self.data["device"]["type"] == "cuda":
@@ -488,9 +501,9 @@ class Result:
             raise BenchmarkError(f"nothing could be measured: {self.rows[0]['reason']}")
 
 
-def portable(argument: str) -> str:
+def portable(argument: Any) -> Any:
     """Return an argument as others can type it: an absolute path is cut to what does not depend on this machine."""
-    option, equals, value = argument.rpartition("=")
+    option, equals, value = argument.rpartition("=") if isinstance(argument, str) else ("", "", "")
     path = Path(value)
     if not path.is_absolute():
         return argument
@@ -555,17 +568,27 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise BenchmarkError(f"cannot read the result file {path}: {error}") from None
     if not isinstance(result, dict) or result.get("schema") != SCHEMA or result.get("schema_version") not in (1, 2):
         raise BenchmarkError(f"{path} is not a result file of {SCHEMA} version {SCHEMA_VERSION}")
-    if result["schema_version"] == 1:
-        result["harness"] = {"endless": "calls"}.get(result["harness"], result["harness"])
-        protocol = result.get("protocol", {})
-        result["run"] = {name: protocol.get(name, n) for name, n in (("warm_up_tokens", 32), ("turn_tokens", 64))}
-        for row in result["rows"]:
-            if result["harness"] == "calls" and row["arm"] == "static":
-                row["arm"] = "static-at-capacity"
-            if "method" in row:
-                row["arm"], row["reason"] = row.pop("method"), row["note"] if row["perplexity"] is None else ""
-            if first := row.pop("first_time", None):
-                row |= {"first_time_ms": first["step_ms"], "again_ms": first["again_step_ms"]}
+    return of_version_1(result) if result["schema_version"] == 1 else result
+
+
+def of_version_1(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a result with the names of version 2."""
+    result["harness"] = {"endless": "calls"}.get(result["harness"], result["harness"])
+    protocol = result.get("protocol", {})
+    result["run"] = {name: protocol.get(name, n) for name, n in (("warm_up_tokens", 32), ("turn_tokens", 64))}
+    for row in result["rows"]:
+        if result["harness"] == "calls" and row["arm"] == "static":
+            row["arm"] = "static-at-capacity"
+        if "method" in row:
+            row["arm"], row["reason"] = row.pop("method"), row["note"] if row["perplexity"] is None else ""
+        if first := row.pop("first_time", None):
+            row |= {"first_time_ms": first["step_ms"], "again_ms": first["again_step_ms"]}
+        if result["harness"] == "throughput":
+            row |= {"what": "steady", "median_ms": row.pop("step_ms"), "p99_ms": row.pop("step_p99_ms", None)}
+            row["reason"] = row.get("reason", "")
+    for what in ("gap", "traffic", "soak"):
+        if what in result:
+            result["rows"].append({"what": what, "arm": "pool", "reason": ""} | result.pop(what))
     return result
 
 
@@ -582,10 +605,14 @@ def figure(value: Any, doubtful: object = "") -> str:
     return f"{value:,.{max(0, 3 - whole)}f}{' ?' if doubtful else ''}"
 
 
-def table(rows: Any, columns: Sequence[str] = (), **more: Any) -> str:
-    """Return rows, or some columns of them, as a Markdown table of figures; `more` are columns of values beside these."""
-    frame = pd.DataFrame(rows)
-    frame = (frame[list(columns)] if columns else frame).assign(**more).astype(object)
+def table(rows: Any, columns: Sequence[str] = (), hidden: Sequence[str] = (), **more: Any) -> str:
+    """Return rows, or some columns of them, as a Markdown table of figures; `more` are columns of values beside these.
+
+    Raw numbers are left out.
+    """
+    frame = rows if isinstance(rows, pd.DataFrame) else pd.json_normalize(rows)
+    frame = frame[[name for name in columns or frame if name not in hidden]].assign(**more).astype(object)
+    frame = frame.loc[:, ~frame.map(lambda value: isinstance(value, list)).any()]
     return str(frame.map(figure).to_markdown(index=False, disable_numparse=True)) if len(frame) else ""
 
 

@@ -304,12 +304,11 @@ def look_closer(steps: Steps, row: Row, clock: harness.Clock) -> None:
     steps.rewind()
     steps.step()
     row["cache_bytes"] = harness.cache_bytes(steps.cache)
-    with harness.Memory(clock.device) as peak:
+    with harness.PeakMemory(clock.device) as peak:
         for _ in range(2):
             steps.step()
         clock.now()
     row["peak_bytes_over_weights"] = None if peak.bytes is None else row["cache_bytes"] + peak.bytes
-    row["warning"] = row["warning"] or peak.warning
     row["sdpa"] = row["sdpa"] if steps.arm.compiled else harness.attention_of(steps.step)
     if clock.device.type == "cuda":
         row["event_ms"] = statistics.median(harness.event_ms(steps.step, clock)[0] for _ in range(EVENT_STEPS))
@@ -440,35 +439,30 @@ def tables(rows: Sequence[Row]) -> str:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = harness.Parser("latency", __doc__)
-    what = parser.add_argument_group("what is measured")
-    parser.numbers(what, contexts=(None, "tokens of text before a step"))
-    what.add_argument(
-        "--arms", nargs="+", choices=NAMES, default=list(NAMES), metavar="ARM", help=f"{', '.join(NAMES)} (all)"
-    )
-    what.add_argument("--compile", action=argparse.BooleanOptionalAction, help="also compiled steps (on CUDA)")
-    what.add_argument(
-        "--compile-static-at", nargs="*", type=int, metavar="N", help="contexts; each takes long (the largest)"
-    )
-    what.add_argument(
-        "--profile", action="store_true", help="in the end, kernels at the largest context; CUDA, one model"
-    )
     parser.numbers(
-        parser.add_argument_group("how often"),
+        contexts=(None, "tokens of text before a step"),
         rounds=(None, "turns of each arm at each context (24; 12 on a CPU)"),
-        steps=(4, "steps of a turn, at least"),
+        steps=(4, "of a turn, at least"),
         min_seconds=(0.25, "time of all turns of an arm"),
         warm_up_seconds=(0.1, "after the first steps"),
     )
     parser.least["contexts"] = 2
+    parser.names("--arms", of=NAMES)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="also compiled steps (on CUDA)")
+    at = "contexts whose static cache is compiled; each takes long (the largest)"
+    parser.add_argument("--compile-static-at", nargs="*", type=int, metavar="N", help=at)
+    profile = "in the end, kernels at the largest context; CUDA, one shape"
+    parser.add_argument("--profile", action="store_true", help=profile)
     args = parser.parse(argv)
-    if args.profile and len(args.random_weights or [1]) > 1:
-        parser.error("--profile is for one model: what the profiler attaches to CUDA would slow down the next")
-    if args.profile and args.device in ("cpu", "mps"):
-        parser.error(f"--profile is for CUDA, but --device is {args.device}")
-    if args.compile is False and args.compile_static_at:
-        parser.error("--compile-static-at names contexts of compiled steps, which --no-compile leaves out")
-    if args.steps > TURN_LIMIT:
-        parser.error(f"--steps must be at most {TURN_LIMIT}, but is {args.steps}: take more --rounds")
+    off_cuda = args.profile and args.device in ("cpu", "mps")
+    useless = args.compile is False and args.compile_static_at
+    parser.refuse(
+        {
+            f"--profile is for CUDA, but --device is {args.device}": off_cuda,
+            "--compile-static-at names contexts of compiled steps, which --no-compile leaves out": useless,
+            f"--steps must be at most {TURN_LIMIT}, but is {args.steps}: take more --rounds": args.steps > TURN_LIMIT,
+        }
+    )
     return args
 
 
@@ -476,17 +470,17 @@ def measure_model(args: argparse.Namespace, loaded: models.LoadedModel, result: 
     """Measure a model at all contexts; rows are kept as they come."""
     bench, clock = Bench(loaded, args), harness.Clock(loaded.model.device)
     arms = make_steps(bench, args.arms, args.compile)
+    floor = result.data["machine"] | {"step_weight_bytes": loaded.description["step_weight_bytes"]}
     turns = (args.rounds + 2) * sum(arm.applies(context) for arm, context in itertools.product(arms, args.contexts))
     with harness.progress_bar(total=turns, desc=loaded.name, unit=" turns") as bar:
         with torch.no_grad():  # the process's first steps, at a length that is not asked for
             bench.read(DynamicCache(config=bench.model.config), 0, 1)
         for context in args.contexts:
-            for row in measure_context(arms, context, clock, bar, context == args.contexts[-1]):
+            rows = measure_context(arms, context, clock, bar, context == args.contexts[-1])
+            for row in rows:
                 if not row["reason"]:
-                    summarize(
-                        row, result.data["machine"] | {"step_weight_bytes": result.data["model"]["step_weight_bytes"]}
-                    )
-                result.rows.append(row)
+                    summarize(row, floor)
+            result.rows += rows
             result.keep()
 
 

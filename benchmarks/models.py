@@ -32,6 +32,16 @@ from . import smollm2
 from .harness import BenchmarkError
 
 WIKITEXT = {"dataset": "Salesforce/wikitext", "dataset_config": "wikitext-103-raw-v1", "split": "test"}
+HUB_ERRORS: dict[Any, str] = {
+    RepositoryNotFoundError: "there is no such thing on the hub, or it is private",
+    (
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        ConnectionError,
+    ): "it is not in the local cache, and the hub cannot be "
+    "reached or --offline forbids it; name a folder with --model and a file with --text-file, or neither with --offline",
+    HFValidationError: "there is no such folder, and it cannot be an id on the hub",
+}
 # hidden size, layers, heads, and what is not as usual
 PYTHIA = {
     "pythia-70m": (512, 6, 8, {}),
@@ -42,7 +52,8 @@ PYTHIA = {
     "pythia-2.8b": (2560, 32, 32, {}),
     "pythia-6.9b": (4096, 32, 32, {"vocab_size": 50432}),
 }
-# hidden size, intermediate size, layers, heads, key-value heads, vocabulary, positions, rotary base
+LLAMA_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+LLAMA_SIZES += ("vocab_size", "max_position_embeddings", "rope_theta")
 LLAMA = {
     "llama-2-7b": (4096, 11008, 32, 32, 32, 32000, 4096, 10_000.0),
     "llama-3-8b": (4096, 14336, 32, 32, 8, 128256, 8192, 500_000.0),
@@ -55,31 +66,16 @@ def shape_config(shape: str) -> PreTrainedConfig:
     """Return the config of a known shape."""
     if shape in PYTHIA:
         hidden, layers, heads, more = PYTHIA[shape]
+        sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers}
+        sizes |= {"num_attention_heads": heads, "vocab_size": 50304, "max_position_embeddings": 2048}
         rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25}
-        sizes = {
-            "hidden_size": hidden,
-            "intermediate_size": 4 * hidden,
-            "num_hidden_layers": layers,
-            "rope_parameters": rope,
-        }
-        return GPTNeoXConfig(
-            **{"vocab_size": 50304, "num_attention_heads": heads, "max_position_embeddings": 2048, **sizes, **more}
-        )
+        return GPTNeoXConfig(**sizes | more, rope_parameters=rope)
     if shape not in LLAMA:
         raise BenchmarkError(f"unknown shape {shape!r}: choose {', '.join([*PYTHIA, *LLAMA])}")
-    hidden, inner, layers, heads, kv_heads, vocab, positions, base = LLAMA[shape]
-    return LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocab,
-        max_position_embeddings=positions,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=shape.startswith("smollm2"),
-        rope_parameters={"rope_type": "default", "rope_theta": base},
-    )
+    sizes = dict(zip(LLAMA_SIZES, LLAMA[shape], strict=True))
+    rope = {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")}
+    tied = shape.startswith("smollm2")
+    return LlamaConfig(**sizes, rms_norm_eps=1e-5, tie_word_embeddings=tied, rope_parameters=rope)
 
 
 @dataclass(frozen=True)
@@ -116,24 +112,18 @@ def chosen(args: argparse.Namespace, dtype: torch.dtype, device: torch.device, d
 
     `default` is what is measured if nothing is named: a shape, or an id on the hub, for which SmolLM2 stands in offline.
     """
-    is_shape = default in PYTHIA or default in LLAMA
-    attention, shapes = (
-        args.attn_implementation,
-        args.random_weights or ([default] if is_shape and not args.model else []),
-    )
+    named = args.random_weights or args.model
+    shapes = args.random_weights or ([default] if not named and default in {**PYTHIA, **LLAMA} else [])
     for shape in shapes:
         shape_config(shape)  # refuse a wrong name before the first is measured
     for shape in shapes:
-        yield random_model(shape, dtype, device, attention)
-    if shapes:
-        return
-    name = args.model
-    if name is None and args.offline:
+        yield random_model(shape, dtype, device, args.attn_implementation)
+    if not shapes:
         try:
-            name = str(smollm2.fetch())
+            name = args.model or (str(smollm2.fetch()) if args.offline else default)
         except RuntimeError as error:
             raise BenchmarkError(str(error)) from error
-    yield load(name or default, dtype, device, args.gguf_file, attention, args.offline)
+        yield load(name, dtype, device, args.gguf_file, args.attn_implementation, args.offline)
 
 
 def load(
@@ -176,21 +166,14 @@ def step_weight_bytes(model: PreTrainedModel) -> int:
 
 def hub_error(what: str, error: BaseException | None) -> BenchmarkError:
     """Say in one sentence why something, such as "the model gpt2", could not be loaded from the hub, or from its folder."""
-    said, chain = " ".join(str(error).split())[:300] or type(error).__name__, list[BaseException]()
+    why, chain = " ".join(str(error).split())[:300] or type(error).__name__, list[BaseException]()
     while error is not None:
         chain.append(error)
         error = error.__cause__ or error.__context__
-    reasons = {
-        RepositoryNotFoundError: "there is no such thing on the hub, or it is private",
-        (
-            LocalEntryNotFoundError,
-            OfflineModeIsEnabled,
-            ConnectionError,
-        ): "it is not in the local cache, and the hub cannot be "
-        "reached or --offline forbids it; name a folder with --model and a file with --text-file, or neither with --offline",
-        HFValidationError: "there is no such folder, and it cannot be an id on the hub",
-    }
-    why = next((why for kinds, why in reasons.items() if any(isinstance(one, kinds) for one in chain)), said)
+    for kinds, reason in HUB_ERRORS.items():
+        if any(isinstance(one, kinds) for one in chain):
+            why = reason
+            break
     return BenchmarkError(f"cannot load {what}: {why}")
 
 

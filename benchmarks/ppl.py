@@ -171,18 +171,16 @@ class Reading:
         self.read: list[NllAndCorrect] = []
         self.turn_seconds: list[float] = []
         self.peak_bytes: int | None = None
-        self.pressure = ""
 
     def take_turn(self, everything: bool = False) -> bool:
         """Read `SCORED_AT_ONCE` tokens of each sample, or everything, and return whether there is more."""
         held = harness.cache_bytes(self.cache)
-        with torch.inference_mode(), harness.Memory(self.clock.device) as peak:
+        with torch.inference_mode(), harness.PeakMemory(self.clock.device) as peak:
             start = self.clock.now()
             self.read += itertools.islice(self.unread, None if everything else 1)
             self.turn_seconds.append(self.clock.now() - start)
         if peak.bytes is not None:
             self.peak_bytes = max(self.peak_bytes or 0, held + peak.bytes)
-        self.pressure = peak.warning or self.pressure
         return sum(len(nll[0]) for nll, _ in self.read) < len(self.chosen[0])
 
     def scores(self) -> dict[str, Any]:
@@ -195,7 +193,6 @@ class Reading:
             "tokens_processed": int(self.chosen.sum()) if self.arm.name == "recompute" else nll.size,
             "cache_bytes": harness.cache_bytes(self.cache) // len(self.batch.samples),
             "peak_bytes": self.peak_bytes,
-            "pressure": self.pressure,
             "nll": nll,
             "correct": correct,
         }
@@ -283,15 +280,13 @@ class Run:
 # --- reporting ---
 
 
-def put_together(batches: Sequence[dict[str, Any]], scored: Bools) -> tuple[Floats, Bools, Bools]:
-    """Return nll, correct and scored of all samples `[samples, tokens]`; of samples in no batch nothing is scored."""
+def put_together(batches: Sequence[dict[str, Any]], scored: Bools) -> tuple[Floats, Bools]:
+    """Return nll and correct of all samples, `[samples, tokens]`."""
     nll, correct = np.zeros(scored.shape, dtype=np.float32), np.zeros_like(scored)
-    read = np.zeros((len(scored), 1), dtype=bool)
     for batch in batches:
         tokens = batch["nll"].shape[1]
         nll[batch["samples"], :tokens], correct[batch["samples"], :tokens] = batch["nll"], batch["correct"]
-        read[batch["samples"]] = True
-    return nll, correct, scored & read
+    return nll, correct
 
 
 def sums(nll: Floats, correct: Bools, scored: Bools) -> dict[str, list[Any]]:
@@ -319,12 +314,13 @@ def make_row(run: Run, arm: Arm) -> dict[str, Any]:
     row |= dict.fromkeys(numbers)
     if arm in run.reasons:
         return row | {"reason": run.reasons[arm]}
-    batches, trained, n = run.scores[arm], run.loaded.trained_context, run.state.num_processes
-    nll, correct, scored = put_together(batches, run.recompute_sample if arm.name == "recompute" else run.scored)
+    batches, n = run.scores[arm], run.state.num_processes
+    scored = run.recompute_sample if arm.name == "recompute" else run.scored
+    nll, correct = put_together(batches, scored)
     if (everything := totals(nll, correct, scored)) is None:
         return row | {"reason": "no finite perplexity in this dtype: choose another --dtype"}
-    before = np.arange(1, scored.shape[1] + 1)
-    trained, longest = trained or len(before), len(before)
+    before, longest = np.arange(1, scored.shape[1] + 1), scored.shape[1]
+    trained = run.loaded.trained_context or longest
     masked = {"same_tokens": run.recompute_sample, "within_trained_context": before <= trained}
     masked["beyond_trained_context"] = before > trained
     bounds = itertools.pairwise([*range(1, longest + 1, run.args.position_bin), longest + 1])
@@ -332,23 +328,18 @@ def make_row(run: Run, arm: Arm) -> dict[str, Any]:
     by_sample = sums(nll, correct, scored)
     # Process i had every n-th batch, and they worked side by side.
     seconds = max(sum(one["seconds"] for one in batches[i::n]) for i in range(n))
-    processed, finished = (
-        sum(map(f, batches)) for f in (lambda one: one["tokens_processed"], lambda one: len(one["samples"]))
-    )
-    warnings = {one["pressure"] for one in batches}
-    if finished < len(run.samples):
-        warnings.add(f"interrupted after {finished:,} of {len(run.samples):,} samples")
-    if min(arm.capacity or longest, longest) > trained:
-        warnings.add(f"beyond the trained context of {trained:,} positions")
-    arrays = ("nll", "correct", "cache_bytes", "peak_bytes", "pressure")
+    processed = sum(one["tokens_processed"] for one in batches)
     row |= {"seconds": seconds, "tokens_processed": processed, "tokens_per_second": processed / seconds}
     row["cache_bytes"] = max(one["cache_bytes"] for one in batches)
     row["peak_bytes"] = max((one["peak_bytes"] for one in batches if one["peak_bytes"] is not None), default=None)
     row |= {name: totals(nll, correct, scored & mask) for name, mask in masked.items()}
     row["by_position"] = [{"start": start, "stop": stop, **found} for start, stop, found in bins if found]
     row["samples"] = [dict(zip(by_sample, values, strict=True)) for values in zip(*by_sample.values(), strict=True)]
-    row["batches"] = [{name: value for name, value in one.items() if name not in arrays} for one in batches]
-    return row | everything | {"warning": "; ".join(sorted(filter(None, warnings)))}
+    raw = ("samples", "seconds", "turn_seconds", "tokens_processed")
+    row["batches"] = [{name: one[name] for name in raw} for one in batches]
+    if min(arm.capacity or longest, longest) > trained:
+        row["warning"] = f"beyond the trained context of {trained:,} positions"
+    return row | everything
 
 
 def groups_of(names: Sequence[str], capacities: Sequence[int], mode: str) -> list[list[Arm]]:
@@ -359,20 +350,11 @@ def groups_of(names: Sequence[str], capacities: Sequence[int], mode: str) -> lis
 
 
 def measure_rows(run: Run, groups: Sequence[Sequence[Arm]]) -> Iterator[dict[str, Any]]:
-    """Measure one group after the other and yield the rows of its arms, as soon as it is finished.
-
-    On Ctrl-C, arms that take turns keep the samples that all have finished, unless other processes would have to know.
-    """
+    """Measure one group after the other and yield the rows of its arms, as soon as it is finished."""
     dense: Floats | None = None
     for group in groups:
-        interrupted: KeyboardInterrupt | None = None
-        try:
-            run.measure(group)
-        except KeyboardInterrupt as stop:
-            if len(group) == 1 or run.state.num_processes > 1:
-                raise
-            interrupted = stop
-        for arm in (one for one in group if one in run.reasons or run.scores[one]):
+        run.measure(group)
+        for arm in group:
             row = make_row(run, arm)
             if not row["reason"]:
                 nll = put_together(run.scores[arm], run.scored)[0]
@@ -380,8 +362,6 @@ def measure_rows(run: Run, groups: Sequence[Sequence[Arm]]) -> Iterator[dict[str
                 if arm.name == "dense-batched" and dense is not None:
                     row["largest_nll_difference_from_dense"] = float(np.abs(nll - dense)[run.scored].max())
             yield row
-        if interrupted is not None:
-            raise interrupted
 
 
 COLUMNS = ("arm", "capacity", "perplexity", "accuracy", "tokens", "seconds", "tokens_per_second")
@@ -396,9 +376,9 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
         spread.append(np.std(found, ddof=1) if len(found) > 1 else None)
     more: dict[str, Any] = {
         "spread": spread,
-        "same tokens": [(row.get("same_tokens") or {}).get("perplexity") for row in rows],
+        "× dense": [(row["tokens_per_second"] or math.nan) / dense for row in rows],
     }
-    more |= {"× dense": [(row["tokens_per_second"] or math.nan) / dense for row in rows]}
+    more["same tokens"] = [(row.get("same_tokens") or {}).get("perplexity") for row in rows]
     more |= {f"{name}_MiB": harness.mib(rows, f"{name}_bytes") for name in ("cache", "peak")}
     return harness.table(rows, COLUMNS, **more, note=harness.notes(rows))
 
@@ -410,21 +390,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line, with the defaults filled in that do not depend on the model."""
     parser = harness.Parser("ppl", __doc__)
     models.add_text_options(parser)
-    what = parser.add_argument_group("what is measured")
-    what.add_argument(
-        "--arms",
-        "--methods",
-        nargs="+",
-        choices=NAMES,
-        default=list(NAMES),
-        metavar="ARM",
-        help=f"{', '.join(NAMES)} (all)",
-    )
-    what.add_argument(
-        "--mode", choices=MODE_DEFAULTS, default="chunk", help="tokens a forward: many, or one (%(default)s)"
-    )
+    parser.names("--arms", "--methods", of=NAMES)
+    mode = "tokens a forward: many, or one (%(default)s)"
+    parser.add_argument("--mode", choices=MODE_DEFAULTS, default="chunk", help=mode)
     parser.numbers(
-        what,
         max_tokens=(None, "to predict in each sample (the model's trained context)"),
         num_samples=(None, "from the start of the text (all of it)"),
         score_from=(1, "score tokens after at least so many others"),
@@ -434,10 +403,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         batch_size=(None, "samples read together (8 in chunk mode, 1 in step mode)"),
     )
     args = parser.parse(argv)
-    if args.mode == "step" and args.chunk_size is not None:
-        parser.error("--chunk-size is for --mode chunk: --mode step reads one token per forward")
-    if args.recompute_tokens is not None and "recompute" not in args.arms:
-        parser.error("--recompute-tokens is for the arm recompute, which --arms leaves out")
+    chunks, recompute = args.chunk_size is not None, args.recompute_tokens is not None
+    parser.refuse(
+        {
+            "--chunk-size is for --mode chunk: --mode step reads one token per forward": args.mode == "step" and chunks,
+            "--recompute-tokens is for the arm recompute, which --arms leaves out": recompute
+            and "recompute" not in args.arms,
+        }
+    )
     # Small only if everything is left to this module.
     small = args.offline and not (args.model or args.text_file or args.dataset)
     harness.fill_in(args, **MODE_DEFAULTS[args.mode], **(OFFLINE_DEFAULTS if small else DEFAULTS))

@@ -9,6 +9,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,39 +28,16 @@ SOURCES = ("results/h100", "results/h100/recompute", "results/h200", "results/cp
 CAPACITY = 1024  # of the tables that show one
 CONTEXTS = (4096, 16384, 32768, 65536)
 BESIDE_THE_STUDY = (4096, 8192)  # contexts: it does not say which it had
+DOUBTS = "too wide|no conclusion"
 NEW_LENGTHS_COST = 1.2  # from this ratio on, what new lengths cost is part of a prediction
 MARK = re.compile(r"(<!-- (table|figure): (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
 OTHERS = ROOT / "results" / "others"  # figures of other people
 
-# Of frames without rows.
 COLUMNS = [
-    *(
-        "shape",
-        "device",
-        "on",
-        "attention",
-        "file",
-        "arm",
-        "compiled",
-        "context",
-        "capacity",
-        "name",
-        "note",
-        "warning",
-    ),
-    *(
-        "median_ms",
-        "gpu_ms",
-        "cache_bytes",
-        "value",
-        "gpu_value",
-        "first_time_ms",
-        "again_ms",
-        "kernel_ms",
-        "perplexity",
-    ),
-    *("same_tokens", "tokens", "measured", "predicted", "last step"),
-]
+    "shape", "device", "on", "attention", "file", "arm", "compiled", "context", "capacity", "name", "note", "warning", "what",
+    "median_ms", "gpu_ms", "cache_bytes", "value", "gpu_value", "first_time_ms", "again_ms", "kernel_ms", "perplexity", "streams",
+    "same_tokens", "tokens", "measured", "predicted", "last step", "floor_ms", "tokens_per_second", "step_ms",
+]  # of frames without rows  # fmt: skip
 
 
 class Results(list[dict[str, Any]]):
@@ -97,16 +75,15 @@ class Results(list[dict[str, Any]]):
         if f"{kind} cells" not in self.made:
             rows, gains = self.frame(kind), self.frame(f"{kind}-ratios")
             rows, gains = (one.assign(how=one["compiled"].map({True: " compiled", False: ""})) for one in (rows, gains))
-            parts = [rows.assign(what=rows["arm"] + rows["how"] + ", ms", value=rows["median_ms"])]
+            arm, gain = rows["arm"] + rows["how"], gains["name"] + gains["how"]
+            parts = [rows.assign(what=arm + ", ms", value=rows["median_ms"]), gains.assign(what=gain)]
             if kind == "latency":
-                parts.append(rows.assign(what=rows["arm"] + rows["how"] + ", GPU ms", value=rows["gpu_ms"]))
+                parts.append(rows.assign(what=arm + ", GPU ms", value=rows["gpu_ms"]))
                 parts.append(rows.assign(what=rows["arm"] + ", cache MiB", value=rows["cache_bytes"] / MIB))
-                parts.append(gains.assign(what=gains["name"] + gains["how"] + ", GPU", value=gains["gpu_value"]))
-            parts.append(gains.assign(what=gains["name"] + gains["how"]))
+                parts.append(gains.assign(what=gain + ", GPU", value=gains["gpu_value"]))
             cells = pd.concat(parts).dropna(subset=["value"])
-            doubts = (cells["note"] + cells["warning"]).str.contains("too wide|no conclusion") & ~cells[
-                "what"
-            ].str.contains("GPU|MiB")
+            wide = (cells["note"] + cells["warning"]).str.contains(DOUBTS)
+            doubts = wide & ~cells["what"].str.contains("GPU|MiB")
             shown = [figure(value, doubt) for value, doubt in zip(cells["value"], doubts, strict=True)]
             self.made[f"{kind} cells"] = cells.assign(shown=shown)
         return self.made[f"{kind} cells"]
@@ -120,10 +97,9 @@ def shape(result: dict[str, Any]) -> str:
 def pick(frame: pd.DataFrame, **where: Any) -> pd.DataFrame:
     """Return the rows with these values; of a list, any of them. None is no value."""
     for name, wanted in where.items() if len(frame) else ():
-        every = list(wanted) if isinstance(wanted, (list, tuple)) else [wanted]
-        frame = frame[
-            frame[name].isin([one for one in every if one is not None]) | (frame[name].isna() & (None in every))
-        ]
+        every = wanted if isinstance(wanted, (list, tuple)) else [wanted]
+        known = frame[name].isin([one for one in every if one is not None])
+        frame = frame[known | (frame[name].isna() & (None in every))]
     return frame
 
 
@@ -150,10 +126,9 @@ def single_steps(results: Results, *, compiled: bool) -> pd.DataFrame:
 def whole_calls(results: Results) -> pd.DataFrame:
     """Return compiled steps of `generate()`, beside the compiled StaticCache of the same size."""
     cells = pick(results.cells("calls"), compiled=True, capacity=CAPACITY)
-    long = [
-        f"{what}, at {n:,}" if n > CAPACITY else what for what, n in zip(cells["what"], cells["context"], strict=True)
-    ]
-    return pivot(cells.assign(what=long), ["shape"]).rename(columns=lambda name: name.replace(" compiled", ""))
+    both = zip(cells["what"], cells["context"], strict=True)
+    cells = cells.assign(what=[f"{what}, at {n:,}" if n > CAPACITY else what for what, n in both])
+    return pivot(cells, ["shape"]).rename(columns=lambda name: name.replace(" compiled", ""))
 
 
 def kernels(results: Results) -> pd.DataFrame:
@@ -203,29 +178,19 @@ def quality(results: Results) -> pd.DataFrame:
     """Return perplexities by capacity, of the last run that scores tokens far from the start of a text only."""
     runs = [one for one in results.of("ppl") if (one["data"] | one["protocol"]).get("score_from", 1) > 1]
     rows = pick(results.frame("ppl"), file=[one["file"] for one in runs[-1:]]).sort_values("capacity")
-    rows = rows.assign(
-        capacity=["dense" if pd.isna(one) else int(one) for one in rows["capacity"]], shown=rows["perplexity"]
-    )
-    same = rows.assign(
-        shown=[(one or {}).get("perplexity") for one in rows["same_tokens"]], arm=rows["arm"] + ", same tokens"
-    )
-    same = same[same["arm"].str.contains("sink|dense,")]
-    return pivot(pd.concat([rows, same]), ["capacity"], what="arm").drop(columns="dense-batched", errors="ignore")
+    rows = rows[rows["arm"] != "dense-batched"].assign(shown=rows["perplexity"])
+    rows["capacity"] = ["dense" if pd.isna(one) else int(one) for one in rows["capacity"]]
+    same = rows[rows["arm"].isin(["sink", "dense"])]
+    same = same.assign(shown=[(one or {}).get("perplexity") for one in same["same_tokens"]])
+    return pivot(pd.concat([rows, same.assign(arm=same["arm"] + ", same tokens")]), ["capacity"], what="arm")
 
 
 def paper(results: Results) -> pd.DataFrame:
     """Return the paper's recomputation beside that of Llama-2-7B here: eager steps, compiled ones, and the GPU's own work."""
     theirs, gain = pd.read_csv(OTHERS / "paper.csv"), "recompute_over_sink"
     theirs["gain"] = [f"{recomputed / streaming:.1f}×" for _, recomputed, streaming in theirs.itertuples(index=False)]
-    wanted = [
-        "recompute, ms",
-        "sink, ms",
-        gain,
-        f"{gain}, GPU",
-        "recompute compiled, ms",
-        "sink compiled, ms",
-        f"{gain} compiled",
-    ]
+    wanted = ["recompute, ms", "sink, ms", gain, f"{gain}, GPU"]
+    wanted += ["recompute compiled, ms", "sink compiled, ms", f"{gain} compiled"]
     cells = pick(results.cells("latency"), shape="llama-2-7b", capacity=list(theirs["capacity"]))
     ours = pivot(cells, ["capacity"], wanted) if len(cells) else pd.DataFrame({"capacity": []})
     return theirs.merge(ours, how="left", on="capacity")
@@ -244,11 +209,36 @@ def long_runs(results: Results) -> pd.DataFrame:
     """Return what long runs noted, what rose meanwhile, and the perplexity of the first and last pass over a text."""
     lines = []
     for one in results.of("longrun"):
-        rows, rise = one["rows"], {f"rise of {name}": line["rise"] for name, line in one["slopes"].items() if line}
+        rows, slopes = one["rows"], {name: calls.slope(one["rows"], name) for name in calls.SLOPES}
+        rise = {f"rise of {name}": line["rise"] for name, line in slopes.items() if line}
         passes = {f"perplexity, {which} pass": rows[i].get("perplexity") for which, i in (("first", 0), ("last", -1))}
         ms = statistics.median(row["ms_per_token"] for row in rows)
         lines.append({"run": one["file"], "tokens": rows[-1]["tokens"], "ms per token": ms} | rise | passes)
     return pd.DataFrame(lines)
+
+
+def streams(results: Results) -> pd.DataFrame:
+    """Return tokens per second of many streams at once."""
+    rows = pick(results.frame("throughput"), what="steady")
+    wanted = ["shape", "arm", "streams", "tokens_per_second", "median_ms", "p99_ms", "floor_ms"]
+    found = rows.reindex(columns=[*wanted, "time_to_first_token_ms"])
+    return found.assign(**{"cache MiB": rows["cache_bytes"].astype(float) / MIB})
+
+
+def pools(results: Results) -> pd.DataFrame:
+    """Return what one pool does while a long text is read (`gap`), and with requests that come at random (`traffic`)."""
+    rows = results.frame("throughput")
+    rows = rows[~rows["what"].isin(["steady", "rows"])]
+    flat = pd.json_normalize(rows.to_dict("records"))
+    columns = ["shape", "what", "streams", "step_ms_before.median", "step_ms_while.median", "step_ms_while.max"]
+    columns += ["requests", "share_of_ideal", "time_to_first_token_s.p50", "time_to_first_token_s.p95"]
+    return flat.reindex(columns=[*columns, "steps", "checked", "the_same_alone"])
+
+
+def batches(results: Results) -> pd.DataFrame:
+    """Return steps of batches in `endless` whose rows have read different numbers of tokens."""
+    rows = pick(results.frame("throughput"), what="rows")
+    return rows.reindex(columns=["shape", "streams", "capacity", "rows", "median_ms", "p5_ms", "p95_ms"])
 
 
 # --- the two regimes ---
@@ -258,14 +248,14 @@ class Curve:
     """Milliseconds of an eager step against the tokens before it, not synchronised where that was measured."""
 
     def __init__(self, result: dict[str, Any], arm: str, capacity: int | None = None) -> None:
+        wanted = (arm, False, capacity, "")
         rows = [
-            row for row in result["rows"] if (row["arm"], row["compiled"], row["capacity"]) == (arm, False, capacity)
+            row for row in result["rows"] if (row["arm"], row["compiled"], row["capacity"], row["reason"]) == wanted
         ]
-        self.rows = {row["context"]: row for row in rows if not row["reason"]}
-        free = self.rows and all(row["unsynchronized_ms"] for row in self.rows.values())
+        self.rows = {row["context"]: row for row in sorted(rows, key=lambda row: row["context"])}
+        free = all(row["unsynchronized_ms"] for row in rows)
         self.ms = {
-            n: statistics.median(r["unsynchronized_ms"]) if free else r["median_ms"]
-            for n, r in sorted(self.rows.items())
+            n: statistics.median(r["unsynchronized_ms"]) if free else r["median_ms"] for n, r in self.rows.items()
         }
 
     def ratio_to(self, other: Curve, context: int) -> dict[str, Any]:
@@ -282,10 +272,8 @@ class Curve:
     def new_length_factor(self) -> float:
         """Return how many times longer a step is at a length never seen before; 1 if that is not worth counting."""
         rows = [row for row in self.rows.values() if row.get("first_time_ms")]
-        factors = [statistics.median(row["first_time_ms"]) / statistics.median(row["again_ms"]) for row in rows] or [
-            1.0
-        ]
-        factor = statistics.median(factors)
+        factors = [statistics.median(row["first_time_ms"]) / statistics.median(row["again_ms"]) for row in rows]
+        factor = statistics.median(factors or [1.0])
         return factor if factor >= NEW_LENGTHS_COST else 1.0
 
 
@@ -337,14 +325,9 @@ def regimes(results: Results) -> pd.DataFrame:
         last = max((n for n in dense.ms if n in sink.ms and n <= max(samples)), default=min(sink.ms))
         measured = sink_row["tokens_per_second"] / dense_row["tokens_per_second"]
         predicted = ms[0] / ms[1] if max(samples) <= min(max(dense.ms), max(*sink.ms, capacity)) else None
-        line = {
-            "shape": shape(run),
-            "device": run["device"]["name"],
-            "attention": attention(run),
-            "tokens": max(samples),
-        }
-        line |= {"samples": len(samples), "capacity": capacity, "last step": dense.ratio_to(sink, last)["value"]}
-        line |= {"measured": measured, "predicted": predicted}
+        line = {"shape": shape(run), "device": run["device"]["name"], "attention": attention(run)}
+        line |= {"tokens": max(samples), "samples": len(samples), "capacity": capacity}
+        line |= {"last step": dense.ratio_to(sink, last)["value"], "measured": measured, "predicted": predicted}
         lines.append(line | {"difference": f"{predicted / measured - 1:+.0%}" if predicted else None})
     return pd.DataFrame(lines) if lines else pd.DataFrame(columns=COLUMNS)
 
@@ -362,6 +345,9 @@ TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
     "quality": quality,
     "the paper": paper,
     "long runs": long_runs,
+    "streams": streams,
+    "pools": pools,
+    "rows": batches,
 }
 
 
@@ -399,30 +385,23 @@ def by_context(results: Results, axes: Axes, column: str) -> str:
     compiled = pick(rows, compiled=True, arm="static").groupby("shape", sort=False)["context"].nunique().gt(1)
     is_compiled = column == "median_ms" and compiled.any()
     column = "gpu_ms" if column == "median_ms" and not is_compiled else column
-    shapes = (
-        compiled[compiled].index if is_compiled else pick(rows, arm="dense").dropna(subset=[column])["shape"].unique()
-    )
-    if not len(shapes):
-        return ""
-    chosen = shapes[-1]
-    ends = []
-    for arm, label in (("static" if is_compiled else "dense", "dense cache"), ("sink", OURS)):
-        found = (
-            pick(rows, shape=chosen, arm=arm, compiled=is_compiled)
-            .dropna(subset=[column])
-            .drop_duplicates("context", keep="last")
-        )
+    eager = pick(rows, arm="dense").dropna(subset=[column])["shape"].unique()
+    chosen, ends = next(reversed(compiled[compiled].index if is_compiled else eager), None), []
+    for arm, label in (("static" if is_compiled else "dense", "dense cache"), ("sink", OURS)) if chosen else ():
+        found = pick(rows, shape=chosen, arm=arm, compiled=is_compiled).dropna(subset=[column])
+        found = found.drop_duplicates("context", keep="last")
         line(axes, found["context"], found[column] / (MIB if column == "cache_bytes" else 1), label)
         ends += list(found[column][-1:])
-    what = {
+    units = {
         "cache_bytes": "cache, MiB",
         "median_ms": "ms per token, compiled",
         "gpu_ms": "ms per token, GPU's own work",
-    }[column]
-    axes.set(xlabel="context, tokens", ylabel=f"{what} (lower is better)", ylim=(0, None))
+    }
+    axes.set(xlabel="context, tokens", ylabel=f"{units[column]} (lower is better)", ylim=(0, None))
     if len(ends) < 2:
         return ""
-    return f"{what.split(',')[0].capitalize()}: flat, {ends[0] / ends[1]:.2g} times less in the end ({chosen})"
+    what = units[column].split(",")[0].capitalize()
+    return f"{what}: flat, {ends[0] / ends[1]:.2g} times less in the end ({chosen})"
 
 
 def by_capacity(results: Results, axes: Axes) -> str:
@@ -440,18 +419,14 @@ def by_capacity(results: Results, axes: Axes) -> str:
 def two_regimes(results: Results, axes: Axes) -> str:
     """Draw the gain of a step, and of whole runs as measured and as predicted from steps."""
     rows = regimes(results)
-    labels = {
-        "last step": "a step at the end",
-        "measured": "whole run, measured",
-        "predicted": "whole run, predicted from steps",
-    }
-    for (column, label), marker in zip(labels.items(), "osx", strict=True):
+    for column, label, marker in (
+        ("last step", "a step at the end", "o"),
+        ("measured", "whole run, measured", "s"),
+        ("predicted", "whole run, predicted from steps", "x"),
+    ):
         axes.plot(rows[column], range(len(rows)), marker, label=label)
-    names = [
-        f"{one.shape}, {one.device.split()[-1]}, {one.capacity:,} of {one.tokens:,} ({one.attention})"
-        for one in rows.itertuples()
-    ]
-    axes.set_yticks(range(len(rows)), names, fontsize="x-small")
+    where = [f"{one.shape}, {one.device.split()[-1]}, {one.capacity:,} of {one.tokens:,}" for one in rows.itertuples()]
+    axes.set_yticks(range(len(rows)), where, fontsize="x-small")
     axes.set(xlabel="times as fast as a dense cache (higher is better)")
     axes.legend(fontsize="small")
     return "Whole runs gain what their steps gain, summed over all lengths" if len(rows) else ""
@@ -468,15 +443,33 @@ def price_of_new_lengths(results: Results, axes: Axes) -> str:
     return f"A dense cache pays for every new length, a ring has one ({worst['shape']})" if worst is not None else ""
 
 
+def by_streams(results: Results, axes: Axes) -> str:
+    """Draw tokens per second of many streams, and what reading weights and cache once a step allows the pool."""
+    rows = pick(results.frame("throughput"), what="steady").dropna(subset=["tokens_per_second"])
+    rows = rows[rows["shape"] == rows["shape"].iloc[-1]].sort_values("streams") if len(rows) else rows
+    pool = pick(rows, arm="pool")
+    for arm in rows["arm"].unique():
+        found = pick(rows, arm=arm)
+        line(axes, found["streams"], found["tokens_per_second"], arm)
+    line(
+        axes, pool["streams"], 1e3 * pool["streams"] / pool["floor_ms"], "limit of the pool: memory is read once a step"
+    )
+    axes.set(xlabel="streams", ylabel="tokens per second (higher is better)", ylim=(0, None))
+    others = rows[rows["arm"] != "pool"]
+    if pool.empty or others.empty:
+        return ""
+    times = (
+        pool["tokens_per_second"].iloc[-1] / pick(others, streams=pool["streams"].iloc[-1])["tokens_per_second"].max()
+    )
+    return f"A pool: {times:.2g} times the tokens of transformers' own ways ({rows['shape'].iloc[-1]})"
+
+
 PICTURES: dict[str, Sequence[Callable[[Results, Axes], str]]] = {
-    "hero": (
-        by_position,
-        lambda results, axes: by_context(results, axes, "cache_bytes"),
-        lambda results, axes: by_context(results, axes, "median_ms"),
-    ),
+    "hero": (by_position, partial(by_context, column="cache_bytes"), partial(by_context, column="median_ms")),
     "quality": (by_capacity,),
     "regimes": (two_regimes,),
     "new-lengths": (price_of_new_lengths,),
+    "streams": (by_streams,),
 }
 
 
@@ -484,9 +477,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
     """Draw the pictures that there are numbers for, and return their paths."""
     written = []
     for name, parts in PICTURES.items():
-        drawn, panels = plt.subplots(
-            1, len(parts), figsize=(2 + 5 * len(parts), 4.5), layout="constrained", squeeze=False
-        )
+        size = (2 + 5 * len(parts), 4.5)
+        drawn, panels = plt.subplots(1, len(parts), figsize=size, layout="constrained", squeeze=False)
         titles = [part(results, axes) for part, axes in zip(parts, panels[0], strict=True)]
         for axes, title in zip(panels[0], titles, strict=True):
             axes.set_title(title, fontsize="medium")
@@ -503,17 +495,15 @@ def draw(results: Results, folder: Path) -> list[Path]:
 def number(results: Results, query: str) -> str:
     """Return one figure: a frame, what its row must have, and a column, as in `latency shape=pythia-70m arm=sink median_ms`."""
     kind, *wanted, column = query.split()
-    where = {
-        name: {"True": True, "False": False}.get(v, int(v) if v.isdecimal() else v)
-        for name, v in (w.split("=") for w in wanted)
-    }
+    values = {"True": True, "False": False}
+    where = dict(one.split("=") for one in wanted)
+    where = {name: values.get(v, int(v) if v.isdecimal() else v) for name, v in where.items()}
     found = pick(results.frame(kind), **where)
     if found.empty or pd.isna(found[column].iloc[-1]):
         raise BenchmarkError(f"no result has the figure {query!r}")
-    doubts = found["note"].iloc[-1] + found["warning"].iloc[-1]
-    return figure(
-        found[column].iloc[-1].item(), column in ("value", "median_ms") and re.search("too wide|no conclusion", doubts)
-    )
+    last = found.iloc[-1]
+    doubtful = column in ("value", "median_ms") and re.search(DOUBTS, last["note"] + last["warning"])
+    return figure(found[column].iloc[-1].item(), doubtful)
 
 
 def write(text: str, results: Results) -> str:
@@ -531,10 +521,9 @@ def write(text: str, results: Results) -> str:
 
 def page(results: Results, pictures: Sequence[Path]) -> str:
     """Return one HTML page that holds everything."""
-    frames = {
-        name: table(results).dropna(axis=1, how="all").astype(object).map(figure) for name, table in TABLES.items()
-    }
-    tables = {name: frame.to_html(index=False) for name, frame in frames.items() if len(frame)}
+    frames = {name: table(results).dropna(axis=1, how="all") for name, table in TABLES.items()}
+    shown = {name: frame.astype(object).map(figure) for name, frame in frames.items() if len(frame)}
+    tables = {name: frame.to_html(index=False) for name, frame in shown.items()}
     images = {path.stem: base64.b64encode(path.read_bytes()).decode() for path in pictures}
     template = jinja2.Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"), autoescape=True)
     return template.render(tables=tables, images=images, results=results)
@@ -544,12 +533,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write the pictures and the page, or the tables and figures of a text."""
     parser = harness.Parser("report", __doc__, measures=False)
     parser.add_argument("results", nargs="*", metavar="FILE|FOLDER", help=f"({' '.join(SOURCES)})")
-    parser.add_argument(
-        "--output", default="build/benchmarks", help="folder of report.html and its pictures (%(default)s)"
-    )
-    parser.add_argument(
-        "--write", nargs="+", metavar="FILE.md", help="instead, the marked tables and figures of these texts"
-    )
+    says = "instead, the marked tables and figures of these texts"
+    parser.add_argument("--write", nargs="+", metavar="FILE.md", help=says)
     args = parser.parse_args(argv)
     results = Results(args.results or [ROOT / source for source in SOURCES])
     if not results:
