@@ -608,19 +608,12 @@ def figure(value: Any, doubtful: object = "") -> str:
 def table(rows: Any, columns: Sequence[str] = (), hidden: Sequence[str] = (), **more: Any) -> str:
     """Return rows, or some columns of them, as a Markdown table of figures; `more` are columns of values beside these.
 
-    Raw numbers are left out.
+    Bytes are shown in MiB. What no row has is left out, and so are raw numbers.
     """
     frame = rows if isinstance(rows, pd.DataFrame) else pd.json_normalize(rows)
-    frame = frame[[name for name in columns or frame if name not in hidden]].assign(**more).astype(object)
+    frame = frame[[name for name in columns or frame if name in frame and name not in hidden]].assign(**more)
+    for name in [name for name in frame if name.endswith("_bytes")]:
+        frame = frame.assign(**{name: frame[name].astype(float) / MIB}).rename(columns={name: f"{name[:-6]}, MiB"})
+    frame = frame.astype(object).replace("", None).dropna(axis=1, how="all")
     frame = frame.loc[:, ~frame.map(lambda value: isinstance(value, list)).any()]
     return str(frame.map(figure).to_markdown(index=False, disable_numparse=True)) if len(frame) else ""
-
-
-def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return what a reader must know of each row."""
-    return [row["reason"] or row["warning"] for row in rows]
-
-
-def mib(rows: Sequence[dict[str, Any]], name: str) -> list[float | None]:
-    """Return a column of bytes in MiB."""
-    return [None if row[name] is None else row[name] / MIB for row in rows]

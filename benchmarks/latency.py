@@ -425,12 +425,7 @@ COLUMNS = (
     "floor_ms",
     "sdpa",
 )
-
-
-def tables(rows: Sequence[Row]) -> str:
-    """Return the rows and the ratios as text tables."""
-    shown = harness.table(rows, COLUMNS, cache_MiB=harness.mib(rows, "cache_bytes"), note=harness.notes(rows))
-    return f"{shown}\n\n{harness.table(list(ratios(rows)))}"
+COLUMNS += ("cache_bytes", "reason", "warning")
 
 
 # --- command line ---
@@ -498,7 +493,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for loaded in models.chosen(args, dtype, device, "pythia-70m"):
         with harness.Result("latency", loaded, args, argv, machine=machine) as result:
             measure_model(args, loaded, result)
-            print(tables(result.rows))
+            print(harness.table(result.rows, COLUMNS), harness.table(list(ratios(result.rows))), sep="\n\n")
         del loaded
 
 

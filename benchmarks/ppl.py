@@ -364,23 +364,27 @@ def measure_rows(run: Run, groups: Sequence[Sequence[Arm]]) -> Iterator[dict[str
             yield row
 
 
-COLUMNS = ("arm", "capacity", "perplexity", "accuracy", "tokens", "seconds", "tokens_per_second")
+COLUMNS = (
+    "arm",
+    "capacity",
+    "perplexity",
+    "same_tokens.perplexity",
+    "accuracy",
+    "tokens",
+    "seconds",
+    "tokens_per_second",
+)
+COLUMNS += ("cache_bytes", "peak_bytes", "reason", "warning")
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:
     """Return the rows as a text table; `spread` is the standard deviation of perplexity over samples."""
     dense = next((row["tokens_per_second"] for row in rows if row["arm"] == "dense"), None) or math.nan
-    spread = []
-    for row in rows:
-        found = [math.exp(one["nll_sum"] / one["tokens"]) for one in row.get("samples", ()) if one["tokens"]]
-        spread.append(np.std(found, ddof=1) if len(found) > 1 else None)
-    more: dict[str, Any] = {
-        "spread": spread,
-        "× dense": [(row["tokens_per_second"] or math.nan) / dense for row in rows],
-    }
-    more["same tokens"] = [(row.get("same_tokens") or {}).get("perplexity") for row in rows]
-    more |= {f"{name}_MiB": harness.mib(rows, f"{name}_bytes") for name in ("cache", "peak")}
-    return harness.table(rows, COLUMNS, **more, note=harness.notes(rows))
+    samples = [[one for one in row.get("samples", ()) if one["tokens"]] for row in rows]
+    of_samples = [[math.exp(one["nll_sum"] / one["tokens"]) for one in some] for some in samples]
+    spread = [np.std(found, ddof=1) if len(found) > 1 else None for found in of_samples]
+    gain = [(row["tokens_per_second"] or math.nan) / dense for row in rows]
+    return harness.table(rows, COLUMNS, spread=spread, **{"× dense": gain})
 
 
 # --- command line ---

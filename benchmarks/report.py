@@ -514,7 +514,7 @@ def write(text: str, results: Results) -> str:
             return found[1] + number(results, found[3]) + found[5]
         if found[3] not in TABLES:
             raise BenchmarkError(f"unknown table {found[3]!r}: choose {', '.join(TABLES)}")
-        return f"{found[1]}\n{harness.table(TABLES[found[3]](results).dropna(axis=1, how='all'))}\n{found[5]}"
+        return f"{found[1]}\n{harness.table(TABLES[found[3]](results))}\n{found[5]}"
 
     return MARK.sub(fill, text)
 

@@ -300,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "throughput", loaded, args, argv, (args.what,), machine=machine, sampling=SAMPLING
         ) as result:
             measure(Bench(loaded.model, args, machine["copy_bytes_per_s"] / 1e3), result)
-            print(harness.table(result.rows, hidden=("reason", "warning")))
+            print(harness.table(result.rows))
 
 
 if __name__ == "__main__":
