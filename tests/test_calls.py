@@ -1,4 +1,4 @@
-"""`benchmarks.calls`: arms that take turns and what they say about each other, rows of any lengths, and long runs."""
+"""`benchmarks.calls`: arms that take turns and what they say about each other, and long runs."""
 
 import functools
 import itertools
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from benchmarks import calls, harness, models
 from benchmarks.arms import Arm
 from benchmarks.harness import BenchmarkError
-from sink_cache import cache_kwargs
+from sink_cache import SinkWindowCache, cache_kwargs
 
 from .families import tiny_model
 from .oracle import streamed_logits
@@ -48,13 +48,8 @@ def measured(folder: Path, *arguments: str) -> dict[str, Any]:
 def test_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = measured(tmp_path, "steps", *SMALL, "--contexts", "20", "50", "--call-tokens", "9", "--compile")
     found = [(row["arm"], row["compiled"], row["context"]) for row in result["rows"]]
-    eager = [("dense", False, 20), ("sink", False, 20)]
-    assert found == [
-        *eager,
-        ("static-at-capacity", True, 21),
-        *(("sink", True, n) for n in (20, 50)),
-        ("endless", True, 20),
-    ]
+    compiled = [("static-at-capacity", True, 21), ("sink", True, 20), ("sink", True, 50), ("endless", True, 20)]
+    assert found == [("dense", False, 20), ("sink", False, 20), *compiled]
     for row in result["rows"]:
         # Of 18 tokens, the first comes after the prompt, and 15 are warm-up.
         assert [len(turn) for turn in row["step_ms"]] == [2, 2]
@@ -147,26 +142,6 @@ def test_kernels_are_those_of_the_steps(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert sums["sink"] == pytest.approx(expected)
 
 
-# --- rows ---
-
-
-@pytest.mark.parametrize("arm", ["endless", "sink"])
-def test_rows(tmp_path: Path, arm: str) -> None:
-    result = measured(tmp_path, "rows", *CPU, "--arm", arm, "--batch", "4", "--new-tokens", "20", "--capacities", "64")
-    assert [row["rows"] for row in result["rows"]] == ["same", "differ", "half"]
-    for row in result["rows"]:
-        assert [len(turn) for turn in row["step_ms"]] == [20 - calls.WARM_UP_TOKENS] * 6
-        assert 0 < row["p5_ms"] <= row["median_ms"] <= row["p95_ms"]
-
-
-def test_lengths_are_what_their_names_say() -> None:
-    lengths = {kind: calls.prompt_lengths(kind, 8, 64, 40).tolist() for kind in calls.KINDS}
-    assert len(set(lengths["same"])) == 1
-    assert len(set(lengths["differ"])) == 8
-    assert min(lengths["same"] + lengths["differ"]) > 64
-    assert sum(length + 40 < 64 for length in lengths["half"]) == 4
-
-
 # --- long runs ---
 
 LONG = ["long", *CPU, "--capacities", "16"]
@@ -175,8 +150,6 @@ LONG = ["long", *CPU, "--capacities", "16"]
 def test_generate(tmp_path: Path) -> None:
     result = measured(tmp_path, *LONG, "--tokens", "250")
     assert [row["tokens"] for row in result["rows"]] == list(range(10, 251, 10))
-    assert set(result["slopes"]) == {"ms_per_token", "device_bytes", "host_bytes"}
-    assert result["slopes"]["device_bytes"] is None
 
 
 def test_each_pass_predicts_the_same_tokens(tmp_path: Path, model: PreTrainedModel) -> None:
@@ -190,33 +163,18 @@ def test_each_pass_predicts_the_same_tokens(tmp_path: Path, model: PreTrainedMod
     assert [row["perplexity"] for row in result["rows"]] == pytest.approx(losses.exp().tolist(), rel=1e-5)
     # Rebased after each 64 tokens, and what is left of a pass does not add up without end.
     assert max(row["next_position"] for row in result["rows"]) <= 16 + 12 + 2 * 64
-    assert result["rebases"]["count"] == 3
 
 
-def test_positions_count_up_to_the_last_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(calls, "LAST_TOKENS", 30)
-    monkeypatch.setattr(calls, "LAST_POSITION", 150)
-    model = tiny_model("gptj", n_positions=150, bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    monkeypatch.setattr(models, "chosen", lambda *_: [models.LoadedModel(model, None, "tiny")])
-    result = measured(tmp_path, *LONG, "--until-the-end", "--chunk-size", "10")
-    assert result["end"]["position"] == 150
-    assert "150 positions" in result["end"]["message"]
-    assert result["rebases"] is None
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_a_run_that_dies_keeps_what_it_has(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: type[BaseException]
-) -> None:
+def test_a_run_that_dies_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     note = calls.Notes.note
 
     def note_ten_times(notes: calls.Notes, **more: Any) -> None:
         if len(notes.result.rows) == 10:
-            raise error
+            raise MemoryError
         note(notes, **more)
 
     monkeypatch.setattr(calls.Notes, "note", note_ten_times)
-    with pytest.raises(error):
+    with pytest.raises(MemoryError):
         measured(tmp_path, *LONG, "--tokens", "250")
     result = harness.read_json(next(tmp_path.glob("*.json")))
     assert (result["interrupted"], len(result["rows"])) == (True, 10)
@@ -225,12 +183,12 @@ def test_a_run_that_dies_keeps_what_it_has(
 def test_what_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: PreTrainedModel) -> None:
     moments = itertools.count(0.0, 0.5)  # seconds at which the clock is looked at
     monkeypatch.setattr(harness.Clock, "now", lambda _: next(moments))
-    cache = calls.TimedCache(4, 12, harness.Clock(torch.device("cpu")))
+    cache = SinkWindowCache(4, 12)
     with torch.no_grad():
         model(torch.ones(1, 7, dtype=torch.long), **cache_kwargs(cache, model))
     args = calls.parse([*LONG, "--output", str(tmp_path)])
     result = harness.Result("longrun", models.LoadedModel(model, None, "tiny"), args, [])
-    notes = calls.Notes(cache, 10, harness.progress_bar(disable=True), result)
+    notes = calls.Notes(cache, harness.Clock(torch.device("cpu")), 10, result)
     for tokens in (4, 4, 4, 10):
         notes.took(tokens)
     assert [(row["tokens"], row["next_position"]) for row in result.rows] == [(12, 7), (22, 7)]
@@ -252,31 +210,15 @@ def test_a_slope_is_the_rise_over_the_run() -> None:
 
 def test_neighbours_that_are_alike_are_no_trend() -> None:
     # Values that wander from one to the next: a line through all of them would be much surer of its rise than it can be.
-    generator = np.random.default_rng(0)
-    beyond = 0
+    generator, beyond = np.random.default_rng(0), 0
     for _ in range(200):
         noise = generator.normal(size=100)
         for i in range(1, 100):
             noise[i] += 0.5 * noise[i - 1]
         fitted = calls.slope([{"tokens": i + 1, "ms": value} for i, value in enumerate(noise)], "ms")
         assert fitted is not None
-        beyond += (
-            abs(fitted["rise"]) > 2.31 * fitted["standard_error"]
-        )  # 5% of a t distribution with 8 degrees of freedom
+        beyond += abs(fitted["rise"]) > 2.31 * fitted["standard_error"]  # 5% of a t distribution, 8 degrees of freedom
     assert beyond / 200 <= 0.12
-
-
-def test_the_share_of_rebases() -> None:
-    rows = [{"tokens": 100 * i, "ms_per_token": 2.0, "rebases": 2 * i} for i in range(1, 11)]
-    times = [
-        1000.0,
-        1000.0,
-        *[4.0] * 18,
-        77.0,
-        77.0,
-    ]  # the first tenth is not counted, and the last came after the last row
-    assert calls.rebases(times, rows) == {"count": 20, "median_ms": 4.0, "ms_apart": 100.0, "share": 0.04}
-    assert calls.rebases([], [{**row, "rebases": 0} for row in rows]) is None
 
 
 # --- the command line ---
@@ -285,19 +227,16 @@ def test_the_share_of_rebases() -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["step"], "unknown kind of calls 'step'"),
+        (["step"], "what is to be measured comes first: steps, long, not 'step'"),
         (["steps", "--capacities", "40", "--new-tokens", "38"], "--new-tokens + --n-sink + 8 = 50, but one is 40"),
         (["steps", "--contexts", "9", "0"], "--contexts must be at least 1, but is 0"),
         (["steps", "--new-tokens", "9"], "--new-tokens must be at least 18, but is 9"),
         (["steps", "--profile", "--random-weights", "pythia-70m", "pythia-410m"], "--profile is for one shape"),
-        (["rows", "--batch", "0"], "--batch must be at least 1"),
-        (["rows", "--capacities", "300", "400"], "calls rows has one cache"),
-        (["long", "--passes", "2", "--until-the-end"], "different runs"),
+        (["long", "--capacities", "300", "400"], "calls long has one cache"),
         (["long", "--random-weights", "llama-tiny", "--passes", "2"], "means nothing"),
         (["long", "--tokens", "10"], "--tokens must be at least 250, but is 10"),
         (["long", "--text-file", "text"], "a text would change nothing"),
         (["long", "--chunk-size", "9"], "--chunk-size would change nothing"),
-        (["long", "--until-the-end", "--tokens", "9"], "--tokens would change nothing"),
         (["long", "--n-sink", "9", "--capacities", "9"], "capacity 9 leaves no window"),
     ],
 )
