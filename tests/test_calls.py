@@ -221,30 +221,6 @@ def test_neighbours_that_are_alike_are_no_trend() -> None:
     assert beyond / 200 <= 0.12
 
 
-# --- the command line ---
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["step"], "what is to be measured comes first: steps, long, not 'step'"),
-        (["steps", "--capacities", "40", "--new-tokens", "38"], "--new-tokens + --n-sink + 8 = 50, but one is 40"),
-        (["steps", "--contexts", "9", "0"], "--contexts must be at least 1, but is 0"),
-        (["steps", "--new-tokens", "9"], "--new-tokens must be at least 18, but is 9"),
-        (["steps", "--profile", "--random-weights", "pythia-70m", "pythia-410m"], "--profile is for one shape"),
-        (["long", "--capacities", "300", "400"], "calls long has one cache"),
-        (["long", "--random-weights", "llama-tiny", "--passes", "2"], "means nothing"),
-        (["long", "--tokens", "10"], "--tokens must be at least 250, but is 10"),
-        (["long", "--text-file", "text"], "a text would change nothing"),
-        (["long", "--chunk-size", "9"], "--chunk-size would change nothing"),
-        (["long", "--n-sink", "9", "--capacities", "9"], "capacity 9 leaves no window"),
-    ],
-)
-def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert harness.run(calls.main, arguments) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_a_text_that_is_too_short(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("short")
     with pytest.raises(BenchmarkError, match="text has 5 tokens, and --tokens asks for 200"):

@@ -1,8 +1,10 @@
 """What the harnesses share: devices, memory, statistics, result files, errors."""
 
 import argparse
+import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,19 +40,14 @@ def test_mps_is_chosen_and_synchronised(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(waits) == 2
 
 
-def test_peak_memory_is_that_of_the_allocator_and_swapping_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    peaks, swap = iter([100, 5100]), iter([0, 120 * harness.MIB])
+def test_peak_memory_is_that_of_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = iter([100, 5100])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: next(peaks))
-    monkeypatch.setattr(harness.psutil, "swap_memory", lambda: argparse.Namespace(used=next(swap)))
-    with harness.Memory(torch.device("cuda")) as memory:
-        pass
-    assert memory.bytes == 5000
-    assert "the machine swapped 120 MiB" in memory.warning
-    monkeypatch.undo()
-    with harness.Memory(torch.device("cpu")) as memory:
-        pass
-    assert memory.bytes is None
+    for device, expected in (("cuda", 5000), ("cpu", None)):
+        with harness.PeakMemory(torch.device(device)) as memory:
+            pass
+        assert memory.bytes == expected
 
 
 def test_cache_bytes() -> None:
@@ -161,13 +158,14 @@ def test_a_result_file_is_complete_or_not_there(tmp_path: Path) -> None:
     assert "[1.5, -2e-07]" in path.read_text()  # raw numbers on one line
 
 
-def test_ctrl_c_keeps_what_is_there(tmp_path: Path) -> None:
+def test_ctrl_c_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     loaded = models.random_model("llama-tiny", torch.float32, torch.device("meta"))
     loaded.model.to_empty(device="cpu")
     args = argparse.Namespace(module="ppl", output=tmp_path, name=None, text_file=str(tmp_path / "a.txt"))
-    result = harness.Result(
-        "ppl", loaded, args, ["--text-file", str(tmp_path / "a.txt")], ("a text",), data={"name": "a"}
-    )
+    argv = ["--text-file", str(tmp_path / "a.txt")]
+    swap = iter([0, 120 * harness.MIB])
+    monkeypatch.setattr(harness.psutil, "swap_memory", lambda: argparse.Namespace(used=next(swap)))
+    result = harness.Result("ppl", loaded, args, argv, ("a text",), data={"name": "a"})
     result.rows.append({"reason": ""})
     with pytest.raises(KeyboardInterrupt), result:
         raise KeyboardInterrupt
@@ -175,9 +173,8 @@ def test_ctrl_c_keeps_what_is_there(tmp_path: Path) -> None:
     assert (found["interrupted"], found["rows"], found["data"]) == (True, [{"reason": ""}], {"name": "a"})
     assert found["command"] == "python -m benchmarks.ppl --text-file a.txt"
     assert found["protocol"] == {"text_file": "a.txt"}
-    assert {"schema", "schema_version", "date", "versions", "device", "synchronization", "dtype", "threads"} <= set(
-        found
-    )
+    assert {"schema_version", "date", "versions", "device", "synchronization", "dtype", "threads"} <= set(found)
+    assert "the machine swapped 120 MiB" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", json.dumps({"schema": harness.SCHEMA, "schema_version": 0})])
@@ -189,38 +186,30 @@ def test_what_is_not_a_result_file_is_refused(content: str, tmp_path: Path) -> N
 
 
 def test_results_of_the_last_version_are_read(tmp_path: Path) -> None:
-    rows = [
-        {"method": "dense", "perplexity": None, "note": "why"},
-        {"arm": "static", "first_time": {"step_ms": [2.0], "again_step_ms": [1.0]}},
-    ]
-    old = {"schema": harness.SCHEMA, "schema_version": 1, "harness": "endless", "protocol": {"turn_tokens": 9}}
-    for row in rows:
-        (tmp_path / "old.json").write_text(json.dumps(old | {"rows": [{"arm": "dense"} | row]}))
+    dense = {"arm": "dense", "reason": "why"}
+    for kind, row, wanted in (
+        ("ppl", {"method": "dense", "perplexity": None, "note": "why"}, dense),
+        ("endless", {"arm": "static"}, {"arm": "static-at-capacity"}),
+        ("latency", {"arm": "dense", "first_time": {"step_ms": [2], "again_step_ms": [1]}}, {"first_time_ms": [2]}),
+        ("throughput", {"arm": "pool", "step_ms": 3.0}, {"what": "steady", "median_ms": 3.0, "reason": ""}),
+    ):
+        old = {"schema": harness.SCHEMA, "schema_version": 1, "harness": kind, "protocol": {"turn_tokens": 9}}
+        (tmp_path / "old.json").write_text(json.dumps(old | {"rows": [row], "gap": {"streams": 63}}))
         found = harness.read_json(tmp_path / "old.json")
-        assert (found["harness"], found["run"]) == ("calls", {"warm_up_tokens": 32, "turn_tokens": 9})
-        wanted = (
-            {"arm": "dense", "reason": "why"}
-            if "method" in row
-            else {"arm": "static-at-capacity", "first_time_ms": [2.0]}
-        )
+        assert found["run"] == {"warm_up_tokens": 32, "turn_tokens": 9}
         assert wanted.items() <= found["rows"][0].items()
+        assert found["rows"][1] == {"what": "gap", "arm": "pool", "reason": "", "streams": 63}
 
 
-@pytest.mark.parametrize(
-    "value, doubtful, shown",
-    [
-        (None, "", "–"),
-        (float("nan"), "", "–"),
-        (0.34812, "", "0.348"),
-        (26.502, "wide", "26.5 ?"),
-        (16384.2, "", "16,384"),
-        (4096, "", "4,096"),
-        ("text", "", "text"),
-        (False, "", "False"),
-    ],
-)
-def test_figures_have_three_digits(value: object, doubtful: str, shown: str) -> None:
-    assert harness.figure(value, doubtful) == shown
+def test_a_table() -> None:
+    shown = ("–", "0.348", "26.5", "16,384", "4,096", "text", "False")
+    assert [*map(harness.figure, (None, 0.34812, 26.502, 16384.2, 4096, "text", False))] == [*shown]
+    assert harness.figure(float("nan")) == "–"
+    assert harness.figure(26.502, "wide") == "26.5 ?"
+    rows = [{"arm": "a", "cache_bytes": 2**20, "step_ms": [1.0], "reason": ""}, {"arm": "b", "more": {"n": 3}}]
+    header, _, *lines = [line.split("|")[1:-1] for line in harness.table(rows).splitlines()]
+    assert [one.strip() for one in header] == ["arm", "cache, MiB", "more.n"]
+    assert [[one.strip() for one in line] for line in lines] == [["a", "1.00", "–"], ["b", "–", "3.00"]]
 
 
 @pytest.mark.parametrize(
@@ -242,3 +231,43 @@ def test_the_dtype_is_that_of_the_device(
     args = argparse.Namespace(output=tmp_path, device=device, dtype=None, sdpa_backend="auto")
     assert harness.set_up(args) == (torch.device(device), dtype)
     assert harness.set_up(argparse.Namespace(**vars(args) | {"dtype": "float16"}))[1] == torch.float16
+
+
+@pytest.mark.parametrize(
+    "command, complaint",
+    [
+        ("latency --arms sinks", "'sinks'"),
+        ("latency --capacities 4", "capacity 4 leaves no window"),
+        ("latency --contexts 1", "--contexts must be at least 2"),
+        ("latency --steps 64", "--steps must be at most 63"),
+        ("latency --n-sink -1", "--n-sink must be at least 0"),
+        ("latency --random-weights pythia-70m pythia-1b --profile", "--profile is for one shape"),
+        ("latency --random-weights pythia-70m pythia-1b --name one", "--name is for one result file"),
+        ("latency --profile --device cpu", "--profile is for CUDA, but --device is cpu"),
+        ("latency --no-compile --compile-static-at 32", "--no-compile leaves out"),
+        ("latency --model here --random-weights pythia-70m", "--model has trained weights"),
+        ("latency --gguf-file file", "--gguf-file is a file of --model"),
+        ("ppl --mode step --chunk-size 4", "--chunk-size is for --mode chunk"),
+        ("ppl --arms dense --recompute-tokens 9", "--recompute-tokens is for the arm recompute"),
+        ("ppl --max-tokens 0", "--max-tokens must be at least 1"),
+        ("calls step", "what is to be measured comes first: steps, long, not 'step'"),
+        ("calls steps --capacities 40 --new-tokens 38", "--new-tokens + --n-sink + 8 = 50, but one is 40"),
+        ("calls steps --new-tokens 9", "--new-tokens must be at least 18, but is 9"),
+        ("calls long --capacities 300 400", "calls long has one cache"),
+        ("calls long --random-weights llama-tiny --passes 2", "means nothing"),
+        ("calls long --tokens 10", "--tokens must be at least 1000, but is 10"),
+        ("calls long --text-file text", "a text would change nothing"),
+        ("calls long --chunk-size 9", "--chunk-size would change nothing"),
+        ("throughput gap --streams 1", "--streams must be at least 2"),
+        ("throughput steady --capacities 8 9", "one capacity"),
+        ("throughput rows --capacities 40 --new-tokens 38", "--new-tokens + --n-sink + 8 = 50"),
+        ("throughput gap --requests 9", "unrecognized arguments: --requests"),
+    ],
+)
+def test_options_that_mean_nothing_get_one_sentence(command: str, complaint: str, capsys: Any) -> None:
+    module, *argv = command.split()
+    assert harness.run(importlib.import_module(f"benchmarks.{module}").parse, argv) == 2
+    error = capsys.readouterr().err.strip()
+    assert complaint in error
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) == 1

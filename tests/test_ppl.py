@@ -317,12 +317,9 @@ def test_two_processes_give_the_numbers_of_one(folder: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "options, complaint",
     [
-        (["--capacities", "4"], "capacity 4 leaves no window"),
         (["--num-samples", "4"], "4 samples of 64 need 257"),
         (["--score-from", "65"], "--score-from 65 leaves nothing"),
-        (["--mode", "step", "--chunk-size", "4"], "--chunk-size is for --mode chunk"),
         (["--dataset", "one"], "are different texts"),
-        (["--arms", "dense", "--recompute-tokens", "9"], "--recompute-tokens is for the arm recompute"),
         (["--text-file", "{folder}/empty.txt"], "empty.txt is empty"),
         (["--text-file", "{folder}/one.txt"], "one.txt has 1 tokens"),
         (["--text-file", "{folder}/latin-1.txt"], "not UTF-8"),

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from benchmarks import all as whole_set
-from benchmarks import calls, harness, latency, ppl, report
+from benchmarks import calls, harness, latency, ppl, report, throughput
 from benchmarks.harness import BenchmarkError
 
 ROOT = Path(__file__).parents[1]
@@ -149,7 +149,7 @@ def test_the_latency_result_nearest_in_time_is_taken() -> None:
         assert one["last step"] == pytest.approx(4.0)
 
 
-def test_no_table_holds_eager_and_compiled_steps(results: report.Results) -> None:
+def test_no_table_holds_eager_and_compiled_steps() -> None:
     one = report.Results([])
     cells = [
         ("dense", None, 9.0, False),
@@ -173,6 +173,16 @@ def test_the_rows_of_the_study_are_complete(results: report.Results) -> None:
     assert list(report.study_runs(results)["capacity"]) == [256, 512, 1024, 2048, 4096]
     assert list(report.paper(results)["gain"])[-1] == "21.7×"
     assert len(report.study_quality(results)) >= 3
+
+
+def test_the_streams_that_were_measured_are_shown(results: report.Results) -> None:
+    # The files are of version 1, and say 7,588.8 and 644.9 tokens per second.
+    found = report.streams(results)
+    llama = found[(found["shape"] == "llama-3-8b") & (found["streams"] == 64)].set_index("arm")
+    assert llama.loc["pool", "tokens_per_second"] > 10 * llama.loc["generate", "tokens_per_second"]
+    pools = report.pools(results)
+    assert set(pools["what"]) == {"gap", "traffic"}
+    assert pools["share_of_ideal"].max() <= 1
 
 
 # --- the README, pictures, the page, the whole set ---
@@ -203,7 +213,7 @@ def test_pictures_and_the_page_need_nothing_but_result_files(tmp_path: Path, mon
     monkeypatch.setattr(plt, "close", lambda _: None)
     assert harness.run(report.main, ["--output", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()
-    assert {path.stem for path in tmp_path.glob("*.png")} >= {"hero", "quality", "regimes"}
+    assert {path.stem for path in tmp_path.glob("*.png")} >= {"hero", "quality", "regimes", "streams"}
     assert "the study" in page
     for axes in (axes for figure in drawn for axes in figure.axes):
         assert axes.get_title()
@@ -230,7 +240,7 @@ def test_the_commands_of_the_whole_set_are_understood_and_resumed(
     monkeypatch.setattr(whole_set.subprocess, "run", lambda command: (ran.append(command), done)[1])
     for part in "1234":
         whole_set.main(["--output", str(tmp_path), "--part", part])
-    modules = {"latency": latency, "ppl": ppl, "calls": calls}
+    modules = {"latency": latency, "ppl": ppl, "calls": calls, "throughput": throughput}
     for _, _, module, *argv in ran:
         modules[module.removeprefix("benchmarks.")].parse(argv)
     lines = [line.split() for line in whole_set.SET.strip().splitlines()]

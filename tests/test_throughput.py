@@ -54,19 +54,3 @@ def test_rows(tmp_path: Path) -> None:
     assert [len(set(lengths[kind])) for kind in ("same", "differ")] == [1, 8]
     assert min(lengths["same"] + lengths["differ"]) > 64
     assert sum(length + 40 < 64 for length in lengths["half"]) == 4
-
-
-@pytest.mark.parametrize(
-    "argument, says",
-    [
-        (["steady", "--streams", "0"], "at least 1"),
-        (["gap", "--streams", "1"], "at least 2"),
-        (["steady", "--capacities", "4"], "--n-sink"),
-        (["steady", "--capacities", "8", "9"], "one capacity"),
-        (["rows", "--capacities", "40", "--new-tokens", "38"], "--new-tokens [+] --n-sink [+] 8 = 50"),
-        (["gap", "--requests", "9"], "unrecognized arguments: --requests"),
-    ],
-)
-def test_bad_input(argument: list[str], says: str) -> None:
-    with pytest.raises(harness.BenchmarkError, match=says):
-        throughput.main([*argument, *SMALL])
