@@ -105,10 +105,8 @@ def contexts_of(arm: Arm, args: argparse.Namespace) -> list[int]:
 
 def steps(model: PreTrainedModel, args: argparse.Namespace, result: harness.Result) -> None:
     """Measure the steps of each arm, in turns, and whole calls of those that can go on."""
-    eager = choose([name for name in args.arms if name in ("dense", "sink")], args.capacities)
+    eager = choose([n for n in args.arms if n in ("dense", "sink") or not args.compile], args.capacities)
     compiled = choose([n for n in args.arms if n != "dense"], args.capacities, NAMES) if args.compile else []
-    if not args.compile:
-        eager += choose([n for n in args.arms if n in ("static-at-capacity", "endless")], args.capacities)
     calls = [(arm, context) for arm in (*eager, *compiled) for context in contexts_of(arm, args)]
     result.rows += [
         {"arm": arm.name, "compiled": arm.compiled, "context": context, "capacity": arm.capacity, "reason": ""}
@@ -156,9 +154,8 @@ def ratios(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     cells = {(row["arm"], row["compiled"], row["context"], row["capacity"]): row for row in rows}
     for (arm, compiled, context, capacity), row in cells.items():
         baseline = "static-at-capacity" if compiled else "dense"
-        base = next(
-            (r for (a, c, _, k), r in cells.items() if (a, c) == (baseline, compiled) and k in (None, capacity)), None
-        )
+        bases = {k: row for (a, is_compiled, _, k), row in cells.items() if (a, is_compiled) == (baseline, compiled)}
+        base = bases.get(capacity, bases.get(None))
         where = {"context": context, "capacity": capacity, "compiled": compiled}
         if base is not None and arm in ("sink", "endless"):
             above, below = (row, base) if compiled else (base, row)
@@ -256,9 +253,8 @@ def long(
 ) -> None:
     """Generate, or read a text again and again, with one cache."""
     clock, (capacity,) = harness.Clock(loaded.model.device), args.capacities
-    cache = Arm("sink", capacity, compiled=clock.device.type == "cuda" and text is None).make_cache(
-        loaded.model, args.n_sink
-    )
+    arm = Arm("sink", capacity, compiled=clock.device.type == "cuda" and text is None)
+    cache = arm.make_cache(loaded.model, args.n_sink)
     with torch.no_grad(), harness.garbage_collector_off():
         notes = Notes(cache, clock, math.inf if text else args.tokens // SAMPLES, result)
         if text is not None:

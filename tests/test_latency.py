@@ -7,6 +7,7 @@ and the arithmetic on times that are written out here.
 import functools
 import gc
 import json
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,20 +25,7 @@ from sink_cache import SinkWindowCache
 
 CPU = torch.device("cpu")
 TRAINED = 256
-QUICK = [
-    "--rounds",
-    "3",
-    "--steps",
-    "2",
-    "--min-seconds",
-    "0",
-    "--warm-up-seconds",
-    "0",
-    "--n-sink",
-    "4",
-    "--device",
-    "cpu",
-]
+QUICK = shlex.split("--rounds 3 --steps 2 --min-seconds 0 --warm-up-seconds 0 --n-sink 4 --device cpu")
 NO_BAR = harness.progress_bar(disable=True)
 
 
