@@ -11,12 +11,6 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from huggingface_hub.errors import (
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,16 +26,6 @@ from . import smollm2
 from .harness import BenchmarkError
 
 WIKITEXT = {"dataset": "Salesforce/wikitext", "dataset_config": "wikitext-103-raw-v1", "split": "test"}
-HUB_ERRORS: dict[Any, str] = {
-    RepositoryNotFoundError: "there is no such thing on the hub, or it is private",
-    (
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        ConnectionError,
-    ): "it is not in the local cache, and the hub cannot be "
-    "reached or --offline forbids it; name a folder with --model and a file with --text-file, or neither with --offline",
-    HFValidationError: "there is no such folder, and it cannot be an id on the hub",
-}
 # hidden size, layers, heads, and what is not as usual
 PYTHIA = {
     "pythia-70m": (512, 6, 8, {}),
@@ -164,17 +148,10 @@ def step_weight_bytes(model: PreTrainedModel) -> int:
     return everything - (0 if output.weight is embedding.weight else embedding.weight.nbytes)
 
 
-def hub_error(what: str, error: BaseException | None) -> BenchmarkError:
-    """Say in one sentence why something, such as "the model gpt2", could not be loaded from the hub, or from its folder."""
-    why, chain = " ".join(str(error).split())[:300] or type(error).__name__, list[BaseException]()
-    while error is not None:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    for kinds, reason in HUB_ERRORS.items():
-        if any(isinstance(one, kinds) for one in chain):
-            why = reason
-            break
-    return BenchmarkError(f"cannot load {what}: {why}")
+def hub_error(what: str, error: Exception) -> BenchmarkError:
+    """Say in one sentence that something, such as "the model gpt2", could not be loaded, and why, in the library's words."""
+    why = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+    return BenchmarkError(f"cannot load {what}: {why}; what is here can be named with --model and --text-file")
 
 
 # --- texts ---

@@ -18,7 +18,6 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -323,7 +322,7 @@ def test_two_processes_give_the_numbers_of_one(folder: Path, tmp_path: Path) -> 
         (["--text-file", "{folder}/empty.txt"], "empty.txt is empty"),
         (["--text-file", "{folder}/one.txt"], "one.txt has 1 tokens"),
         (["--text-file", "{folder}/latin-1.txt"], "not UTF-8"),
-        (["--model", "{folder}/none"], "there is no such folder"),
+        (["--model", "{folder}/none"], "cannot load the model"),
         (["--random-weights", "gpt-5"], "--model has trained weights"),
     ],
 )
@@ -339,7 +338,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(
 
 
 def no_connection(*_: Any, **__: Any) -> None:
-    raise OSError("We couldn't connect") from LocalEntryNotFoundError("no connection")
+    raise OSError("We couldn't\n connect")
 
 
 @pytest.mark.parametrize("what", ["model", "text"])
@@ -351,7 +350,7 @@ def test_a_hub_out_of_reach_is_said_so(
     text = ["--text-file", str(folder / "text.txt")] if what == "model" else []
     assert harness.run(ppl.main, [*SMALL, *text, "--output", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert all(said in error for said in ("the hub cannot be reached", "--offline", "--text-file"))
+    assert "We couldn't connect; what is here can be named with --model and --text-file" in error
 
 
 def test_what_cannot_be_measured_says_why_and_the_rest_is(
