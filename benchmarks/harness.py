@@ -214,6 +214,8 @@ def set_up(args: argparse.Namespace, index: int | None = None) -> tuple[torch.de
     """Return what `--device` and `--dtype` ask for; make the folder of `--output`, and do what `--sdpa-backend` says."""
     output_folder(args.output)
     device = choose_device(args.device, index)
+    if getattr(args, "profile", False) and device.type != "cuda":
+        raise BenchmarkError(f"--profile is for CUDA, but the device is {device.type}")
     fill_in(args, dtype="bfloat16" if device.type == "cuda" else "float32")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -449,11 +449,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     profile = "in the end, kernels at the largest context; CUDA, one shape"
     parser.add_argument("--profile", action="store_true", help=profile)
     args = parser.parse(argv)
-    off_cuda = args.profile and args.device in ("cpu", "mps")
     useless = args.compile is False and args.compile_static_at
     parser.refuse(
         {
-            f"--profile is for CUDA, but --device is {args.device}": off_cuda,
             "--compile-static-at names contexts of compiled steps, which --no-compile leaves out": useless,
             f"--steps must be at most {TURN_LIMIT}, but is {args.steps}: take more --rounds": args.steps > TURN_LIMIT,
         }

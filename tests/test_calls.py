@@ -135,6 +135,7 @@ def test_kernels_are_those_of_the_steps(monkeypatch: pytest.MonkeyPatch, tmp_pat
         }
 
     monkeypatch.setattr(harness, "kernel_times", kernel_times)
+    monkeypatch.setattr(harness, "set_up", lambda _: (torch.device("cpu"), torch.float32))  # not the refusal off CUDA
     result = measured(tmp_path, "steps", *SMALL, "--profile", "--contexts", "100", "--compile", "--call-tokens", "9")
     sums = {row["arm"]: row["kernel_ms"] for row in result["rows"] if row["compiled"]}
     assert list(sums) == ["static-at-capacity", "sink", "endless"]

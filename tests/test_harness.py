@@ -232,7 +232,6 @@ def test_the_dtype_is_that_of_the_device(
         ("latency --n-sink -1", "--n-sink must be at least 0"),
         ("latency --random-weights pythia-70m pythia-1b --profile", "--profile is for one shape"),
         ("latency --random-weights pythia-70m pythia-1b --name one", "--name is for one result file"),
-        ("latency --profile --device cpu", "--profile is for CUDA, but --device is cpu"),
         ("latency --no-compile --compile-static-at 32", "--no-compile leaves out"),
         ("latency --model here --random-weights pythia-70m", "--model has trained weights"),
         ("latency --gguf-file file", "--gguf-file is a file of --model"),

@@ -466,6 +466,7 @@ def test_what_is_not_measured_says_why_and_the_rest_is(tmp_path: Path, capsys: p
     "options, complaint",
     [
         (["--device", "tpu"], "unknown device 'tpu'"),
+        (["--profile"], "--profile is for CUDA, but the device is cpu"),
         (["--attn-implementation", "fast"], "--attn-implementation fast: "),
         (["--random-weights", "tiny", "gpt-5"], "unknown shape 'gpt-5'"),
         (["--output", "{file}"], "cannot make the folder"),
