@@ -44,6 +44,7 @@ SET = """
 3  25 study-1000 ppl WIKI STUDY --max-tokens 1000 --num-samples 3 --batch-size 3
 3  40 study-2000 ppl WIKI STUDY --max-tokens 2000 --num-samples 10 --batch-size 10
 3 110 throughput-llama-3-8b throughput steady --random-weights llama-3-8b --prefill-chunk-size 1024
+3  40 read-llama-3-8b throughput read --random-weights llama-3-8b
 3  60 rows-llama-3-8b throughput rows --random-weights llama-3-8b
 3  80 study-5000 ppl WIKI STUDY --max-tokens 5000 --num-samples 1
 4 600 cpu-steps-70m latency --device cpu EAGER --rounds 24 ALL

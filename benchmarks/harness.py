@@ -112,7 +112,7 @@ class Parser(argparse.ArgumentParser):
         """Add options for numbers: their defaults and help; whole ones must be at least 1, others at least 0."""
         for name, (default, says) in options.items():
             kind = float if isinstance(default, float) else int
-            several = {"nargs": "+", "metavar": "N"} if name in ("contexts", "streams") else {}
+            several = {"nargs": "+", "metavar": "N"} if isinstance(default, list) or name == "contexts" else {}
             shown = says if default is None else f"{says} (%(default)s)"
             self.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=shown, **several)
             self.least[name] = 0 if kind is float else 1
@@ -586,8 +586,7 @@ def of_version_1(result: dict[str, Any]) -> dict[str, Any]:
         if first := row.pop("first_time", None):
             row |= {"first_time_ms": first["step_ms"], "again_ms": first["again_step_ms"]}
         if result["harness"] == "throughput":
-            row |= {"what": "steady", "median_ms": row.pop("step_ms"), "p99_ms": row.pop("step_p99_ms", None)}
-            row["reason"] = row.get("reason", "")
+            row |= {"what": "steady", "reason": row.get("reason", "")}
     for what in ("gap", "traffic", "soak"):
         if what in result:
             result["rows"].append({"what": what, "arm": "pool", "reason": ""} | result.pop(what))

@@ -220,7 +220,7 @@ def long_runs(results: Results) -> pd.DataFrame:
 def streams(results: Results) -> pd.DataFrame:
     """Return tokens per second of many streams at once."""
     rows = pick(results.frame("throughput"), what="steady")
-    wanted = ["shape", "arm", "streams", "tokens_per_second", "median_ms", "p99_ms", "floor_ms"]
+    wanted = ["shape", "arm", "streams", "tokens_per_second", "step_ms", "step_p99_ms", "floor_ms"]
     found = rows.reindex(columns=[*wanted, "time_to_first_token_ms"])
     return found.assign(**{"cache MiB": rows["cache_bytes"].astype(float) / MIB})
 
@@ -228,11 +228,17 @@ def streams(results: Results) -> pd.DataFrame:
 def pools(results: Results) -> pd.DataFrame:
     """Return what one pool does while a long text is read (`gap`), and with requests that come at random (`traffic`)."""
     rows = results.frame("throughput")
-    rows = rows[~rows["what"].isin(["steady", "rows"])]
+    rows = rows[~rows["what"].isin(["steady", "rows", "read"])]
     flat = pd.json_normalize(rows.to_dict("records"))
     columns = ["shape", "what", "streams", "step_ms_before.median", "step_ms_while.median", "step_ms_while.max"]
     columns += ["requests", "share_of_ideal", "time_to_first_token_s.p50", "time_to_first_token_s.p95"]
     return flat.reindex(columns=[*columns, "steps", "checked", "the_same_alone"])
+
+
+def reading(results: Results) -> pd.DataFrame:
+    """Return how fast `stream` reads."""
+    rows = pick(results.frame("throughput"), what="read")
+    return rows.reindex(columns=["shape", "streams", "capacity", "chunk_size", "tokens_per_second"])
 
 
 def batches(results: Results) -> pd.DataFrame:
@@ -347,6 +353,7 @@ TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
     "long runs": long_runs,
     "streams": streams,
     "pools": pools,
+    "reading": reading,
     "rows": batches,
 }
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from sink_cache import Stream, StreamPool, endless
+from sink_cache import SinkWindowCache, Stream, StreamPool, endless, stream
 
 from . import harness, models
 from .arms import Arm, reason_for
@@ -32,12 +32,15 @@ OPTIONS = {
     "requests": (256, "of all together"),
     "scale": (1.0, "of the lengths of prompts and answers"),
     "soak_steps": (20000, "of the pool"),
+    "text_tokens": (65536, "of each text"),
+    "chunk_sizes": ([1020, 4096, 8192], "tokens per forward"),
 }
 MODES = {  # what is measured, and its own options
     "steady": ("texts that begin at once and run without an end", ["prompt_tokens", "new_tokens", "others_new_tokens"]),
     "rows": ("steps in endless of batches whose rows have read different numbers of tokens", ["new_tokens", "rounds"]),
     "gap": ("steps of the others while a long text is read", ["prompt_tokens", "long_prompt"]),
     "traffic": ("requests that come at random", ["prompt_tokens", "requests", "scale"]),
+    "read": ("tokens per second of stream()", ["text_tokens", "chunk_sizes"]),
     "soak": ("streams that join and leave: what grows, and whether each gets its own tokens", ["soak_steps"]),
 }
 KINDS = ("same", "differ", "half")  # of rows
@@ -88,13 +91,15 @@ class Bench:
         within = [np.diff([moment for moment in times if begin <= moment <= end]) for times in moments]
         steps = 1e3 * np.concatenate(within)
         first = np.median([times[0] - start for times in moments])
-        found = {"median_ms": float(np.median(steps)), "p99_ms": float(np.percentile(steps, 99))} if len(steps) else {}
+        found = (
+            {"step_ms": float(np.median(steps)), "step_p99_ms": float(np.percentile(steps, 99))} if len(steps) else {}
+        )
         return found | {
             "tokens_per_second": len(steps) / (end - begin) if len(steps) else None,
             "time_to_first_token_ms": 1e3 * float(first),
             "cache_bytes": cache_bytes,
             "floor_ms": (models.step_weight_bytes(self.model) + (cache_bytes or 0)) / self.bytes_per_ms,
-            "step_ms": (1e3 * within[-1]).round(4).tolist(),  # of the last stream
+            "raw_step_ms": (1e3 * within[-1]).round(4).tolist(),  # of the last stream
         }
 
     def _pool(self, streams: int) -> tuple[float, list[Moments], int]:
@@ -144,6 +149,22 @@ class Bench:
                 if turn:
                     noted.add_to(row)
         summarize(found)
+        return found
+
+    def read(self, batch: int) -> list[dict[str, Any]]:
+        """Return how fast `stream` reads texts, by the number of tokens in a forward."""
+        found = []
+        for size in self.args.chunk_sizes:
+            for tokens in (2 * size, self.args.text_tokens):  # the first to warm up
+                ids = torch.tensor([self.text(tokens) for _ in range(batch)], device=self.model.device)
+                cache = SinkWindowCache(self.args.n_sink, self.capacity - self.args.n_sink)
+                harness.synchronize(self.model.device)
+                start = time.perf_counter()
+                for _ in stream(self.model, ids, cache, chunk_size=size):
+                    pass
+                harness.synchronize(self.model.device)
+                seconds = time.perf_counter() - start
+            found.append({"chunk_size": size, "seconds": seconds, "tokens_per_second": batch * tokens / seconds})
         return found
 
     # --- what one pool does ---
@@ -251,7 +272,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line: what is measured comes first."""
     what, rest = harness.kind_of(argv, __doc__, {name: says for name, (says, _) in MODES.items()})
     parser = harness.Parser(f"throughput {what}", MODES[what][0])
-    parser.numbers(**{name: OPTIONS[name] for name in ("streams", "prefill_chunk_size", *MODES[what][1])})
+    options = OPTIONS | ({"streams": ([1], "texts at once")} if what == "read" else {})
+    shared = ("streams",) if what == "read" else ("streams", "prefill_chunk_size")
+    parser.numbers(**{name: options[name] for name in (*shared, *MODES[what][1])})
     parser.least |= {"gap": {"streams": 2}, "rows": {"new_tokens": WARM_UP_TOKENS + 2}}.get(what, {})
     parser.add_argument("--seed", type=int, default=0, help="of texts (%(default)s)")
     if what == "steady":
@@ -273,7 +296,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def measure(bench: Bench, result: harness.Result) -> None:
     """Measure what was asked for; of an arm that cannot run, the reason is noted."""
     what, capacity = bench.args.what, bench.capacity
-    arms = bench.args.arms if what == "steady" else ["endless" if what == "rows" else "pool"]
+    arms = bench.args.arms if what == "steady" else [{"rows": "endless", "read": "stream"}.get(what, "pool")]
     for streams, arm in itertools.product(bench.args.streams, arms):
         if bench.model.device.type == "cuda":
             torch.cuda.empty_cache()
