@@ -25,10 +25,10 @@ SHORT = {
 # Part, estimated seconds on an H200, name of the result file, command. Whole runs and the steps beside them come together.
 # Part 4 is the CPU's, and is run only when it is asked for.
 SET = """
-1  35 steps-study-70m latency --random-weights pythia-70m EAGER FAST --contexts 256 512 1024 8192 ALL
-1  65 run-70m ppl --random-weights pythia-70m RUN --max-tokens 768 --capacities 256
-1  25 steps-short-410m latency --random-weights pythia-410m EAGER FAST --contexts 128 256 512 --capacities 128
-1  45 run-410m ppl --random-weights pythia-410m RUN --max-tokens 384 --capacities 128
+1  80 steps-study-70m latency --random-weights pythia-70m EAGER FAST --contexts 256 512 1024 8192 ALL
+1  90 run-70m ppl --random-weights pythia-70m RUN --max-tokens 768 --capacities 256
+1  45 steps-short-410m latency --random-weights pythia-410m EAGER FAST --contexts 128 256 512 --capacities 128
+1  75 run-410m ppl --random-weights pythia-410m RUN --max-tokens 384 --capacities 128
 1  30 steps-short-6.9b latency --random-weights pythia-6.9b EAGER FAST --contexts 128 256 512 --capacities 128
 1  45 run-6.9b ppl --random-weights pythia-6.9b RUN --num-samples 1 --max-tokens 384 --capacities 128
 1  30 steps-70m latency --random-weights pythia-70m FAST --contexts 4096 32768 --profile

@@ -452,7 +452,10 @@ def price_of_new_lengths(results: Results, axes: Axes) -> str:
 
 def by_streams(results: Results, axes: Axes) -> str:
     """Draw tokens per second of many streams, and what reading weights and cache once a step allows the pool."""
-    rows = pick(results.frame("throughput"), what="steady").dropna(subset=["tokens_per_second"])
+    rows = pick(results.frame("throughput"), what="steady").reindex(
+        columns=["shape", "arm", "streams", "tokens_per_second", "floor_ms"]
+    )
+    rows = rows.dropna(subset=["tokens_per_second"])
     rows = rows[rows["shape"] == rows["shape"].iloc[-1]].sort_values("streams") if len(rows) else rows
     pool = pick(rows, arm="pool")
     for arm in rows["arm"].unique():

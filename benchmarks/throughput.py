@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from sink_cache import SinkWindowCache, Stream, StreamPool, endless, stream
+import sink_cache
+from sink_cache import SinkWindowCache, Stream, StreamPool, endless
 
 from . import harness, models
 from .arms import Arm, reason_for
@@ -160,7 +161,7 @@ class Bench:
                 cache = SinkWindowCache(self.args.n_sink, self.capacity - self.args.n_sink)
                 harness.synchronize(self.model.device)
                 start = time.perf_counter()
-                for _ in stream(self.model, ids, cache, chunk_size=size):
+                for _ in sink_cache.stream(self.model, ids, cache, chunk_size=size):
                     pass
                 harness.synchronize(self.model.device)
                 seconds = time.perf_counter() - start
