@@ -1,7 +1,7 @@
 """The rows of a pool on their device: one step for all of them, and the choice of their next tokens.
 
-On CUDA both are captured in graphs. Texts are read on a CUDA stream of their own meanwhile: a step waits for memory, and reading for
-arithmetic.
+On CUDA both are captured in graphs. Meanwhile texts are read on a CUDA stream of their own: a step waits for memory, and reading
+for arithmetic.
 """
 
 from __future__ import annotations

@@ -435,7 +435,7 @@ _WARPERS = {
 }
 
 
-def warper_options(processors: Sequence[Any]) -> dict[str, float] | str:
+def warper_options(processors: Sequence[Any]) -> dict[str, Any] | str:
     """The numbers by which these processors change logits, by the name of the option; or what else is among them."""
     order = list(_WARPERS)
     known = [order.index(type(one)) if type(one) in _WARPERS else -1 for one in processors]

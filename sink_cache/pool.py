@@ -1,15 +1,16 @@
 """Many streams at once, in one batch whose rows come and go.
 
-A bounded cache is the one cache for which the memory of a conversation is known in advance. So one cache with a fixed number of rows,
-stepped by one graph that is captured once, serves any number of streams, for ever. A stream that joins is read by a cache with
-one row, piece by piece between the steps of the others, and is then copied into a row of the batch. A stream that waits for its
-next turn keeps its row until another stream needs it, and is then parked outside of the batch.
+Only a bounded cache needs an amount of memory for a conversation that is known in advance. So one cache with a fixed number of
+rows, stepped by one graph that is captured once, serves any number of streams, for ever. A stream that joins is read into a cache
+with one row, piece by piece between the steps of the others. Then it is copied into a row of the batch. A stream that waits for
+its next turn keeps its row until another stream needs it. Then it is parked outside of the batch.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
+import math
 import signal
 import threading
 from collections import deque
@@ -24,8 +25,7 @@ from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 from .batch import Batch, Reader
 from .cache import SinkWindowCache
 from .internals import takes_logits_to_keep, text_model, virtual_tokens
-from .layers import RingLayer
-from .rows import Row
+from .rows import Row, is_ring_alone
 from .sampling import Draws
 from .turns import TurnOptions, turn_options
 
@@ -126,21 +126,25 @@ class StreamPool:
         model (`PreTrainedModel`): a causal language model with `attn_implementation` "sdpa" or "eager".
         n_sink, window (`int`): of each stream's cache, see `SinkWindowCache`.
         max_streams (`int`): rows of the batch, so many streams run at once. Further ones wait in a queue.
-        prefill_chunk_size (`int`): prompts are read in pieces of so many tokens, and at most one piece between two steps. Smaller
-            pieces make the running streams wait for less long, larger ones are read faster. As in `generate()`, the later tokens of
-            a piece see more than the cache holds.
+        prefill_chunk_size (`int`): prompts are read in pieces of so many tokens, at most one piece between two steps. With
+            smaller pieces the running streams wait less, with larger ones prompts are read faster. As in `generate()`, the later
+            tokens of a piece see more than the cache holds.
         keep_tokens (`int`, *optional*): how many of a text's last tokens a repetition penalty sees, and `Stream.tokens` keeps
             if a turn has no end; by default the cache's capacity.
         park_to (`str`, *optional*): a folder for the rows of idle streams that must leave the batch; host memory by default.
         compile_config (`CompileConfig`, *optional*): as for `generate()`.
 
-    The options of a stream are those of `generate()` with `custom_generate=endless`: greedy decoding or sampling, with
-    `temperature`, `top_k`, `top_p`, `min_p` and `repetition_penalty`, and `max_new_tokens`, `max_length` and `eos_token_id`. Others
-    are refused. A stream draws from its own seed, so it gets the same tokens whatever else runs.
+    The options of a stream are those of `generate()` with `custom_generate=endless`: greedy decoding or sampling with
+    `temperature`, `top_k`, `top_p` and `min_p`, `repetition_penalty`, `max_new_tokens`, `max_length` (in later turns it counts
+    the tokens of the turn) and `eos_token_id`. Others are refused. A stream draws from its own seed, so it gets the same tokens
+    whatever else runs.
 
-    Threads: `add`, `Stream.send`, `Stream.stop` and `Stream.close` may be called from any thread, and wait for no step of the model.
-    Steps (iteration, or `step`) belong to one thread at a time. An interrupt (Ctrl-C) waits for the end of the step, so that no
-    token is lost: the tokens that were not yet handed out come first in the next iteration.
+    Threads: `add`, `Stream.send`, `Stream.stop` and `Stream.close` may be called from any thread, and wait for no step of the
+    model. Steps (iteration, or `step`) belong to one thread at a time. The device works on the next step while the caller has the
+    tokens of the last one.
+
+    An interrupt (Ctrl-C) waits for the end of the step, so that no token is lost. Tokens that were not handed out yet come first
+    in the next iteration.
 
     Raises:
         TypeError, ValueError: for arguments of the wrong type or size.
@@ -209,11 +213,19 @@ class StreamPool:
                 f"StreamPool feeds the tokens of texts, and would leave out the virtual tokens of {method}"
             )
         self._cache.prepare_for(model)
-        if theirs := [type(layer).__name__ for layer in self._cache.layers if not isinstance(layer, RingLayer)]:
+        if theirs := [type(layer).__name__ for layer in self._cache.layers if not is_ring_alone(layer)]:
             raise NotImplementedError(
                 f"StreamPool needs a model whose layers are all attention, and this {type(text_model(model)).__name__} has a "
                 f"{theirs[0]}. Use generate() with custom_generate=endless, one text at a time."
             )
+        for layer in self._cache.layers:
+            most = max(1, (layer.sliding_window or math.inf) - self.capacity + 1)
+            if self.prefill_chunk_size > most:
+                raise ValueError(
+                    f"prefill_chunk_size must be at most {most} for this model with n_sink={self.n_sink} and "
+                    f"window={self.window}, but is {self.prefill_chunk_size}: the model's own masks end after sliding_window = "
+                    f"{layer.sliding_window} tokens."
+                )
 
     # --- what users see ---
 
@@ -315,7 +327,7 @@ class StreamPool:
         room = self._cache.max_position - self._cache.rebase_step - self.capacity
         if len(new) >= room:
             raise ValueError(
-                f"{len(new):,} tokens at once are more than the {room:,} that this model has positions for. Send them in several turns."
+                f"{len(new):,} tokens at once are too many: this model has positions for {room:,}. Send them in several turns."
             )
         return new
 
@@ -525,14 +537,15 @@ def _interrupted_afterwards(delays: bool) -> Iterator[None]:
     Args:
         delays (`bool`): not while a graph is compiled, which takes long.
     """
-    if not delays or threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    if not delays or before is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    waiting: list[Any] = []
-    before = signal.signal(signal.SIGINT, lambda *args: waiting.append(args))
+    waiting: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: waiting.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if waiting and callable(before):
-            before(*waiting[0])
+        if waiting:
+            signal.raise_signal(signal.SIGINT)

@@ -7,12 +7,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from .cache import SinkWindowCache
-from .layers import StaticSinkWindowLayer
+from .internals import LinearAttentionCacheLayerMixin
+from .layers import RingLayer, StaticSinkWindowLayer
 from .state import DeviceStreamState, alike
 
 
@@ -112,6 +114,11 @@ def put_row(row: Row, cache: SinkWindowCache, index: int) -> None:
     cache.fed_text = None
 
 
+def is_ring_alone(layer: Any) -> bool:
+    """Whether a cache layer is a ring, and has no recurrent state beside it, which could not be copied row by row."""
+    return isinstance(layer, RingLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
 def pause_rows(cache: SinkWindowCache, running: torch.Tensor) -> None:
     """After a step of a compileable cache: takes it back in rows that do not run. What these were fed is overwritten later.
 
@@ -146,7 +153,7 @@ def _check(source: SinkWindowCache, target: SinkWindowCache) -> None:
         cache._checks.refuse_interrupted()
         if cache._state.recording:
             raise NotImplementedError("rows cannot be copied while a cache records for assisted decoding")
-        if len(cache._rings) < len(cache.layers):
+        if not all(map(is_ring_alone, cache.layers)):
             raise NotImplementedError(
                 "rows cannot be copied in models with layers other than full attention, unless compileable=True makes rings of "
                 "their sliding layers"

@@ -94,8 +94,8 @@ def choose(
         options (`torch.Tensor`): float32 `[rows, 6]`, see `SamplingOptions.numbers`.
         recent (`torch.Tensor`): int64 `[rows, tokens]`, for which there is a repetition penalty.
         draws (`torch.Tensor`): int64 `[rows, 1]`, random numbers below `2**31`.
-        compiled (`bool`): in kernels that the compiler makes. Sorting is replaced by a search then, as it would take longer on a GPU
-            than all else that a step does.
+        compiled (`bool`): in kernels that the compiler makes, with a search instead of sorting. On a GPU, sorting would take
+            longer than all else that a step does.
 
     Returns:
         `torch.Tensor`: int64 `[rows, 1]`.
@@ -146,8 +146,8 @@ def limit_by_search(
 ) -> torch.Tensor:
     """The same as `limit_by_sorting`.
 
-    Weights are between 0 and 1, so their bits, read as integers, are in the order of their sizes. Each pass over the weights finds
-    some bits of the limit.
+    Weights are between 0 and 1, so their bits, read as integers, are in the order of their sizes. Each pass over the weights
+    finds some bits of the limit.
     """
     kth = _largest(weights, top_k, run(_narrow_to_number))
     kept, goal = run(_keep)(weights, kth, top_p)
@@ -205,4 +205,5 @@ def pick(weights: torch.Tensor, least: torch.Tensor, draws: torch.Tensor) -> tor
     tokens = tiles.gather(1, tile[..., None].expand(-1, -1, _TILE))[:, 0]
     before = ends.gather(1, tile) - tokens.sum(dim=1, keepdim=True)
     place = (tokens.cumsum(dim=1) + before <= target).sum(dim=1, keepdim=True)
-    return tile * _TILE + place
+    found: torch.Tensor = tile * _TILE + place
+    return found

@@ -82,8 +82,8 @@ def turn_options(
         warpers = warper_options(logits_processor)
         if isinstance(warpers, str):
             raise NotImplementedError(
-                f"a StreamPool has temperature, top_k, top_p, min_p and repetition_penalty, and no {warpers}. Leave this option out, "
-                "or use generate() with custom_generate=endless."
+                f"a StreamPool has temperature, top_k, top_p, min_p and repetition_penalty, and no {warpers}. Leave this option "
+                "out, or use generate() with custom_generate=endless."
             )
         new_tokens = -1
         if has_end and generation_config.max_new_tokens is not None:
@@ -94,7 +94,7 @@ def turn_options(
                 raise ValueError(
                     f"max_length={generation_config.max_length} leaves no token to generate after {length}"
                 )
-        sampling = SamplingOptions(do_sample=bool(generation_config.do_sample), **warpers)
+        sampling = SamplingOptions(bool(generation_config.do_sample), **warpers)
         found.append(TurnOptions(sampling, eos_tokens_of(stopping_criteria), new_tokens))
         return input_ids
 

@@ -521,10 +521,27 @@ def test_pools_that_cannot_be(model: PreTrainedModel, arguments: dict[str, Any],
         StreamPool(model, **{"n_sink": 2, "window": 6, "max_streams": 2, **arguments})
 
 
-@pytest.mark.parametrize("model_type, says", [("gpt2", "does not support model type"), ("qwen3_next", "all attention")])
+@pytest.mark.parametrize(
+    "model_type, says",
+    [
+        ("gpt2", "does not support model type"),
+        ("qwen3_next", "all attention"),
+        ("falcon_h1", "all attention"),  # a recurrent state beside the ring of the same layer
+    ],
+)
 def test_models_that_cannot_be(model_type: str, says: str) -> None:
     with pytest.raises(NotImplementedError, match=says):
         StreamPool(tiny_model(model_type), n_sink=2, window=6, max_streams=2)
+
+
+def test_pieces_that_are_too_long_for_the_masks_of_the_model() -> None:
+    model = tiny_model("mistral")  # sliding_window = 8
+    with pytest.raises(ValueError, match="prefill_chunk_size must be at most 3"):
+        StreamPool(model, n_sink=2, window=4, max_streams=2, prefill_chunk_size=4)
+    pool = StreamPool(model, n_sink=2, window=4, max_streams=2, prefill_chunk_size=3)
+    stream = pool.add(text(17), max_new_tokens=9, do_sample=False)
+    run(pool)
+    assert stream.tokens == Alone(model, 2, 4, 3).turn(text(17), max_new_tokens=9)
 
 
 def test_closed_streams(model: PreTrainedModel) -> None:

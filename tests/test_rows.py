@@ -226,6 +226,11 @@ def test_rows_that_cannot_be_copied(llama: PreTrainedModel) -> None:
         one_by_one(tiny_model("gemma3_text"), tokens(4, 2), one)
     with pytest.raises(NotImplementedError, match="other than full attention"):
         copy_row(sliding[0], 0, sliding[1], 0)
+    recurrent = [SinkWindowCache(2, 6), SinkWindowCache(2, 6)]
+    for one in recurrent:
+        one_by_one(tiny_model("falcon_h1"), tokens(4, 2), one)
+    with pytest.raises(NotImplementedError, match="other than full attention"):
+        copy_row(recurrent[0], 0, recurrent[1], 0)  # which would leave the states beside the rings behind
     other.activate_past_recording()
     with pytest.raises(NotImplementedError, match="while a cache records"):
         copy_row(cache, 0, other, 0)

@@ -1,5 +1,7 @@
 """Sampling of many rows: the sets and chances that transformers' processors give, and draws that are exact."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
