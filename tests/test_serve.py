@@ -1,6 +1,7 @@
 """The server, with the official client: each conversation gets what it gets alone, whatever the others do."""
 
 import copy
+import json
 import signal
 import socket
 import subprocess
@@ -22,7 +23,8 @@ openai = pytest.importorskip("openai", reason="the official client comes with '.
 uvicorn = pytest.importorskip("uvicorn", reason="pip install -e '.[serve]'")
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 
-from examples.serve.app import create_app  # noqa: E402
+from examples.serve.app import Server, create_app  # noqa: E402
+from examples.serve.conversations import home  # noqa: E402
 from examples.serve.protocol import StopStrings  # noqa: E402
 
 from .families import VOCAB  # noqa: E402
@@ -65,22 +67,11 @@ def talker(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return talker
 
 
-class Server:
-    """A server in a thread, and what a client needs to talk with it."""
+class Client:
+    """What talks with a server."""
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
-        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-        self._thread = threading.Thread(target=self._server.run)
-        self._thread.start()
-        while not self._server.started:
-            time.sleep(0.01)
-        self.port = self._server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def stop(self) -> None:
-        self._server.should_exit = True
-        self._thread.join()
+    def __init__(self, url: str) -> None:
+        self.url = url
 
     def client(self, key: str = "none") -> Any:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
@@ -105,7 +96,7 @@ class Server:
         return answer.choices[0].message.content, answer.choices[0].finish_reason, answer.usage
 
     def metrics(self) -> dict[tuple[str, str], float]:
-        """By their names and the value of their label."""
+        """By their names and the values of their labels."""
         found = {}
         for family in text_string_to_metric_families(httpx.get(f"{self.url}/metrics").text):
             for sample in family.samples:
@@ -117,16 +108,22 @@ class Server:
 
 
 @contextmanager
-def serving(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, **options: Any) -> Iterator[Server]:
-    server = Server(create_app(model, tokenizer, "tiny", **{**SIZES, **options}))
+def serving(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, **options: Any) -> Iterator[Client]:
+    """A server in a thread, as long as the block lasts."""
+    app = create_app(model, tokenizer, "tiny", **{**SIZES, **options})
+    server = Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run)
+    thread.start()
     try:
-        yield server
+        until(lambda: server.started)
+        yield Client(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}")
     finally:
-        server.stop()
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.fixture
-def server(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Iterator[Server]:
+def server(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Iterator[Client]:
     with serving(model, tokenizer) as server:
         yield server
 
@@ -167,7 +164,7 @@ class Expected:
 
 
 def test_many_at_once_get_what_they_get_alone(
-    server: Server, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+    server: Client, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     # More conversations than rows, streamed and whole, longer than the cache and than the model's context.
     turns, clients = 8, 9
@@ -205,7 +202,7 @@ def test_many_at_once_get_what_they_get_alone(
     assert server.streams() == {"active": 0, "queued": 0, "idle": clients, "parked": clients - ROWS}
 
 
-def test_texts_that_are_known_edited_and_new(server: Server, model: LlamaForCausalLM) -> None:
+def test_texts_that_are_known_edited_and_new(server: Client, model: LlamaForCausalLM) -> None:
     # What the model is given tells what was read again: texts are read by themselves, and steps have all rows.
     read: list[int] = []
 
@@ -258,7 +255,7 @@ def test_dropped_conversations_are_read_again(model: LlamaForCausalLM, tokenizer
     assert (text, reason) == expected.turn(messages[-1], 6)
 
 
-def test_seeds(server: Server) -> None:
+def test_seeds(server: Client) -> None:
     def ask(seed: int | None, **options: Any) -> str:
         text: str = server.whole([user(30, 31)], temperature=1.5, max_tokens=12, seed=seed, **options)[0]
         return text
@@ -347,7 +344,7 @@ def test_a_full_queue_refuses(talker: LlamaForCausalLM, tokenizer: PreTrainedTok
 
 
 @pytest.fixture(scope="module")
-def shared(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Iterator[Server]:
+def shared(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Iterator[Client]:
     """For requests that leave nothing behind."""
     with serving(model, tokenizer) as server:
         yield server
@@ -384,7 +381,7 @@ def shared(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Itera
         ({"nonsense": 1}, 400, None, "nonsense=1"),
     ],
 )
-def test_bad_requests(shared: Server, body: dict[str, Any], status: int, param: str | None, says: str) -> None:
+def test_bad_requests(shared: Client, body: dict[str, Any], status: int, param: str | None, says: str) -> None:
     request = {"model": "tiny", "messages": [user(9)], **body}
     answer = httpx.post(f"{shared.url}/v1/chat/completions", json=request)
     error = answer.json()["error"]
@@ -397,13 +394,13 @@ def test_bad_requests(shared: Server, body: dict[str, Any], status: int, param: 
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}']
 )
-def test_bodies_that_are_none(shared: Server, body: bytes) -> None:
+def test_bodies_that_are_none(shared: Client, body: bytes) -> None:
     headers = {"content-type": "application/json"}
     answer = httpx.post(f"{shared.url}/v1/chat/completions", content=body, headers=headers)
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
 
 
-def test_paths(shared: Server) -> None:
+def test_paths(shared: Client) -> None:
     client = shared.client()
     assert [card.id for card in client.models.list()] == [client.models.retrieve("tiny").id] == ["tiny"]
     with pytest.raises(openai.NotFoundError, match="no model 'other/large'"):
@@ -413,7 +410,7 @@ def test_paths(shared: Server) -> None:
     assert httpx.get(f"{shared.url}/health").json() == {"status": "ok"}
 
 
-def test_what_asks_for_nothing_is_taken(shared: Server) -> None:
+def test_what_asks_for_nothing_is_taken(shared: Client) -> None:
     # Among it the answer of the client's own type, with all of its empty fields.
     parts = [{"type": "text", "text": "w30 "}, {"type": "text", "text": "w31"}]
     first = shared.client().chat.completions.create(
@@ -427,7 +424,7 @@ def test_what_asks_for_nothing_is_taken(shared: Server) -> None:
 
 
 def test_messages_that_the_template_refuses(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, shared: Server
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, shared: Client
 ) -> None:
     strict = copy.deepcopy(tokenizer)
     strict.chat_template = (
@@ -494,6 +491,7 @@ def test_a_text_that_fails_harms_no_other(
 def test_a_step_that_fails_ends_all(talker: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     with serving(talker, tokenizer) as server:
         stream = server.ask([user(30)], stream=True, **ENDLESS)
+        until(lambda: server.streams()["active"] == 1)
         hook = talker.register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(openai.APIError, match="division by zero"):
             list(stream)
@@ -547,3 +545,65 @@ def test_a_model_without_a_chat_template(model: LlamaForCausalLM, tokenizer: Pre
     plain.chat_template = None
     with pytest.raises(ValueError, match="has no chat template"):
         create_app(model, plain, "tiny", **SIZES)
+
+
+# --- replicas ---
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray", "ignore::DeprecationWarning:pydantic")
+def test_two_replicas(folder: Path, talker: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    ray = pytest.importorskip("ray", reason="pip install -e '.[serve-ray]'")
+    from ray import serve
+
+    from examples.serve.replicas import application
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = {"model": str(folder), "name": "tiny", "device": "cpu", "dtype": "float32", **SIZES}
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(application(2, options))
+        replicas = Client(f"http://127.0.0.1:{port}")
+        talks = [[user(30 + n)] for n in range(6)]
+        for turn in range(3):
+            with ThreadPoolExecutor(6) as threads:
+                ask = replicas.streamed if turn % 2 else replicas.whole
+                found = list(threads.map(lambda messages, ask=ask: ask(messages, max_tokens=6), talks))
+            for messages, (text, _, usage) in zip(talks, found, strict=True):
+                assert (usage.prompt_tokens_details.cached_tokens > 0) == (turn > 0)
+                messages += [{"role": "assistant", "content": text}, user(60 + turn)]
+        for messages in talks:
+            expected = Expected(talker, tokenizer)
+            for asked, answer in zip(messages[:-1:2], messages[1::2], strict=True):
+                assert answer["content"] == expected.turn(asked, 6)[0]
+        held = [replicas.metrics()["streams", f"{number}idle"] for number in range(2)]
+        assert min(held) > 0
+        assert sum(held) == 6
+        # Who goes frees the row, and errors come through.
+        stream = replicas.ask([user(99)], stream=True, **ENDLESS)
+        until(lambda: sum(replicas.metrics()["streams", f"{number}active"] for number in range(2)) == 1)
+        stream.close()
+        until(lambda: sum(replicas.metrics()["streams", f"{number}active"] for number in range(2)) == 0)
+        with pytest.raises(openai.BadRequestError, match="n=2 is not supported"):
+            replicas.ask([user(9)], n=2)
+        assert httpx.get(f"{replicas.url}/health").json() == {"replicas": [200, 200]}
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"messages": 3}', b'{"messages": [1]}'])
+def test_bodies_without_a_home(body: bytes) -> None:
+    assert home(body, 5) == 0
+
+
+def test_a_conversation_stays_at_home() -> None:
+    homes = set()
+    for number in range(40):
+        messages = [{"role": "system", "content": "w9"}, user(number)]
+        at = home(json.dumps({"messages": messages}).encode(), 5)
+        messages += [{"role": "assistant", "content": "w8"}, user(7)]
+        assert at == home(json.dumps({"messages": messages, "stream": True}).encode(), 5)
+        homes.add(at)
+    assert homes == set(range(5))

@@ -11,13 +11,14 @@ conversation that was edited, or held too long, is read again. `/health` and `/m
 
 import argparse
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
 
 from benchmarks import smollm2
 
-from .app import load_app
+from .app import Server, load_app
 
 
 def main() -> None:
@@ -51,8 +52,8 @@ def main() -> None:
         app = load_app(**options)
     except (OSError, RuntimeError, TypeError, ValueError, NotImplementedError, ImportError) as error:
         raise SystemExit(f"error: {error}") from None
-    # Answers that go on for longer than a second after Ctrl-C are broken off.
-    uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=1)
+    with suppress(KeyboardInterrupt):
+        Server(uvicorn.Config(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=5)).run()
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 import asyncio
 import hmac
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -61,9 +63,10 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(chats.engine.stop)
+        await chats.engine.stop()
 
     app = FastAPI(title="sink_cache", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.engine = chats.engine
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(check_key)])
 
     @app.exception_handler(Refused)
@@ -125,6 +128,15 @@ def load_app(model: str, name: str, device: str, dtype: str, **options: Any) -> 
     """Loads a model and makes the application; `options` are those of `create_app`."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)
     return create_app(loaded, AutoTokenizer.from_pretrained(model), name, **options)
+
+
+class Server(uvicorn.Server):
+    """Breaks off the answers that are under way when it goes down: some would go on for long."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends the engine, and then all connections."""
+        await self.config.app.state.engine.stop()  # type: ignore[union-attr]  # a FastAPI
+        await super().shutdown(sockets)
 
 
 async def _text(answer: Answer) -> str:

@@ -22,8 +22,14 @@ class Metrics:
 
     def __init__(self, pool: StreamPool) -> None:
         self.registry = CollectorRegistry()
-        streams = Gauge("sink_cache_streams", "Streams of the pool", ["state"], registry=self.registry)
-        states = {"active": ("reading", "running"), "queued": ("queued",), "idle": ("idle",), "parked": ("parked",)}
+        streams = Gauge(
+            "sink_cache_streams",
+            "Streams: active ones get tokens, queued ones wait for their first, idle ones for their next turn; parked ones are "
+            "idle and have no row",
+            ["state"],
+            registry=self.registry,
+        )
+        states = {"active": ("running",), "queued": ("queued", "reading"), "idle": ("idle",), "parked": ("parked",)}
         for state, names in states.items():
             streams.labels(state).set_function(lambda names=names: sum(pool.counts[name] for name in names))
         size = Gauge(

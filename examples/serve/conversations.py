@@ -21,6 +21,17 @@ def digests(messages: Sequence[Said]) -> list[bytes]:
     return found
 
 
+def home(body: bytes, replicas: int) -> int:
+    """The number of the replica for a conversation: by its messages up to the first that is no system prompt."""
+    try:
+        messages = [(message["role"], message["content"]) for message in json.loads(body)["messages"]]
+        first = next((n for n, (role, _) in enumerate(messages) if role not in ("system", "developer")), 0)
+    except (KeyError, TypeError, ValueError):
+        return 0  # which says what is wrong
+    key = json.dumps(messages[: first + 1]).encode()
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") % replicas
+
+
 @dataclass
 class Held:
     """A conversation that waits for its next turn.

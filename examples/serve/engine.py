@@ -51,6 +51,8 @@ class Engine:
             TypeError, ValueError, NotImplementedError: as `StreamPool.add`.
             RuntimeError: if a step has failed before.
         """
+        if self.error is not None:
+            raise RuntimeError(f"the engine has stopped: {self.error}")
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
             self._thread.start()
@@ -58,8 +60,6 @@ class Engine:
 
         def begin() -> None:
             try:
-                if self.error is not None:
-                    raise RuntimeError(f"the engine has stopped: {self.error}")
                 if turn.stream is None:
                     turn.stream = self.pool.add(ids, **options)
                 else:
@@ -83,11 +83,12 @@ class Engine:
 
         self._posted.put(close)
 
-    def stop(self) -> None:
-        """Ends the thread after the present step, and closes all streams."""
+    async def stop(self) -> None:
+        """Ends the thread after the present step, and all turns; does nothing the second time."""
+        self.error = self.error or RuntimeError("the server is going down")
         if self._thread.is_alive():
             self._posted.put(None)
-            self._thread.join()
+            await asyncio.to_thread(self._thread.join)
 
     # --- in the thread ---
 
@@ -99,15 +100,19 @@ class Engine:
                 log.exception("a step failed")
                 self.error, tokens = error, []
                 self.pool.close()
-            now = time.perf_counter()
-            events: list[tuple[Turn, Any]] = [(self._turns[stream], (token, now)) for stream, token in tokens]
-            for stream in [stream for stream in self._turns if not stream.is_active]:
-                turn = self._turns.pop(stream)
-                turn.error = self.error or stream.error
-                events.append((turn, (None, stream.finish_reason)))
-            # One call for all of them: each call wakes the event loop.
-            self._post(lambda events=events: [turn.events.put_nowait(event) for turn, event in events])
+            self._publish(tokens)
         self.pool.close()
+        self._publish([])
+
+    def _publish(self, tokens: list[tuple[Stream, int]]) -> None:
+        now = time.perf_counter()
+        events: list[tuple[Turn, Any]] = [(self._turns[stream], (token, now)) for stream, token in tokens]
+        for stream in [stream for stream in self._turns if not stream.is_active]:
+            turn = self._turns.pop(stream)
+            turn.error = self.error or stream.error
+            events.append((turn, (None, stream.finish_reason)))
+        # One call for all of them: each call wakes the event loop.
+        self._post(lambda: [turn.events.put_nowait(event) for turn, event in events])
 
     def _obey(self) -> bool:
         """Does what was posted, and waits until there is something to step. Returns whether to go on."""

@@ -5,8 +5,6 @@ the replica that the hash of its beginning names, so that each turn reaches the 
 """
 
 import asyncio
-import hashlib
-import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -18,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from .app import load_app
+from .conversations import home
 
 
 class Replica:
@@ -82,17 +81,6 @@ class Router:
 
 async def _body(response: StreamingResponse) -> str:
     return b"".join([part async for part in response.body_iterator]).decode()
-
-
-def home(body: bytes, replicas: int) -> int:
-    """The number of the replica for a conversation: by its messages up to the first that is no system prompt."""
-    try:
-        messages = [(message["role"], message["content"]) for message in json.loads(body)["messages"]]
-        first = next((n for n, (role, _) in enumerate(messages) if role not in ("system", "developer")), 0)
-    except (KeyError, TypeError, ValueError):
-        return 0  # which says what is wrong
-    key = json.dumps(messages[: first + 1]).encode()
-    return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") % replicas
 
 
 class _Families:
