@@ -246,10 +246,26 @@ def over_time(result: dict[str, Any], axes: Axes) -> None:
     axes.figure.legend(loc="outside lower center", ncols=3, fontsize="small")
 
 
+def throughput(result: dict[str, Any], axes: Axes) -> None:
+    """Draw tokens per second against the number of streams, and what reading weights and cache once a step allows the pool."""
+    rows = [row for row in result["rows"] if row["tokens_per_second"] is not None]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        points = sorted((row["streams"], row["tokens_per_second"]) for row in rows if row["arm"] == arm)
+        axes.plot(*zip(*points, strict=True), marker="o", label=arm)
+    floor = sorted((row["streams"], 1e3 * row["streams"] / row["floor_ms"]) for row in rows if row["arm"] == "pool")
+    if floor:
+        axes.plot(*zip(*floor, strict=True), marker="_", linestyle="--", color="grey", label="floor of the pool")
+    axes.set(xlabel="streams", ylabel="tokens per second", xscale="log", yscale="log")
+    plain_ticks(axes)
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+
+
 PLOTS: dict[str, dict[str, Callable[[dict[str, Any], Axes], None]]] = {
     "ppl": {"by-position": ppl_by_position, "by-capacity": ppl_by_capacity},
     "endless": {"steps": endless_steps},
     "longrun": {"over-time": over_time},
+    "throughput": {"by-streams": throughput},
     "latency": {"per-token": latency_per_token, "cache": latency_cache, "by-capacity": latency_by_capacity},
 }
 

@@ -425,7 +425,6 @@ def eos_tokens_of(criteria: Iterable[Any]) -> frozenset[int]:
     return frozenset(token for one in criteria if stops_at_token(one) for token in one.eos_token_id.flatten().tolist())
 
 
-# Relies on: generate() makes these of its options, in this order, and they keep what they were given in these attributes.
 _WARPERS = {
     RepetitionPenaltyLogitsProcessor: ("repetition_penalty", "penalty"),
     TemperatureLogitsWarper: ("temperature", "temperature"),
@@ -436,7 +435,11 @@ _WARPERS = {
 
 
 def warper_options(processors: Sequence[Any]) -> dict[str, Any] | str:
-    """The numbers by which these processors change logits, by the name of the option; or what else is among them."""
+    """The numbers by which these processors change logits, by the name of the option; or what else is among them.
+
+    Relies on: `generate()` makes the processors of `_WARPERS` of these options, in this order, and they keep the options in these
+    attributes.
+    """
     order = list(_WARPERS)
     known = [order.index(type(one)) if type(one) in _WARPERS else -1 for one in processors]
     for one, place, before in zip(processors, known, [-1, *known], strict=False):

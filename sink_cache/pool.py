@@ -11,11 +11,13 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import os
 import signal
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -282,7 +284,8 @@ class StreamPool:
     @property
     def is_active(self) -> bool:
         """Whether any stream is queued, reading or running."""
-        return any(stream.is_active for stream in [*self._queue, self._reading, *self._rows] if stream is not None)
+        with self._lock:
+            return any(stream.is_active for stream in [*self._queue, self._reading, *self._rows] if stream is not None)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -486,14 +489,18 @@ class StreamPool:
     def _place(self, stream: Stream) -> None:
         """Puts the stream that was read into the batch, if there is room."""
         row = stream._row if stream._row is not None else self._free_row()
-        if row is None:
+        if row is not None:
+            self._batch.put(self._reader.row(), row, stream._recent[-1])
+            self._forget_parked(stream)
+            self._rows[row], stream._row = stream, row
+        elif stream.finish_reason is not None:
+            self._park(stream, self._reader.row())
+        else:
             return  # all rows run: the next step tries again
-        self._batch.put(self._reader.row(), row, stream._recent[-1])
-        self._forget_parked(stream)
-        self._rows[row], stream._row, self._reading = stream, row, None
+        self._reading = None
         if stream.finish_reason is not None:
             self._end_turn(stream)
-        else:
+        elif row is not None:
             stream.status = RUNNING
             self._batch.run(row, stream._turn.sampling, list(stream._recent), stream._draws)
 
@@ -507,15 +514,18 @@ class StreamPool:
             return None
         row = stream._row
         assert row is not None
-        held = self._batch.take(row)
-        if self.park_to is None:
-            stream._parked = held.on_host()
-        else:
-            stream._file = self.park_to / f"stream-{id(self):x}-{next(self._names)}.safetensors"
-            held.save(stream._file)
-            stream._parked = Row({}, held.count, held.start, held.rebased)
+        self._park(stream, self._batch.take(row))
         self._free(stream)
         return row
+
+    def _park(self, stream: Stream, row: Row) -> None:
+        self._forget_parked(stream)
+        if self.park_to is None:
+            stream._parked = row.on_host()
+            return
+        path = self.park_to / f"stream-{os.getpid()}-{id(self):x}-{next(self._names)}.safetensors"
+        row.save(path)
+        stream._parked, stream._file = replace(row, tensors={}), path
 
     @staticmethod
     def _forget_parked(stream: Stream) -> None:

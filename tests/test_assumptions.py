@@ -466,6 +466,41 @@ def test_what_generate_hands_to_nobody_is_in_its_locals(llama: PreTrainedModel) 
     )
 
 
+@guards("warper_options")
+def test_generate_makes_known_processors_in_a_known_order(llama: PreTrainedModel) -> None:
+    found: list[Any] = []
+
+    def loop(model: Any, input_ids: torch.Tensor, logits_processor: Any, **kwargs: Any) -> torch.Tensor:
+        found.extend(logits_processor)
+        return input_ids
+
+    options = {"repetition_penalty": 1.5, "temperature": 0.5, "top_k": 3, "top_p": 0.25, "min_p": 0.125}
+    llama.generate(tokens(3), custom_generate=loop, do_sample=True, pad_token_id=0, **options)
+    expected = {
+        "RepetitionPenaltyLogitsProcessor": ("repetition_penalty", "penalty"),
+        "TemperatureLogitsWarper": ("temperature", "temperature"),
+        "TopKLogitsWarper": ("top_k", "top_k"),
+        "TopPLogitsWarper": ("top_p", "top_p"),
+        "MinPLogitsWarper": ("min_p", "min_p"),
+    }
+    assert [type(one).__name__ for one in found] == list(expected), (
+        f"generate() makes the logits processors {[type(one).__name__ for one in found]} of the options of sampling. A pool of "
+        f"streams does what {list(expected)} did, in this order (internals.warper_options)."
+    )
+    for one, (option, attribute) in zip(found, expected.values(), strict=True):
+        assert getattr(one, attribute, None) == options[option], (
+            f"{type(one).__name__} no longer keeps {option} in its attribute {attribute} (internals.warper_options)."
+        )
+
+
+@guards("takes_logits_to_keep")
+def test_forwards_have_an_argument_logits_to_keep(llama: PreTrainedModel) -> None:
+    assert "logits_to_keep" in inspect.signature(llama.forward).parameters, (
+        "A causal language model's forward has no argument logits_to_keep: a pool of streams would compute the logits of all "
+        "tokens that it reads (internals.takes_logits_to_keep)."
+    )
+
+
 @guards("prompt_length")
 @torch.no_grad()
 def test_generate_keeps_its_prompt_in_a_local(llama: PreTrainedModel) -> None:

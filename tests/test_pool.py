@@ -297,6 +297,27 @@ def test_options_of_a_generation_config_and_of_the_model(
 # --- more streams than rows ---
 
 
+def test_a_turn_of_one_token_needs_no_row(model: PreTrainedModel) -> None:
+    # It ends when it has been read, while all rows run, and must not keep the next text from being read.
+    pool = pool_of(model, 1)
+    endlessly = pool.add(text(3), do_sample=False)
+    short = [pool.add(text(n), max_new_tokens=1, do_sample=False) for n in (4, 5)]
+    ended: list[Stream] = []
+    for stream, _ in pool:
+        if stream.finish_reason:
+            assert not stream.is_active
+            ended.append(stream)
+        if len(ended) == 2:
+            break
+    assert ended == short
+    endlessly.close()
+    short[0].send([7], max_new_tokens=5)
+    run(pool)
+    reference = Alone(model)
+    reference.turn(text(4), max_new_tokens=1)
+    assert short[0].tokens == reference.turn([7], max_new_tokens=5)
+
+
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_many_conversations_on_few_rows(model: PreTrainedModel, on_disk: bool, tmp_path: Path) -> None:
     pool = pool_of(model, 2, park_to=tmp_path if on_disk else None)

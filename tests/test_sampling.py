@@ -47,11 +47,18 @@ def test_rows_have_the_chances_that_transformers_gives_them(rows: list[SamplingO
     options = torch.tensor([row.numbers(VOCAB) for row in rows])
     _, weights = weigh(logits, options, recent)
     for limit in (limit_by_sorting, limit_by_search):
-        least = torch.maximum(limit(weights, options[:, 2:3], options[:, 3:4]), options[:, 4:5])
-        kept = torch.where(weights >= least, weights, 0)[:, :VOCAB]
+        border = torch.maximum(limit(weights, options[:, 2:3], options[:, 3:4]), options[:, 4:5])
+        kept = torch.where(weights >= border, weights, 0)[:, :VOCAB]
         for i, row in enumerate(rows):
-            expected = by_transformers(logits[i : i + 1], recent[i : i + 1], row)[0]
-            assert torch.allclose(kept[i] / kept[i].sum(), expected, atol=1e-6, rtol=1e-4)
+            # Rounded sums decide which token is the last of a top-p set.
+            fewest, most = (
+                by_transformers(logits[i : i + 1], recent[i : i + 1], replace(row, top_p=min(1.0, row.top_p + more)))[0]
+                for more in (-1e-6, 1e-6)
+            )
+            assert ((fewest > 0) <= (kept[i] > 0)).all()
+            assert ((kept[i] > 0) <= (most > 0)).all()
+            expected = torch.where(kept[i] > 0, most, 0)
+            assert torch.allclose(kept[i] / kept[i].sum(), expected / expected.sum(), atol=1e-6, rtol=1e-4)
 
 
 def test_draws_are_shared_out_by_weight() -> None:
