@@ -134,8 +134,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             None if row["left"] else row["text"] == alone(row["message"], model, tokenizer, args.new_tokens)
         )
     stayed = [row["as_alone"] for row in rows if not row["left"]]
+    protocol = {**sizes, "clients": args.clients, "new_tokens": args.new_tokens}
     title = f"{args.clients} clients at once: {NAME}, float32, {harness.device_name(model.device)}"
-    result = harness.header("serve", title, model.device, torch.float32, argv=argv, protocol=sizes | vars(args))
+    result = harness.header("serve", title, model.device, torch.float32, argv=argv, protocol=protocol)
     result["versions"] |= {name: version(name) for name in ("fastapi", "uvicorn", "openai")}
     harness.write_json(folder / "serve.json", result | {"cpu_share_of_others": others, "overhead": spent, "rows": rows})
     print(f"{title}\n{sum(stayed)} of {len(stayed)} that stayed got what they get alone; overhead of a token: {spent}")

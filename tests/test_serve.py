@@ -30,15 +30,11 @@ from examples.serve.protocol import StopStrings  # noqa: E402
 from .families import VOCAB  # noqa: E402
 from .test_pool import Alone  # noqa: E402
 
-N_SINK, WINDOW, ROWS, QUEUE, CONTEXT = 4, 28, 3, 12, 64
+N_SINK, WINDOW, PIECE, ROWS, CONTEXT = 4, 28, 16, 3, 64
 SIZES = {
-    "n_sink": N_SINK,
-    "window": WINDOW,
-    "max_streams": ROWS,
-    "max_queue": QUEUE,
-    "max_idle": 40,
+    "n_sink": N_SINK, "window": WINDOW, "prefill_chunk_size": PIECE, "max_streams": ROWS, "max_queue": 12, "max_idle": 40,
     "max_new_tokens": 9,
-}
+}  # fmt: skip
 EOS = 2
 
 
@@ -144,7 +140,7 @@ class Expected:
 
     def __init__(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
-        self.alone = Alone(model, N_SINK, WINDOW, piece=512)
+        self.alone = Alone(model, N_SINK, WINDOW, PIECE)
         self.messages: list[dict[str, str]] = []
 
     def turn(self, message: dict[str, str], max_tokens: int) -> tuple[str, str]:
@@ -243,13 +239,14 @@ def test_texts_that_are_known_edited_and_new(server: Client, model: LlamaForCaus
 
 def test_dropped_conversations_are_read_again(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     with serving(model, tokenizer, max_idle=2) as server:
-        messages = [user(30, 40, 50)]
+        messages = [user(*range(20, 100))]  # longer than the model's context
         messages += [{"role": "assistant", "content": server.whole(messages)[0]}, user(60)]
         for number in (1, 2):
             server.whole([user(number)])
         assert server.streams()["idle"] == 2
         text, reason, usage = server.whole(messages, max_tokens=6)
         assert usage.prompt_tokens_details.cached_tokens == 0
+        assert usage.prompt_tokens > CONTEXT
     expected = Expected(model, tokenizer)
     expected.messages = messages[:-1]
     assert (text, reason) == expected.turn(messages[-1], 6)

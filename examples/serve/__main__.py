@@ -28,6 +28,9 @@ def main() -> None:
     parser.add_argument("--n-sink", type=int, default=4, help="first tokens of a conversation that are never forgotten")
     parser.add_argument("--window", type=int, default=1020, help="how many tokens after them are remembered")
     parser.add_argument("--max-streams", type=int, default=16, help="answers that are written at the same time")
+    parser.add_argument(
+        "--prefill-chunk-size", type=int, default=512, help="tokens read between two steps of the others"
+    )
     parser.add_argument("--max-queue", type=int, default=64, help="requests that may wait; further ones get 429")
     parser.add_argument("--max-idle", type=int, default=256, help="conversations held between turns, in host memory")
     parser.add_argument("--max-new-tokens", type=int, default=2048, help="of answers whose request gives no length")

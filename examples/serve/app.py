@@ -31,6 +31,7 @@ def create_app(
     n_sink: int,
     window: int,
     max_streams: int,
+    prefill_chunk_size: int,
     max_queue: int,
     max_idle: int,
     max_new_tokens: int,
@@ -39,7 +40,7 @@ def create_app(
     """Makes the application over one new `StreamPool`.
 
     Args:
-        model, n_sink, window, max_streams: as for `StreamPool`.
+        model, n_sink, window, max_streams, prefill_chunk_size: as for `StreamPool`.
         tokenizer, max_queue, max_idle, max_new_tokens: as for `Chats`.
         name (`str`): of the model, for clients.
         api_key (`str`, *optional*): which clients have to give.
@@ -47,7 +48,9 @@ def create_app(
     Raises:
         TypeError, ValueError, NotImplementedError: as `StreamPool` and `Template`.
     """
-    pool = StreamPool(model, n_sink=n_sink, window=window, max_streams=max_streams)
+    pool = StreamPool(
+        model, n_sink=n_sink, window=window, max_streams=max_streams, prefill_chunk_size=prefill_chunk_size
+    )
     chats = Chats(pool, tokenizer, max_queue, max_idle, max_new_tokens)
     card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "sink_cache"}
 

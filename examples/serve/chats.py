@@ -93,8 +93,6 @@ class Answer:
             Refused: with the reason.
         """
         chats, engine = self._chats, self._chats.engine
-        if engine.error is not None:
-            raise Refused(503, f"the engine has stopped: {engine.error}")
         if chats.active >= chats.max_active:
             raise Refused(429, f"all {chats.max_active} places are taken, those of the queue included; try again later")
         chats.active += 1
@@ -108,17 +106,20 @@ class Answer:
                 if ids is None:
                     chats.hold(held)
                 else:
-                    self._turn, self._known = Turn(held.turn.stream), held.tokens
+                    self._turn = turn = Turn(held.turn.stream)
+                    self._known = held.tokens
             if ids is None:
                 self._turn = None
                 ids = await asyncio.to_thread(chats.template.tokens, self._messages)
-                self._turn = Turn()
+                self._turn = turn = Turn()
             self._read = len(ids)
-            await engine.begin(self._turn, ids, self._request.options(chats.max_new_tokens))
+            await engine.begin(turn, ids, self._request.options(chats.max_new_tokens))
         except TemplateError as error:
             raise Refused(400, f"the model's chat template takes no such messages: {error}", "messages") from error
         except (TypeError, ValueError, NotImplementedError) as error:
             raise Refused(400, str(error)) from error
+        except RuntimeError as error:
+            raise Refused(503, str(error)) from error
         chats.metrics.prompt.labels("read").inc(self._read)
         chats.metrics.prompt.labels("held").inc(self._known)
 

@@ -96,11 +96,11 @@ class Template:
 
     def tokens(self, messages: Sequence[Said]) -> list[int]:
         """The tokens of a conversation, up to where its next answer begins."""
-        return self._ids(self._text(messages, add_generation_prompt=True))
+        return self._ids(self._text(messages, asks=True))
 
     def news(self, messages: Sequence[Said], held: Held) -> list[int] | None:
         """The tokens after those that were read or generated; None if the template has rewritten what was said before."""
-        before, text = self._text(messages[: held.messages]), self._text(messages, add_generation_prompt=True)
+        before, text = self._text(messages[: held.messages]), self._text(messages, asks=True)
         if not text.startswith(before) or not before.endswith(self._end):
             return None
         ids = self._ids((self._end if held.eos is None else self._end.lstrip()) + text[len(before) :])
@@ -108,9 +108,9 @@ class Template:
             return ids
         return ids[1:] if ids[:1] == [held.eos] else None  # generated already
 
-    def _text(self, messages: Sequence[Said], **options: bool) -> str:
+    def _text(self, messages: Sequence[Said], asks: bool = False) -> str:
         chat = [{"role": role, "content": content} for role, content in messages]
-        return self.tokenizer.apply_chat_template(chat, tokenize=False, **options)  # type: ignore[return-value]
+        return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=asks)  # type: ignore[return-value]
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids  # type: ignore[no-any-return]

@@ -25,6 +25,11 @@ class Replica:
     def __init__(self, options: dict[str, Any]) -> None:
         self._app = load_app(**options)
 
+    def check_health(self) -> None:
+        """Lets Ray start the replica again when a step has failed."""
+        if (error := self._app.state.engine.error) is not None:
+            raise error
+
     async def respond(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[dict[str, Any]]:
         """Yields the messages of ASGI. If nobody wants them any more, Ray cancels this call, and the answer with it."""
         sent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
