@@ -50,8 +50,7 @@ def main() -> None:
         if replicas is not None:
             from .replicas import serve
 
-            serve(replicas, host, port, options)
-            return
+            return serve(replicas, host, port, options)
         app = load_app(**options)
     except (OSError, RuntimeError, TypeError, ValueError, NotImplementedError, ImportError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -120,5 +120,9 @@ def application(replicas: int, options: dict[str, Any]) -> Any:
 
 def serve(replicas: int, host: str, port: int, options: dict[str, Any]) -> None:
     """Starts Ray on this machine, or joins the cluster of `RAY_ADDRESS`, and serves until Ctrl-C."""
-    ray_serve.start(http_options={"host": host, "port": port})
-    ray_serve.run(application(replicas, options), blocking=True)
+    app = application(replicas, options)
+    try:
+        ray_serve.start(http_options={"host": host, "port": port})
+        ray_serve.run(app, blocking=True)
+    except KeyboardInterrupt:  # before all replicas are there; afterwards Ray sees to it
+        ray_serve.shutdown()
