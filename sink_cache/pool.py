@@ -497,7 +497,7 @@ class StreamPool:
             return self._batch.take(stream._row)
         if stream._parked is None or stream._file is None:
             return stream._parked
-        return stream._parked.load(stream._file)
+        return stream._parked.with_tensors_of(stream._file)
 
     def _place(self, stream: Stream) -> None:
         """Puts the stream that was read into the batch, if there is room."""
@@ -538,7 +538,7 @@ class StreamPool:
             return
         path = self.park_to / f"stream-{os.getpid()}-{id(self):x}-{next(self._names)}.safetensors"
         try:
-            row.save(path)
+            row.save_tensors(path)
         except OSError as reason:
             warnings.warn(f"{path} cannot be written ({reason}); the stream is parked in memory", stacklevel=2)
             stream._parked = row.on_host()

@@ -616,7 +616,7 @@ def test_a_folder_that_cannot_be_written_to(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("sink_cache.rows.save_file", full)
+    monkeypatch.setattr("sink_cache.saving.save_file", full)
     pool = pool_of(model, 1, park_to=tmp_path)
     first, second = (pool.add(text(9, seed=seed), max_new_tokens=4, do_sample=False) for seed in (1, 2))
     with pytest.warns(UserWarning, match=r"cannot be written \(no space left.*parked in memory"):
