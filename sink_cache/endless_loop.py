@@ -24,7 +24,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from .cache import SinkWindowCache
+from .cache import SinkWindowCache, stack_of
 from .fed import KEPT, first_new_token, note_fed, text_fed_to
 from .internals import (
     GenerateDecoderOnlyOutput,
@@ -111,7 +111,7 @@ def endless(
     pad_token = pad_token_of(generation_config)
 
     recent: Any = _RecentTokens(input_ids, keep_tokens or cache.capacity)
-    new_tokens = input_ids[:, first_new_token(cache, input_ids) :]
+    new_tokens = input_ids[:, first_new_token(stack_of(cache), input_ids) :]
     unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
     next_logits = _next_logits(model, cache, new_tokens, generation_config, model_kwargs, recent)
     with _noting_what_is_fed(cache, recent, new_tokens), closing(next_logits) as steps:
@@ -231,14 +231,16 @@ class _RecentTokens:
 @contextmanager
 def _noting_what_is_fed(cache: SinkWindowCache, recent: _RecentTokens, prompt: torch.Tensor) -> Iterator[None]:
     """Leaves the end of the text with the cache, for the next turn, also if something stops the loop."""
-    before, seen = text_fed_to(cache), cache.get_seq_length()
+    before, seen = text_fed_to(stack_of(cache)), cache.get_seq_length()
     try:
         yield
     finally:
         if fed := cache.get_seq_length() - seen:
             unfed = prompt.shape[1] + recent.appended - fed
             tokens = recent.last(fed + unfed)
-            note_fed(cache, before, tokens[:, : tokens.shape[1] - unfed], recent.tokens.clone() if unfed else None)
+            note_fed(
+                stack_of(cache), before, tokens[:, : tokens.shape[1] - unfed], recent.tokens.clone() if unfed else None
+            )
 
 
 def _next_logits(
@@ -269,11 +271,11 @@ def _next_logits(
         for _ in range(cache.tokens_until_full()):
             yield step.with_masks(recent.tokens[:, -1:], mask)
     every = steps_between_rebases(cache)
-    cache.leave_out_masks_if_full()
+    stack_of(cache).leave_out_masks_if_full()
     try:
         while True:
             step.rebase()
             for _ in range(every):
                 yield step(recent.tokens[:, -1:])
     finally:
-        cache._state.moved = True  # and others may not know
+        stack_of(cache).state.moved = True  # and others may not know

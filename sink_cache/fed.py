@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from .cache import SinkWindowCache
+    from .stack import LayerStack
 
 KEPT = 256  # tokens
 
@@ -38,34 +38,34 @@ class FedText:
         return torch.equal(input_ids[:, stop - self.fed.shape[1] : stop], self.fed.to(input_ids.device))
 
 
-def text_fed_to(cache: SinkWindowCache) -> FedText | None:
+def text_fed_to(stack: LayerStack) -> FedText | None:
     """What is known of the text of this cache; None if it has been fed otherwise."""
-    known = cache.fed_text
-    return known if known is not None and known.seen == cache.get_seq_length() else None
+    known = stack.fed_text
+    return known if known is not None and known.seen == stack.state.fed else None
 
 
 def note_fed(
-    cache: SinkWindowCache, before: FedText | None, tokens: torch.Tensor, returned: torch.Tensor | None = None
+    stack: LayerStack, before: FedText | None, tokens: torch.Tensor, returned: torch.Tensor | None = None
 ) -> None:
     """Leaves with the cache that it has been fed these tokens `[batch_size, tokens]`.
 
     Args:
         before (`FedText`, *optional*): what was known before that; if None, and the cache had seen tokens, nothing is known.
     """
-    seen = cache.get_seq_length()
+    seen = stack.state.fed
     if before is not None:
         tokens = torch.cat([before.fed.to(tokens.device), tokens], dim=1)
     # A copy, because a view would keep the whole text in memory.
-    cache.fed_text = FedText(seen, tokens[:, -KEPT:].clone(), returned) if tokens.shape[1] >= min(seen, KEPT) else None
+    stack.fed_text = FedText(seen, tokens[:, -KEPT:].clone(), returned) if tokens.shape[1] >= min(seen, KEPT) else None
 
 
-def first_new_token(cache: SinkWindowCache, input_ids: torch.Tensor) -> int:
+def first_new_token(stack: LayerStack, input_ids: torch.Tensor) -> int:
     """The index in `input_ids` `[batch_size, tokens]` of the first token that the cache has not seen.
 
     Raises:
         ValueError: if no token is new, or if nobody can say whether `input_ids` are new or the whole text.
     """
-    seen, length, known = cache.get_seq_length(), input_ids.shape[1], text_fed_to(cache)
+    seen, length, known = stack.state.fed, input_ids.shape[1], text_fed_to(stack)
     if seen and known is None and length > seen:
         raise ValueError(
             f"endless cannot tell whether these {length} tokens are the whole text or new ones: the cache has seen {seen}, some "

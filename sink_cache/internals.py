@@ -45,6 +45,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # Relies on: these map a config to the model class that transformers builds for it.
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
@@ -394,6 +395,16 @@ def attention_functions() -> Any:
     by position, with `scaling` by keyword, and return `[batch, queries, heads, head_dim]` and the attention weights or None.
     """
     return AttentionInterface()
+
+
+def is_own_sdpa(function: Any) -> bool:
+    """Whether an attention function is the one that transformers has for "sdpa".
+
+    Relies on: that function computes softmax(query · key * scaling + mask) · value of its arguments, with a dropout. It adds
+    `position_bias` to the mask and refuses a `softcap`. Other keywords change nothing, but for `is_causal`, which says what no
+    mask means.
+    """
+    return function is sdpa_attention_forward
 
 
 def register_attention(attention: str, function: Callable[..., Any]) -> None:

@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from .chunk_attention import ExactChunk
 from .internals import CacheLayerMixin
-from .ring import chunk_of, evicted_before, slots_of, tokens_kept, tokens_seen, visible_besides
+from .ring import chunk_of, evicted_before, slots_of, tokens_kept, tokens_seen, visible_besides, window_of
 from .rotary import ForwardRotations, Rotation
 from .state import DeviceStreamState, StreamState, static
 from .storage import NAMES, Overwritten, SharedStorage, take
@@ -127,21 +129,18 @@ class RingLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         attended = key_states, value_states
-        if self.evicts_within(key_states.shape[2]):
+        if self.merges_within(key_states.shape[2]):
+            attended = self._window_beside_sinks(key_states, value_states)
+        elif self.evicts_within(key_states.shape[2]):
             attended = self._with_sinks_per_query(key_states, value_states)
         elif self.state.fed:
-            self.present_sinks()
-            cached = [
-                slots_of(tokens_seen(max(0, count), *self._ring, self.device), *self._ring)
-                for _, count, _ in self._rows()
-            ]
-            longest = max(map(len, cached))
-            slots = torch.stack([torch.nn.functional.pad(slots, (longest - len(slots), 0)) for slots in cached])
+            self.rotate_sinks()
+            shown = self._once_per_call(self._shown_slots, key_states.shape[2])
             attended = (
-                torch.cat([take(self.keys, slots), key_states], dim=2),
-                torch.cat([take(self.values, slots), value_states], dim=2),
+                torch.cat([take(self.keys, shown), key_states], dim=2),
+                torch.cat([take(self.values, shown), value_states], dim=2),
             )
-        if self.state.recording and self.state.dense and self.evicts_within(key_states.shape[2]):
+        if self.state.recording and self.state.dense_tokens and self.evicts_within(key_states.shape[2]):
             self._store_prompt_and_candidates(key_states, value_states)
             return attended
         for row, count, skip in self._rows():
@@ -160,25 +159,44 @@ class RingLayer(CacheLayerMixin):
             for row, (count, skip) in enumerate(rows)
         ]
 
+    def _once_per_call(self, compute: Callable[..., Any], *numbers: int) -> Any:
+        """Indices that are the same in every layer like this; the first of them computes them for all."""
+        key = compute.__name__, self._ring, self.device, self.state.counts, numbers
+        if key not in self.state.of_call:
+            self.state.of_call[key] = compute(*numbers)
+        return self.state.of_call[key]
+
+    def _shown_slots(self, new_tokens: int) -> torch.Tensor:
+        """The slots that several new tokens see, `[1 or batch, length]`, in the order of the text; a shorter row's at the end."""
+        cached = [
+            slots_of(tokens_seen(max(0, count), *self._ring, self.device), *self._ring) for _, count, _ in self._rows()
+        ]
+        longest = max(map(len, cached))
+        return torch.stack([torch.nn.functional.pad(slots, (longest - len(slots), 0)) for slots in cached])
+
+    def _places(self, count: int, new_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which of several new tokens of a row stay, by their index in the call, and the slots that they get."""
+        kept = tokens_kept(count, new_tokens, *self._ring, self.device)
+        return kept - count, slots_of(kept, *self._ring)
+
     def _store(self, row: slice, count: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        kept = tokens_kept(count, key_states.shape[2], *self._ring, self.device)
-        slots = slots_of(kept, *self._ring)
-        self.keys[row].index_copy_(2, slots, key_states.index_select(2, kept - count))
-        self.values[row].index_copy_(2, slots, value_states.index_select(2, kept - count))
+        kept, slots = self._once_per_call(self._places, count, key_states.shape[2])
+        self.keys[row].index_copy_(2, slots, key_states.index_select(2, kept))
+        self.values[row].index_copy_(2, slots, value_states.index_select(2, kept))
         if count < self.n_sink:
             stop = min(self.n_sink, count + key_states.shape[2])
             self.sink_keys[row, :, count:stop] = key_states[:, :, : stop - count]
 
     def _store_prompt_and_candidates(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Keeps what the candidates of a first call overwrite, for the storage; see `SharedStorage.record`."""
-        prompt, every = self.state.dense, slice(None)
+        prompt, every = self.state.dense_tokens, slice(None)
         self._store(every, 0, key_states[:, :, :prompt], value_states[:, :, :prompt])
         if key_states.shape[2] - prompt <= self.window:
             slots = slots_of(torch.arange(prompt, key_states.shape[2], device=self.device), *self._ring)
             self.overwritten = (prompt, slots, self.keys[:, :, slots], self.values[:, :, slots])
         self._store(every, prompt, key_states[:, :, prompt:], value_states[:, :, prompt:])
 
-    def present_sinks(self) -> None:
+    def rotate_sinks(self) -> None:
         """Rotates the sinks forward to where the next query expects them."""
         if self.n_sink and not self.rotation.is_identity:
             evicted = tuple(evicted_before(count, self.capacity) for count in self.state.counts)
@@ -191,11 +209,11 @@ class RingLayer(CacheLayerMixin):
         """Whether the queries of a call see different tokens evicted, and each has to have its own copy of the sinks."""
         if not self.state.chunked or new_tokens == 1:
             return False
-        return max(self.state.counts) + new_tokens > max(self.capacity, self.state.dense)
+        return max(self.state.counts) + new_tokens > max(self.capacity, self.state.dense_tokens)
 
     def chunk(self, queries: int) -> tuple[range, range, range]:
         """What a call that `evicts_within` attends to; see `ring.chunk_of`."""
-        return chunk_of(max(self.state.counts), queries, self.state.dense, *self._ring)
+        return chunk_of(max(self.state.counts), queries, self.state.dense_tokens, *self._ring)
 
     def _with_sinks_per_query(
         self, key_states: torch.Tensor, value_states: torch.Tensor
@@ -204,20 +222,45 @@ class RingLayer(CacheLayerMixin):
 
         `masks.chunk_mask` shows each query its own copy.
         """
-        shifts, cached, new = self.chunk(key_states.shape[2])
+        shifts, cached, _ = self.chunk(key_states.shape[2])
         slots = slots_of(torch.arange(cached.start, cached.stop, device=self.device), *self._ring)
-        # Sinks may be among the new tokens.
-        known = min(new.start, self.n_sink)
-        sink_keys = torch.cat([self.sink_keys[:, :, :known], key_states[:, :, : self.n_sink - known]], dim=2)
-        sink_values = torch.cat([self.values[:, :, :known], value_states[:, :, : self.n_sink - known]], dim=2)
+        sink_keys, sink_values = self._sinks_with(key_states, value_states)
         if cached and cached.start == 0:
-            self.present_sinks()  # where nothing has been evicted: as they came
+            self.rotate_sinks()  # where nothing has been evicted: as they came
         copies = self.rotations.of(self.rotation, self.device).one_layer(sink_keys, shifts)
         return (
             torch.cat([copies, self.keys.index_select(2, slots), key_states], dim=2),
             torch.cat(
                 [sink_values.repeat(1, 1, len(shifts), 1), self.values.index_select(2, slots), value_states], dim=2
             ),
+        )
+
+    def merges_within(self, new_tokens: int) -> bool:
+        """Whether attention merges the sinks of such a call itself, so that no query has a copy; see `chunk_attention`."""
+        return self.state.unmerged is not None and not self.state.dense_tokens and self.evicts_within(new_tokens)
+
+    def _window_beside_sinks(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all windows in the order of the text; they carry the sinks."""
+        assert self.state.unmerged is not None
+        count = max(self.state.counts)
+        cached, new = window_of(count, key_states.shape[2], *self._ring)
+        slots = slots_of(torch.arange(cached.start, cached.stop, device=self.device), *self._ring)
+        keys, values = (
+            torch.cat([held.index_select(2, slots), states[:, :, new.start - count :]], dim=2)
+            for held, states in ((self.keys, key_states), (self.values, value_states))
+        )
+        sinks = self._sinks_with(key_states, value_states)
+        rotation = self.rotations.of(self.rotation, self.device)
+        return ExactChunk(*sinks, rotation, count, self.window, self.state.unmerged).carried_by(keys, values)
+
+    def _sinks_with(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys, as they came, and values of all sinks, of which some may be among the new tokens."""
+        known = min(max(self.state.counts), self.n_sink)
+        return (
+            torch.cat([self.sink_keys[:, :, :known], key_states[:, :, : self.n_sink - known]], dim=2),
+            torch.cat([self.values[:, :, :known], value_states[:, :, : self.n_sink - known]], dim=2),
         )
 
     # --- checks ---
@@ -275,6 +318,8 @@ class RingLayer(CacheLayerMixin):
         The index counts as if the keys were contiguous up to the last new token, so that a causal mask built from it is right.
         """
         self.check_positions(query_length)  # here too: beyond the end of a table a model fails before it calls update
+        if self.merges_within(query_length):
+            return sum(map(len, window_of(max(self.state.counts), query_length, *self._ring))), 0
         if self.evicts_within(query_length):
             shifts, cached, _ = self.chunk(query_length)
             return len(shifts) * self.n_sink + len(cached) + query_length, 0
@@ -332,11 +377,11 @@ class SinkWindowLayer(RingLayer):
             return storage.put(self.index, key_states, value_states)
         return super().update(key_states, value_states)
 
-    def present_sinks(self) -> None:
+    def rotate_sinks(self) -> None:
         """As in the base class."""
-        super().present_sinks()
+        super().rotate_sinks()
         if self.storage is not None:
-            self.storage.presented = None
+            self.storage.sinks_moved_by = None
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .internals import attention_functions, mask_functions, register_attention, register_mask_function
+from .chunk_attention import chunk_of_attention
+from .internals import attention_functions, is_own_sdpa, mask_functions, register_attention, register_mask_function
 from .layers import RingLayer, StaticSinkWindowLayer
 from .ring import visible_besides
 
@@ -60,7 +61,7 @@ def chunk_mask(layer: RingLayer, queries: int) -> torch.Tensor:
     tokens = [torch.arange(some.start, some.stop, device="cpu") for some in (cached, new)]
     token = torch.cat(tokens)[None]
     in_window = (token >= layer.n_sink) & (position - token < layer.window)
-    dense = (position < layer.state.dense) & (position - token < (layer.sliding_window or len(position)))
+    dense = (position < layer.state.dense_tokens) & (position - token < (layer.sliding_window or len(position)))
     return torch.cat([owner == shift, (token <= position) & ((shift <= 0) | in_window | dense)], dim=1)
 
 
@@ -123,8 +124,14 @@ def register_mask_functions() -> None:
         if not isinstance(build, _MaskFunction):
             register_mask_function(attention, _MaskFunction(build, attention == "eager"))
     attend = attention_functions()["sdpa"]
-    if not isinstance(attend, _StepAttention):
-        register_attention("sdpa", _StepAttention(attend))
+    if not isinstance(attend, _RingAttention):
+        register_attention("sdpa", _RingAttention(attend))
+
+
+def merges_sinks() -> bool:
+    """Whether what merges the sinks of exact chunks stands for transformers' own SDPA, and not for another function."""
+    register_mask_functions()
+    return is_own_sdpa(attention_functions()["sdpa"].attend)
 
 
 class _MaskFunction:
@@ -146,6 +153,8 @@ class _MaskFunction:
             mask = rows_mask(layer, kwargs["q_length"])
         elif isinstance(offset, ChunkOffset) and layer.evicts_within(kwargs["q_length"]):
             offset.used = True
+            if layer.merges_within(kwargs["q_length"]):
+                return None
             mask = chunk_mask(layer, kwargs["q_length"])
         else:
             return self.build(*args, **kwargs | {"q_offset": layer.state.fed})
@@ -156,8 +165,10 @@ class _MaskFunction:
         return mask
 
 
-class _StepAttention:
-    """SDPA that does not copy the keys of a static ring for each query head, as transformers' does whenever there is a mask."""
+class _RingAttention:
+    """SDPA that merges the sinks of exact chunks, and that does not copy the keys of a static ring for each query head, as
+    transformers' does whenever there is a mask.
+    """
 
     def __init__(self, attend: Callable[..., Any]) -> None:
         self.attend = attend
@@ -172,6 +183,10 @@ class _StepAttention:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        chunk = None if query.shape[2] == 1 else chunk_of_attention(key, value, attention_mask, kwargs)
+        if chunk is not None:
+            scaling = kwargs.get("scaling")
+            return chunk.attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
         # The slots of a static ring are parameters; no other cache returns parameters.
         is_step = query.shape[2] == 1 and attention_mask is not None and isinstance(key, torch.nn.Parameter)
         groups = getattr(module, "num_key_value_groups", 1)

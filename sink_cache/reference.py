@@ -62,19 +62,27 @@ def bounded_layers(config: PreTrainedConfig) -> tuple[list[int], int | None]:
 
 
 def streaming_error(
-    model: PreTrainedModel, cache: Cache, n_sink: int, window: int, tokens: int, *, masked: bool = False
+    model: PreTrainedModel,
+    cache: Cache,
+    n_sink: int,
+    window: int,
+    tokens: int,
+    *,
+    masked: bool = False,
+    chunk_size: int = 1,
 ) -> float:
-    """The largest relative error of a cache of `n_sink` sinks and a window on random tokens.
+    """The largest relative error of a cache of `n_sink` sinks and a window on random tokens, read in chunks.
 
     With `masked` the model is also given an `attention_mask` of all tokens seen, if it takes one.
     """
     input_ids = _random_tokens(model, tokens)
     reference = _reference(model, input_ids, n_sink, window)
     masked &= takes_argument(model, "attention_mask")
-    outputs = []
-    for t in range(tokens):
-        seen = {"attention_mask": torch.ones_like(input_ids[:, : t + 1])} if masked else {}
-        outputs.append(_step(model, input_ids[:, t : t + 1], t, cache, **seen))
+    outputs: list[torch.Tensor] = []
+    for t in range(0, tokens, chunk_size):
+        chunk = input_ids[:, t : t + chunk_size]
+        seen = {"attention_mask": torch.ones_like(input_ids[:, : t + chunk_size])} if masked else {}
+        outputs += _read(model, chunk, t, cache, **seen).unbind(dim=1)
     return _largest_error(outputs, reference)
 
 
@@ -127,14 +135,14 @@ def _reference(model: PreTrainedModel, input_ids: torch.Tensor, n_sink: int, win
     cache = _dynamic_cache(model, layers)
     cached: list[Any] = cache.layers
     history: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {layer: [] for layer in layers}
-    outputs = []
+    outputs: list[torch.Tensor] = []
     for t in range(input_ids.shape[1]):
         evicted = max(0, t + 1 - n_sink - window)
         if evicted:
             sinks = _dynamic_cache(model, layers)
             repositioned: list[Any] = sinks.layers
             for sink in range(n_sink):
-                _step(model, input_ids[:, sink : sink + 1], evicted + sink, sinks)
+                _read(model, input_ids[:, sink : sink + 1], evicted + sink, sinks)
             for layer in layers:
                 kept = history[layer][n_sink + evicted :]
                 keys, values = [k for k, _ in kept], [v for _, v in kept]
@@ -143,7 +151,7 @@ def _reference(model: PreTrainedModel, input_ids: torch.Tensor, n_sink: int, win
                 empty = history[layer][0][0][:, :, :0], history[layer][0][1][:, :, :0]
                 cached[layer].keys = torch.cat([empty[0], *keys], dim=2)
                 cached[layer].values = torch.cat([empty[1], *values], dim=2)
-        outputs.append(_step(model, input_ids[:, t : t + 1], t, cache))
+        outputs += _read(model, input_ids[:, t : t + 1], t, cache).unbind(dim=1)
         for layer in layers:
             history[layer].append((cached[layer].keys[:, :, -1:], cached[layer].values[:, :, -1:]))
     return outputs
@@ -157,7 +165,7 @@ def _dynamic_cache(model: PreTrainedModel, layers: list[int]) -> DynamicCache:
     return cache
 
 
-def _step(
+def _read(
     model: PreTrainedModel, input_ids: torch.Tensor, position: int, cache: Cache, **kwargs: torch.Tensor
 ) -> torch.Tensor:
     position_ids = torch.arange(position, position + input_ids.shape[1], device=input_ids.device)[None]
@@ -165,4 +173,4 @@ def _step(
     if takes_argument(model, "position_ids") or takes_any_keyword(model):
         kwargs["position_ids"] = position_ids
     output: torch.Tensor = model(input_ids=input_ids, use_cache=True, **cache_kwargs(cache, model), **kwargs)[0]
-    return output[:, -1]
+    return output

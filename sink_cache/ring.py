@@ -48,6 +48,12 @@ def tokens_kept(count: int, new_tokens: int, n_sink: int, window: int, device: t
     return torch.cat([sinks, torch.arange(first, max(first, end), device=device)])
 
 
+def window_of(count: int, queries: int, n_sink: int, window: int) -> tuple[range, range]:
+    """The tokens that are in the window of a query of an exact chunk and no sinks: those in the cache, and the new ones."""
+    start = max(count, n_sink)
+    return range(max(n_sink, count + 1 - window), start), range(start, count + queries)
+
+
 def chunk_of(count: int, queries: int, dense: int, n_sink: int, window: int) -> tuple[range, range, range]:
     """What the queries of an exact chunk see, when tokens are evicted within it; the first `dense` of them see all before them.
 

@@ -138,6 +138,8 @@ class ForwardRotation:
         self._rows: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._shifts = range(0)
         self._table: tuple[torch.Tensor, torch.Tensor] = (self._frequency, self._frequency)  # of `_shifts`
+        self._rest = (0, 0)
+        self._turns = self._frequency  # of `_rest`
 
     def _cos_sin(self, shifts: torch.Tensor, frequency: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin `[..., head_dim]` of the angles by which keys move, for shifts `[...]`, float32 on the device."""
@@ -177,11 +179,38 @@ class ForwardRotation:
         copies = pristine[:, :, None] * cos + pristine[:, :, None].index_select(-1, self._partner) * sin
         return copies.flatten(2, 3).to(pristine.dtype)
 
+    def turns(self, pristine: torch.Tensor, first: int, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What gives the products of queries with keys of the first layer that for query `i` move by `max(0, first + i)`.
+
+        A query's product with a moved key is that of its own `[query cos, query sin]` with `[key, key[partner]]`.
+
+        Args:
+            pristine (`torch.Tensor`): keys `[batch, heads, n_sink, head_dim]`.
+            first (`int`): the shift for the first query, negative if the first `-first` queries see keys that do not move.
+            queries (`int`): how many queries.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: keys and partners `[batch, heads, n_sink, 2, head_dim]`, and cos and sin
+                `[queries, 2, head_dim]`, both float32.
+        """
+        # Rotations add up: keys move by what all queries have in common, and the rest is the same for every chunk of a size.
+        common, rest = max(0, first), (min(0, first), queries)
+        keys = self._moved(pristine, *self._cos_sin(torch.tensor(common, device="cpu"), self._frequency[0]))
+        if self._rest != rest:
+            exact_on = "cpu" if self._partner.device.type == "mps" else self._partner.device
+            shifts = (torch.arange(queries, device=exact_on) + rest[0]).clamp(min=0)
+            cos_sin = self._cos_sin(shifts, self._frequency[0].to(exact_on))
+            self._rest, self._turns = rest, torch.stack(cos_sin, dim=1)
+        return torch.stack([keys, keys.index_select(-1, self._partner)], dim=-2), self._turns
+
+    def _moved(self, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return keys * cos + keys.index_select(-1, self._partner) * sin
+
     def move_rows(self, keys: torch.Tensor, shifts: tuple[int, ...]) -> None:
         """Moves keys `[batch, heads, tokens, head_dim]` of the first layer in place, each row by its shift or all by one."""
         by_row = torch.tensor(shifts, device="cpu")[:, None, None]
         cos, sin = self._cos_sin(by_row, self._frequency[0])  # [rows or 1, 1, 1, head_dim]
-        keys.copy_(keys * cos + keys.index_select(-1, self._partner) * sin)
+        keys.copy_(self._moved(keys, cos, sin))
 
 
 class ForwardRotations:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from .cache import SinkWindowCache
+from .cache import SinkWindowCache, stack_of
 from .internals import LinearAttentionCacheLayerMixin
 from .layers import RingLayer, StaticSinkWindowLayer
+from .saving import write_whole
+from .stack import LayerStack
 from .state import DeviceStreamState, alike
 
 
@@ -46,18 +46,12 @@ class Row:
         """A copy in host memory."""
         return replace(self, tensors={name: tensor.detach().cpu().clone() for name, tensor in self.tensors.items()})
 
-    def save(self, path: Path) -> None:
-        """Writes the row to a safetensors file, which has its name only when it is whole."""
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        numbers = {name: str(getattr(self, name)) for name in ("count", "start", "rebased")}
-        try:
-            save_file(self.on_host().tensors, unfinished, metadata={"sink_cache.row": json.dumps(numbers)})
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    def save_tensors(self, path: Path) -> None:
+        """Writes the tensors to a safetensors file."""
+        write_whole(path, self.on_host().tensors)
 
-    def load(self, path: Path) -> Row:
-        """The row whose numbers are these, with its tensors from a file that `save` wrote."""
+    def with_tensors_of(self, path: Path) -> Row:
+        """This row, with the tensors of a file that `save_tensors` wrote."""
         return replace(self, tensors=load_file(path))
 
 
@@ -80,7 +74,7 @@ def copy_row(source: SinkWindowCache, row: int, target: SinkWindowCache, target_
         IndexError: if there is no such row.
         NotImplementedError: for models with layers other than full attention, and while a cache records.
     """
-    _check(source, target)
+    _check(stack_of(source), stack_of(target))
     _check_index(target, target_row)
     put_row(take_row(source, row), target, target_row)
 
@@ -88,30 +82,33 @@ def copy_row(source: SinkWindowCache, row: int, target: SinkWindowCache, target_
 def take_row(cache: SinkWindowCache, row: int) -> Row:
     """A row of a cache that a model has used; its tensors are views, which change with the cache."""
     _check_index(cache, row)
-    tensors = {f"{i}.{name}": held[row] for i, ring in enumerate(cache._rings) for name, held in ring.tensors().items()}
-    return Row(tensors, *cache._state.row(row))
+    tensors = {
+        f"{i}.{name}": held[row]
+        for i, ring in enumerate(stack_of(cache).rings)
+        for name, held in ring.tensors().items()
+    }
+    return Row(tensors, *stack_of(cache).state.row(row))
 
 
 @torch.inference_mode()  # in which any tensor can be written to
 def put_row(row: Row, cache: SinkWindowCache, index: int) -> None:
     """Puts a row in the place of another one; see `copy_row`, which checks that they fit."""
-    rows = len(cache._rings[0].keys)
-    for i, ring in enumerate(cache._rings):
+    stack = stack_of(cache)
+    for i, ring in enumerate(stack.rings):
         for name, tensor in ring.tensors().items():
             tensor[index].copy_(row.tensors[f"{i}.{name}"])
-    if rows == 1:  # nothing is left of the stream that was there
+    if stack.rows == 1:  # nothing is left of the stream that was there
         fed = {"fed": row.count + row.rebased, "pads": (0,), "rebased": (row.rebased,), "starts": (row.start,)}
-        cache._state.take_over({**fed, "begun": True, "unfinished": False, "moved": True})
+        stack.state.take_over({**fed, "begun": True, "unfinished": False, "moved": True})
     else:
-        cache._state.set_row(index, rows, row.count, row.start, row.rebased)
-    for storage in cache._storages():
-        storage.forget_steps()
-    for ring in cache._rings:
+        stack.state.set_row(index, stack.rows, row.count, row.start, row.rebased)
+    stack.forget_steps()
+    for ring in stack.rings:
         if isinstance(ring, StaticSinkWindowLayer):
             ring.sinks_complete = ring.sinks_complete and row.count >= ring.n_sink
-    if cache.compileable and cache.tokens_until_full():
-        cache._show_all_slots(False)
-    cache.fed_text = None
+    if stack.compileable and stack.checks.tokens_until_full():
+        stack.show_all_slots(False)
+    stack.fed_text = None
 
 
 def is_ring_alone(layer: Any) -> bool:
@@ -127,37 +124,37 @@ def pause_rows(cache: SinkWindowCache, running: torch.Tensor) -> None:
     Args:
         running (`torch.Tensor`): int64 `[rows]`, 1 for rows that run and 0 for the others.
     """
-    assert isinstance(cache._state, DeviceStreamState)
-    for counts in cache._state._counts.values():
-        counts.add_(running.to(counts.device) - 1)
+    state = stack_of(cache).state
+    assert isinstance(state, DeviceStreamState)
+    state.pause(running)
 
 
 def note_pauses(cache: SinkWindowCache, steps: Sequence[int]) -> None:
     """Notes for how many steps each row has paused since the last time: to these rows, the steps brought padding."""
-    state = cache._state
+    state = stack_of(cache).state
     state.pads = alike(tuple(pads + more for pads, more in state.per_row(state.pads, tuple(steps))))
 
 
 def _check_index(cache: SinkWindowCache, row: int) -> None:
-    rows = len(cache._rings[0].keys)
+    rows = stack_of(cache).rows
     if not 0 <= row < rows:
         raise IndexError(f"there is no row {row}: this cache has the rows 0 to {rows - 1}")
 
 
-def _check(source: SinkWindowCache, target: SinkWindowCache) -> None:
-    for cache in (source, target):
-        if not cache._rings or not cache._rings[0].is_initialized:
+def _check(source: LayerStack, target: LayerStack) -> None:
+    for stack in (source, target):
+        if not stack.rows:
             raise ValueError(
                 "rows can be copied between caches that a model has used; one of these has not been used yet"
             )
-        cache._checks.refuse_interrupted()
-        if cache._state.recording:
+        stack.checks.refuse_interrupted()
+        if stack.state.recording:
             raise NotImplementedError("rows cannot be copied while a cache records for assisted decoding")
-        if not all(map(is_ring_alone, cache.layers)):
+        if not all(map(is_ring_alone, stack.layers)):
             raise NotImplementedError(
                 "rows cannot be copied in models with layers other than full attention, unless compileable=True makes rings of "
                 "their sliding layers"
             )
-    sizes = [(cache.n_sink, cache.window, [ring.keys.shape[1:] for ring in cache._rings]) for cache in (source, target)]
-    if sizes[0] != sizes[1] or not (source._scheme is not None and source._scheme.agrees_with(target._scheme)):
+    sizes = [(stack.n_sink, stack.window, [ring.keys.shape[1:] for ring in stack.rings]) for stack in (source, target)]
+    if sizes[0] != sizes[1] or not (source.scheme is not None and source.scheme.agrees_with(target.scheme)):
         raise ValueError("rows can be copied between caches of the same n_sink and window, used by the same model")

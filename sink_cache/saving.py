@@ -22,37 +22,43 @@ from .layers import RingLayer
 from .storage import NAMES
 
 if TYPE_CHECKING:
-    from .cache import SinkWindowCache
+    from .stack import LayerStack
 
 _FORMAT, _VERSION = "sink_cache", 3
 
 
-def save(cache: SinkWindowCache, path: str | os.PathLike[str]) -> None:
+def save(stack: LayerStack, path: str | os.PathLike[str]) -> None:
     """See `SinkWindowCache.save`."""
-    if not any(isinstance(layer, RingLayer) and layer.is_initialized for layer in cache.layers):
+    if not stack.rows:
         raise ValueError("there is nothing to save: no model has used this cache yet")
-    cache._checks.refuse_interrupted()
+    stack.checks.refuse_interrupted()
     tensors: dict[str, torch.Tensor] = {}
     layers = []
-    for index, layer in enumerate(cache.layers):
+    for index, layer in enumerate(stack.layers):
         state, held = _state_of(layer, index)
         layers.append(state)
         tensors |= {f"{index}.{name}": tensor.detach().cpu().clone() for name, tensor in held.items()}
     header = {
         "version": _VERSION,
-        "n_sink": cache.n_sink,
-        "window": cache.window,
-        "stream": cache._state.numbers(),
-        "without_masks": cache._step_offset is None or cache._step_offset.all_full,
-        "model": cache._model_sizes,
+        "n_sink": stack.n_sink,
+        "window": stack.window,
+        "stream": stack.state.numbers(),
+        "without_masks": stack.step_offset is None or stack.step_offset.all_full,
+        "model": stack.model_sizes,
         "layers": layers,
     }
     if not Path(path).parent.is_dir():
         raise FileNotFoundError(f"there is no folder {Path(path).parent} to save the cache in")
-    # Under its name only when it is whole.
+    write_whole(path, tensors, {_FORMAT: json.dumps(header)})
+
+
+def write_whole(
+    path: str | os.PathLike[str], tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file, which has its name only when it is whole."""
     unfinished = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, unfinished, metadata={_FORMAT: json.dumps(header)})
+        save_file(tensors, unfinished, metadata=metadata)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -73,21 +79,19 @@ def _state_of(layer: Any, index: int) -> tuple[dict[str, Any], dict[str, torch.T
 
 
 @torch.inference_mode(False)  # tensors that are made in it could not be written to outside of it
-def load(cache: SinkWindowCache, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
-    """See `SinkWindowCache.load`."""
+def load(stack: LayerStack, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
+    """Fills a stack that was just made for this model; see `SinkWindowCache.load`."""
     header, tensors = _read(Path(path))
     for name in ("n_sink", "window"):
-        if header[name] != getattr(cache, name):
+        if header[name] != getattr(stack, name):
             raise ValueError(
-                f"{path} holds a cache of {name}={header[name]}, but this one has {name}={getattr(cache, name)}"
+                f"{path} holds a cache of {name}={header[name]}, but this one has {name}={getattr(stack, name)}"
             )
-    fresh = type(cache)(cache.n_sink, cache.window, compileable=cache.compileable)
-    fresh.prepare_for(model)
-    if len(header["layers"]) != len(fresh.layers):
+    if len(header["layers"]) != len(stack.layers):
         raise ValueError(
-            f"{path} holds a cache of {len(header['layers'])} layers, but this model has {len(fresh.layers)}"
+            f"{path} holds a cache of {len(header['layers'])} layers, but this model has {len(stack.layers)}"
         )
-    for name, size in json.loads(json.dumps(fresh._model_sizes)).items():  # in which tuples are lists
+    for name, size in json.loads(json.dumps(stack.model_sizes)).items():  # in which tuples are lists
         if header["model"][name] != size:
             raise ValueError(
                 f"{path} holds a cache of a model with {name}={header['model'][name]!r}, but this one has {name}={size!r}"
@@ -97,9 +101,11 @@ def load(cache: SinkWindowCache, path: str | os.PathLike[str], model: PreTrained
         index, device = layer_index(module), device_of(module)
         if index is not None and device is not None:
             devices[index] = device
-    for index, (layer, state) in enumerate(zip(fresh.layers, header["layers"], strict=True)):
+    rings: list[dict[str, torch.Tensor]] = []
+    for index, (layer, state) in enumerate(zip(stack.layers, header["layers"], strict=True)):
+        # Copies, because what lies in the file is not aligned as kernels like it.
         held = {
-            name.partition(".")[2]: tensor.to(devices.get(index, device_of(model)))
+            name.partition(".")[2]: tensor.to(devices.get(index, device_of(model)), copy=True)
             for name, tensor in tensors.items()
             if name.startswith(f"{index}.")
         }
@@ -108,26 +114,31 @@ def load(cache: SinkWindowCache, path: str | os.PathLike[str], model: PreTrained
         if others:
             raise ValueError(f"{path} holds {others.pop()} states, but this model works in {model.dtype}")
         try:
-            _fill(layer, state, held)
+            if isinstance(layer, RingLayer):
+                _check_ring(layer, state)
+                rings.append({name: held[name] for name in NAMES} if held else {})
+            else:
+                _fill_sliding(layer, state, held)
         except (KeyError, RuntimeError, TypeError) as error:
             raise ValueError(f"{path} does not fit layer {index} of this model: {error}") from error
-    fresh._state.take_over(header["stream"])
-    fresh._state.moved = True  # perhaps, and the next caller may not know
+    stack.put_back(rings)
+    stack.state.take_over(header["stream"])
+    stack.state.moved = True  # perhaps, and the next caller may not know
     if header.get("without_masks", True):  # or a graph that is there already would be of no use
-        fresh.leave_out_masks_if_full()
-    vars(cache).update(vars(fresh))
+        stack.leave_out_masks_if_full()
 
 
-def _fill(layer: Any, state: dict[str, Any], held: dict[str, torch.Tensor]) -> None:
-    if not isinstance(layer, RingLayer):
-        if state["kind"] != "sliding" or type(layer) is not DynamicSlidingWindowLayer:
-            raise TypeError(f"it holds a layer of kind {state['kind']!r}, the model has a {type(layer).__name__}")
-        if state["window"] != layer.sliding_window:
-            raise TypeError(f"its window is {state['window']}, the model's {layer.sliding_window}")
-        if held:
-            layer.lazy_initialization(held["keys"], held["values"])
-            layer.keys, layer.values, layer.cumulative_length = held["keys"], held["values"], state["seen"]
-        return
+def _fill_sliding(layer: Any, state: dict[str, Any], held: dict[str, torch.Tensor]) -> None:
+    if state["kind"] != "sliding" or type(layer) is not DynamicSlidingWindowLayer:
+        raise TypeError(f"it holds a layer of kind {state['kind']!r}, the model has a {type(layer).__name__}")
+    if state["window"] != layer.sliding_window:
+        raise TypeError(f"its window is {state['window']}, the model's {layer.sliding_window}")
+    if held:
+        layer.lazy_initialization(held["keys"], held["values"])
+        layer.keys, layer.values, layer.cumulative_length = held["keys"], held["values"], state["seen"]
+
+
+def _check_ring(layer: RingLayer, state: dict[str, Any]) -> None:
     if state["kind"] != "sinks and window" or (state["n_sink"], state["window"]) != (layer.n_sink, layer.window):
         raise TypeError(
             f"it holds a layer of kind {state['kind']!r} and other sizes; compileable may have to be the same"
@@ -135,8 +146,6 @@ def _fill(layer: Any, state: dict[str, Any], held: dict[str, torch.Tensor]) -> N
     turn = type(layer.rotation)(tuple(state["partner"]), tuple(state["frequency"]))
     if not layer.rotation.is_close_to(turn):
         raise TypeError("its keys rotate in another way: it belongs to another model")
-    if held:
-        layer.replace({name: held[name] for name in NAMES})
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -11,11 +11,21 @@ because a compiled step may read nothing from the host that changes.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from .chunk_attention import ExactChunk
+
 PerRow = tuple[int, ...]  # one number for each row, or one number for all rows
+
+# What a stream is, besides the tensors of the layers.
+_NUMBERS = ("fed", "pads", "rebased", "starts", "begun", "unfinished", "moved")
+# How its next calls are treated, which a file does not say.
+_MODES = ("exact_chunks", "recording", "prompt", "skips")
 
 
 class StreamState:
@@ -30,11 +40,14 @@ class StreamState:
         unfinished (`bool`): a call has begun and its last layer has not come. If this is so when the next call begins, a
             forward was interrupted.
         exact_chunks (`bool`): each query of a call with several tokens gets its own copy of the sinks.
+        unmerged (`set[ExactChunk]`, *optional*): set while attention merges the sinks of exact chunks: the chunks of layers whose
+            attention has not come yet.
         recording (`bool`): what is overwritten is kept, so that `crop` can bring it back.
         moved (`bool`): `rebase` has moved the rows, and the positions of a caller have not been looked at since.
         prompt (`int`): the length of the prompt in a first call that is recorded and exceeds the capacity, else 0. Draft
             candidates follow the prompt.
-        skips (`PerRow`, *optional*): inside `SinkWindowCache._turn`, the number of pads before each row's new tokens.
+        of_call (`dict`): indices that layers have computed for the call that is under way; see `RingLayer`.
+        skips (`PerRow`, *optional*): inside `LayerStack.rows_of_any_length`, the number of pads before each row's new tokens.
     """
 
     def __init__(self) -> None:
@@ -43,11 +56,13 @@ class StreamState:
     def reset(self) -> None:
         """Forgets the stream."""
         self.exact_chunks = self.recording = False
+        self.unmerged: set[ExactChunk] | None = None
         self.pads: PerRow = (0,)
         self.rebased: PerRow = (0,)
         self.starts: PerRow = (0,)
         self.begun = self.unfinished = self.moved = False
         self.skips: PerRow | None = None
+        self.of_call: dict[Any, Any] = {}
         self.prompt = 0
         self.fed = 0
 
@@ -76,7 +91,7 @@ class StreamState:
         return self.exact_chunks or self.recording
 
     @property
-    def dense(self) -> int:
+    def dense_tokens(self) -> int:
         """How many tokens of the next call attend to every earlier token. Later tokens see only the sinks and their window."""
         return 0 if self.fed else self.prompt
 
@@ -100,6 +115,7 @@ class StreamState:
         """Counts tokens that have been through all layers."""
         if self.skips is not None and any(self.skips):
             self.pads = alike(tuple(pads + skip for pads, skip in self.per_row(self.pads, self.skips)))
+        self.of_call.clear()
         self.fed += new_tokens
 
     def step(self) -> None:
@@ -110,10 +126,10 @@ class StreamState:
         """Notes that a step comes, and returns whether its position might be beyond `max_position`."""
         return False  # layers check by themselves where nothing has to be waited for
 
-    def hold(self) -> None:
+    def remember_fed(self) -> None:
         """A call is under way, in which nothing advances."""
 
-    def let_go(self) -> None:
+    def forget_fed(self) -> None:
         """The call is over."""
 
     def set_pads(self, pads: PerRow) -> None:
@@ -152,22 +168,21 @@ class StreamState:
 
     def numbers(self) -> dict[str, Any]:
         """All that a copy of the stream needs to go on, as plain numbers."""
-        return {
-            "fed": self.fed,
-            "pads": self.pads,
-            "rebased": self.rebased,
-            "starts": self.starts,
-            "begun": self.begun,
-            "unfinished": self.unfinished,
-            "moved": self.moved,
-        }
+        return {name: getattr(self, name) for name in _NUMBERS}
 
     def take_over(self, numbers: dict[str, Any]) -> None:
-        """Goes on from the numbers of another state."""
-        for name in ("pads", "rebased", "starts"):
-            setattr(self, name, tuple(numbers[name]))
-        self.begun, self.unfinished, self.moved = numbers["begun"], numbers["unfinished"], numbers["moved"]
-        self.fed = numbers["fed"]
+        """Goes on from the `numbers` of another state, which may have been in a file."""
+        for name, value in numbers.items():
+            if name != "fed":
+                setattr(self, name, tuple(value) if isinstance(value, list) else value)
+        self.fed = numbers["fed"]  # at last, because counts follow from all of them
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.numbers() | {name: getattr(self, name) for name in _MODES}
+
+    def __setstate__(self, numbers: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.take_over(numbers)
 
 
 class DeviceStreamState(StreamState):
@@ -181,6 +196,7 @@ class DeviceStreamState(StreamState):
     def __init__(self) -> None:
         self._counts: dict[torch.device, torch.Tensor] = {}
         self._held: int | None = None
+        self._written = 0  # `fed`, when it was last written: before there are counts, it is nowhere else
         self.shared_steps: dict[Any, Any] = {}
         super().__init__()
 
@@ -191,12 +207,12 @@ class DeviceStreamState(StreamState):
             return self._held
         counts = next(iter(self._counts.values()), None)
         if counts is None:
-            return 0
+            return self._written
         return int(counts[0]) + self.pads[0] + self.rebased[0]
 
     @fed.setter
     def fed(self, fed: int) -> None:
-        self._held = fed
+        self._held = self._written = fed
         per_row, self.at_most = self.counts, max(self.next_positions())
         self._held = None
         if len(per_row) > 1:  # after a reset, the batch may have another size
@@ -208,11 +224,11 @@ class DeviceStreamState(StreamState):
         """As in the base class."""
         self.shared_steps = {}
 
-    def hold(self) -> None:
+    def remember_fed(self) -> None:
         """Reads `fed` once for the call that is under way, in which each layer would wait for the device otherwise."""
         self._held = self.fed
 
-    def let_go(self) -> None:
+    def forget_fed(self) -> None:
         """Drops the `fed` that was read. Later reads come from the device again."""
         self._held = None
 
@@ -223,10 +239,6 @@ class DeviceStreamState(StreamState):
             return False
         self.at_most = max(self.next_positions()) + 1
         return True
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Layers make the tensors anew when they get theirs back.
-        return vars(self) | {"_counts": {}, "_held": self.fed, "shared_steps": {}}
 
     def counts_on(self, device: torch.device, rows: int) -> torch.Tensor:
         """The counts `[rows]`, int64, on a device; the same tensor as long as the number of rows stays."""
@@ -242,7 +254,7 @@ class DeviceStreamState(StreamState):
 
     def advance(self, new_tokens: int) -> None:
         """As in the base class."""
-        self.hold()
+        self.remember_fed()
         super().advance(new_tokens)
 
     def step(self) -> None:
@@ -250,17 +262,27 @@ class DeviceStreamState(StreamState):
         for counts in self._counts.values():
             counts.add_(1)
 
+    @contextmanager
+    def _keeping_fed(self) -> Iterator[None]:
+        """Writes the counts anew after what they are made of has changed."""
+        fed = self.fed
+        yield
+        self.fed = fed
+
+    def pause(self, running: torch.Tensor) -> None:
+        """Takes the last step back, on the devices alone, where `running` `[rows]` is 0 and not 1."""
+        for counts in self._counts.values():
+            counts.add_(running.to(counts.device) - 1)
+
     def set_pads(self, pads: PerRow) -> None:
         """As in the base class."""
-        fed = self.fed
-        super().set_pads(pads)
-        self.fed = fed
+        with self._keeping_fed():
+            super().set_pads(pads)
 
     def rebase(self, by: PerRow) -> None:
         """As in the base class."""
-        fed = self.fed
-        super().rebase(by)
-        self.fed = fed
+        with self._keeping_fed():
+            super().rebase(by)
 
     def select(self, rows: list[int]) -> None:
         """As in the base class."""

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
-from .cache import SinkWindowCache
+from .cache import SinkWindowCache, stack_of
+from .checks import left_padding_of
 from .internals import compiled_forward, would_compile
 from .rows import pause_rows
 
@@ -70,15 +71,17 @@ def _read_turn(
     mask: torch.Tensor | None,
 ) -> Iterator[torch.Tensor]:
     """Reads further tokens of the rows, which may have been padded before and may be padded now."""
-    new_mask = torch.ones(1, input_ids.shape[1], device="cpu") if mask is None else mask[:, -input_ids.shape[1] :].cpu()
-    pads = (new_mask == 0).sum(dim=1, keepdim=True)
-    rows_differ = mask is not None or cache._state.padded
+    pads = torch.tensor((0,) if mask is None else left_padding_of(mask[:, -input_ids.shape[1] :]), device="cpu")[
+        :, None
+    ]
+    cache.rebase()  # so that there are positions for the whole turn
+    rows_differ = mask is not None or stack_of(cache).state.padded
     for part in pieces(input_ids.shape[1], piece_size):
         length = part.stop - part.start
         skips = (pads - part.start).clamp(0, length)
         index = (torch.arange(length, device="cpu") - skips).clamp(min=0).to(input_ids.device)
         positions = cache.next_position_ids().to(input_ids.device) + index
-        with cache._turn(tuple(skips.flatten().tolist())) if rows_differ else nullcontext():
+        with stack_of(cache).rows_of_any_length(tuple(skips.flatten().tolist())) if rows_differ else nullcontext():
             logits = model(input_ids[:, part], position_ids=positions, **kwargs).logits
         yield logits[:, -1]
 
@@ -90,7 +93,7 @@ def pieces(length: int, piece_size: int | None) -> list[slice]:
 
 
 def _refuse_if_it_cannot_rebase(cache: SinkWindowCache) -> None:
-    cache.other_layers_to_move()
+    stack_of(cache).other_layers_to_move()
     if cache.tokens_between_rebases() < cache.rebase_step:
         raise ValueError(
             f"this cache moves by {cache.rebase_step:,} positions at a time, which takes it beyond the last one that the model "
@@ -125,20 +128,20 @@ class Step:
         self.positions = cache.next_position_ids().expand(rows, -1).to(device).clone()
         self.tokens = torch.zeros_like(self.positions)
         self.forward: Any = model.__call__
-        self.warm_up = -1  # steps until the graph is captured; negative for never
+        self.warm_up = 3  # calls until all is compiled, and the graph is captured
+        self.captures = False
         self.is_compiled = would_compile(model, cache, config)
         if self.is_compiled:
             own = config.compile_config is None and {p.device.type for p in model.parameters()} == {"cuda"}
             self.forward = compiled_forward(model, CompileConfig(mode="default") if own else config.compile_config)
-            if own and len({p.device for p in model.parameters()}) == 1:
-                self.warm_up = 3
+            self.captures = own and len({p.device for p in model.parameters()}) == 1
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits `[rows, vocab_size]` after one token of each row, `[rows, 1]`, valid until the next call."""
         if tokens is not self.tokens:
             self.tokens.copy_(tokens)
-        if self.graph is None and self.warm_up == 0:
+        if self.captures and self.warm_up == 0:
             self._capture()
         self.warm_up -= 1
         if self.graph is None:
@@ -146,12 +149,17 @@ class Step:
         self.graph.replay()
         return self.logits
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left to be compiled or captured."""
+        return not self.is_compiled or self.warm_up < 0
+
     def with_masks(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Runs one step while some row is not full. Such steps need a mask."""
         self.tokens.copy_(tokens)
-        padded = self.cache._state.padded
-        own_masks = padded and mask is None
-        with self.cache._turn((0,)) if own_masks else nullcontext():
+        stack = stack_of(self.cache)
+        own_masks = stack.state.padded and mask is None
+        with stack.rows_of_any_length() if own_masks else nullcontext():
             return self._run(**({} if mask is None else {"attention_mask": _up_to_now(mask, self.cache)}))
 
     def rebase(self) -> None:

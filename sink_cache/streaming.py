@@ -1,8 +1,9 @@
 """Exact streaming of many tokens per forward.
 
 One token per forward is exact and slow. In a forward of several tokens each query needs its own rotary distance to the
-sinks, so each gets its own copy of them (`queries * n_sink` extra keys: few), and a mask in which a query sees its own
-copy, and window tokens no older than `window`.
+sinks. Where a model's attention is plain, attention merges them itself (see `chunk_attention.py`). Elsewhere each query gets its
+own copy of the sinks (`queries * n_sink` extra keys), and a mask in which it sees that copy, and window tokens no older
+than `window`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedModel
 
-from .cache import SinkWindowCache
+from .cache import SinkWindowCache, error_of, stack_of
 from .fed import note_fed, text_fed_to
 from .internals import attention_of, cache_kwargs, is_recurrent_only, layers_of, text_model
 from .masks import KNOWN_TO
+from .model_scheme import attends_plainly
 
 
 @torch.no_grad()
@@ -32,7 +34,8 @@ def stream(
         model (`PreTrainedModel`): a causal language model with `attn_implementation` "sdpa" or "eager".
         input_ids (`torch.Tensor`): `[batch_size, tokens]`, no padding.
         cache (`SinkWindowCache`): empty, or with earlier tokens of the same rows.
-        chunk_size (`int`): tokens per forward. Larger is faster until the `chunk_size * n_sink` extra keys weigh.
+        chunk_size (`int`): tokens per forward. Larger is faster, on a GPU up to some thousands. In models whose attention is not
+            plain, larger is faster until the `chunk_size * n_sink` extra keys weigh.
 
     Yields:
         `torch.Tensor`: logits `[batch_size, q, vocab_size]` of the next `q <= chunk_size` tokens, in the order of the text.
@@ -40,7 +43,8 @@ def stream(
     Raises:
         TypeError: if `cache` is not a `SinkWindowCache`, or `input_ids` no tensor of two dimensions.
         ValueError: if `chunk_size` is below 1, or for other attention implementations, whose masks have other forms.
-        NotImplementedError: for models with linear-attention layers; not all of these go on from a state with several tokens.
+        NotImplementedError: for models with linear-attention layers, of which not all go on from a state with several tokens; and
+            for models that do not use a cache.
     """
     if not isinstance(cache, SinkWindowCache):
         raise TypeError(f"stream needs a SinkWindowCache, but got a {type(cache).__name__}")
@@ -63,12 +67,17 @@ def stream(
             f"stream cannot feed several tokens at once to model type {model.config.model_type!r}: it has linear-attention "
             "layers. Use chunk_size=1."
         )
-    kwargs = cache_kwargs(cache, model)
+    kwargs, merged = cache_kwargs(cache, model), chunk_size > 1 and attends_plainly(model, error_of)
     for chunk in input_ids.split(chunk_size, dim=1):
-        before = text_fed_to(cache)
+        before, fed = text_fed_to(stack_of(cache)), cache.get_seq_length()
         positions = cache.next_position_ids(chunk.shape[1]).to(chunk.device).expand(len(chunk), -1)
-        with cache.exact_chunks():
+        with stack_of(cache).exact_chunks(merged=merged):
             output = model(chunk, position_ids=positions, use_cache=True, **kwargs)
-        note_fed(cache, before, chunk)
+        if cache.get_seq_length() == fed:
+            raise NotImplementedError(
+                f"this {type(model).__name__} (model type {model.config.model_type!r}) has not used its cache, so each chunk "
+                "would be a text of its own"
+            )
+        note_fed(stack_of(cache), before, chunk)
         yield output.logits
         del output  # or its logits would still be in memory while the next ones are made

@@ -59,6 +59,7 @@ class PositionScheme:
         chronological (`bool`): positions are not in the keys but in their order (ALiBi).
         takes_masks (`bool`): it may be given an `attention_mask` of all tokens seen. (Bloom would make biases for all of them.)
         max_keys (`int`, *optional*): set if the model has biases for so many keys only.
+        plain (`bool`): its attention can merge the sinks of an exact chunk itself; see `chunk_attention`.
     """
 
     rotations: dict[int, Rotation]
@@ -69,6 +70,7 @@ class PositionScheme:
     chronological: bool = False
     takes_masks: bool = True
     max_keys: int | None = None
+    plain: bool = False
 
     def agrees_with(self, other: PositionScheme | None) -> bool:
         """Whether both say the same, up to the rounding with which frequencies were learned."""
@@ -109,7 +111,7 @@ def learn(
     Raises:
         CannotStream: with the reason.
     """
-    digest = hashlib.sha256(config.to_json_string(use_diff=False).encode())
+    digest = hashlib.sha256((attention_of(config) + config.to_json_string(use_diff=False)).encode())
     for name, buffer in sorted(buffers.items()):
         digest.update(name.encode() + buffer.detach().cpu().double().numpy().tobytes())
     key = (model_class, digest.hexdigest())
@@ -172,12 +174,20 @@ def _learn(
             else:
                 if error <= _EXACT:
                     attention = modules_that_use_a_cache(twin, lambda cache: _one_token_alone(twin, 0, cache=cache))
-                    return candidate, known_modules(twin, attention)
+                    plain = replace(candidate, plain=True)
+                    return plain if _is_exact(twin, plain, error_of) else candidate, known_modules(twin, attention)
                 reason = (
                     f"{how} does not reproduce it (relative error {error:.1g}): its attention uses positions in another way "
                     "than through rotary keys or their order"
                 )
     raise CannotStream(reason)
+
+
+def _is_exact(twin: PreTrainedModel, scheme: PositionScheme, error_of: ErrorOf) -> bool:
+    try:
+        return error_of(twin, scheme) <= _EXACT
+    except Exception:
+        return False
 
 
 def _candidates(scheme: PositionScheme, told_positions: bool, max_keys: int | None) -> Iterator[PositionScheme]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from .cache import SinkWindowCache, accept_as_it_is
+from .cache import cache_to_measure, error_of
 from .internals import text_model, virtual_tokens, without_compiler
+from .model_scheme import accept_as_it_is
 from .reference import CannotStream, own_noise, streaming_error
 
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -60,8 +61,7 @@ def verify(
     model.eval()
     try:
         with torch.no_grad():
-            cache = SinkWindowCache(n_sink, window)
-            cache.prepare_to_measure(model)
+            cache = cache_to_measure(model, n_sink, window)
             error = streaming_error(model, cache, n_sink, window, tokens)
             if tolerance is None and not error <= limit:
                 limit = max(limit, _NOISES * own_noise(model, n_sink, window, tokens))
@@ -77,5 +77,5 @@ def verify(
             f"SinkWindowCache is not exact on this {type(model).__name__} (model type {model.config.model_type!r}): relative "
             f"error {error:.2g}, allowed {limit:.2g}. Use DynamicCache."
         )
-    accept_as_it_is(model)
+    accept_as_it_is(model, error_of)
     return error

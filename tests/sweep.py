@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from sink_cache import SinkWindowCache
+from sink_cache.cache import stack_of
 
 from .families import FIRST_WORD, VOCAB, CannotBuild, cache_name, dense_is_right, depth, model_types, tiny_model
 from .oracle import relative_error, streamed_logits
@@ -46,15 +47,21 @@ def examine(model_type: str) -> dict[str, Any]:
         return {"outcome": "dense wrong", "reason": reason}
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(FIRST_WORD, VOCAB, (1, TOKENS), generator=generator)
+    cache = SinkWindowCache(N_SINK, WINDOW)
     try:
-        logits = one_by_one(model, input_ids, SinkWindowCache(N_SINK, WINDOW))
+        logits = one_by_one(model, input_ids, cache)
     except (NotImplementedError, ValueError) as refusal:
         return {"outcome": "refused", "reason": str(refusal)}
     recurrent = any(
         isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=model.config).layers
     )
     expected = streamed_logits(model, input_ids, N_SINK, WINDOW)
-    family = {"layers": depth(model_type), **_judge(logits, expected)}
+    scheme = stack_of(cache).scheme
+    family = {
+        "layers": depth(model_type),
+        "merges_sinks": scheme is not None and scheme.plain,  # in stream()
+        **_judge(model, input_ids, 1, logits, expected),
+    }
     try:
         # Steps of a cache that is filling up have masks; after a first call that fills it they have none.
         outcomes = []
@@ -66,7 +73,7 @@ def examine(model_type: str) -> dict[str, Any]:
                 expected = (
                     streamed_logits(model, input_ids, N_SINK, WINDOW, first) if recurrent else expected[:, first - 1 :]
                 )
-            outcomes.append(_judge(logits, expected))
+            outcomes.append(_judge(model, input_ids, first, logits, expected))
         family["compileable"] = max(outcomes, key=lambda one: one["error"])
     except NotImplementedError as refusal:
         family["compileable"] = {"outcome": "refused", "reason": str(refusal)}
@@ -74,7 +81,7 @@ def examine(model_type: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def one_by_one(model: PreTrainedModel, input_ids: torch.Tensor, cache: SinkWindowCache, first: int = 1) -> torch.Tensor:
+def one_by_one(model: PreTrainedModel, input_ids: torch.Tensor, cache: Cache, first: int = 1) -> torch.Tensor:
     """Logits `[batch, tokens - first + 1, vocab]`, after a first call of so many tokens, and of single tokens."""
     # As in generate(): position_ids are given to models that take them. (Without them, Bamba starts anew at every call.)
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -85,9 +92,22 @@ def one_by_one(model: PreTrainedModel, input_ids: torch.Tensor, cache: SinkWindo
     return torch.stack(logits, dim=1)
 
 
-def _judge(logits: torch.Tensor, expected: torch.Tensor) -> dict[str, Any]:
+def _judge(
+    model: PreTrainedModel, input_ids: torch.Tensor, first: int, logits: torch.Tensor, expected: torch.Tensor
+) -> dict[str, Any]:
     error = relative_error(logits, expected)
-    return {"outcome": "exact" if error <= TOLERANCE else "wrong", "error": error}
+    if error <= TOLERANCE:
+        return {"outcome": "exact", "error": error}
+    # Some recurrent models round more than that: with transformers' own cache they differ as much from one forward of all tokens.
+    own_error = _own_error(model, input_ids, first)
+    return {"outcome": "exact" if error <= own_error else "wrong", "error": error, "own_error": own_error}
+
+
+@torch.no_grad()
+def _own_error(model: PreTrainedModel, input_ids: torch.Tensor, first: int) -> float:
+    """How far a model is from itself in float32, with a DynamicCache and the same calls against one forward of all tokens."""
+    in_calls = one_by_one(model, input_ids, DynamicCache(config=model.config), first)
+    return relative_error(in_calls, model(input_ids).logits[:, first - 1 :])
 
 
 def listing(result: dict[str, Any]) -> str:

@@ -585,14 +585,36 @@ def test_attention_functions_are_called_as_ours_is() -> None:
     model(tokens(5), **{generate_name(): cache})
     key, kwargs, shape, weights, (batch, heads, queries, head_dim) = calls[0]
     assert key is cache.layers[0].keys, (
-        "Attention functions are no longer given the very tensor that Cache.update returned as their key: masks._StepAttention "
+        "Attention functions are no longer given the very tensor that Cache.update returned as their key: masks._RingAttention "
         "knows the slots of a static ring by their class."
     )
     assert kwargs.get("scaling") == head_dim**-0.5, (
-        "Attention functions are no longer given scaling by keyword: masks._StepAttention would scale otherwise."
+        "Attention functions are no longer given scaling by keyword: masks._RingAttention would scale otherwise."
     )
     assert (tuple(shape), weights) == ((batch, queries, heads, head_dim), None), (
-        "SDPA's attention function no longer returns [batch, queries, heads, head_dim] and None, as masks._StepAttention does."
+        "SDPA's attention function no longer returns [batch, queries, heads, head_dim] and None, as masks._RingAttention does."
+    )
+
+
+@guards("is_own_sdpa")
+@torch.no_grad()
+def test_what_transformers_own_sdpa_computes() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 5, 8) for heads in (4, 2, 2))
+    module = tiny_model("llama").model.layers[0].self_attn
+    others = {"sliding_window": 2, "s_aux": torch.ones(4), "position_ids": torch.zeros(2, 5), "is_causal": True}
+    output, _ = sdpa_attention_forward(module, query, key, value, None, scaling=0.3, dropout=0.0, **others)
+    scores = 0.3 * query @ key.repeat_interleave(2, dim=1).transpose(2, 3)
+    weights = scores.masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), -torch.inf).softmax(dim=-1)
+    expected = (weights @ value.repeat_interleave(2, dim=1)).transpose(1, 2)
+    assert torch.allclose(output, expected, atol=1e-5), (
+        "transformers' SDPA function computes something else than causal attention: sink_cache.chunk_attention stands for it "
+        "where it is given the keys and values of an exact chunk, no mask, and neither position_bias, softcap nor dropout."
+    )
+    tensors = {"module", "query", "key", "value", "attention_mask"}
+    options = {"dropout", "scaling", "is_causal", "position_bias", "kwargs"}
+    assert inspect.signature(sdpa_attention_forward).parameters.keys() <= tensors | options, (
+        "transformers' SDPA function has new arguments, which sink_cache.chunk_attention.chunk_of_attention does not know of."
     )
 
 

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sink_cache import SinkWindowCache, stream, verify
+from sink_cache.cache import stack_of
 
 from .families import cache_name, tiny_model
 from .oracle import relative_error, streamed_logits
@@ -175,7 +176,7 @@ def test_padding_where_it_is_not_supported(llama: PreTrainedModel) -> None:
     for compileable in (False, True):
         cache = SinkWindowCache(4, 8, compileable=compileable)
         says = re.escape("stream() and assisted decoding do not support padded batches")
-        with torch.no_grad(), cache.exact_chunks(), pytest.raises(NotImplementedError, match=says):
+        with torch.no_grad(), stack_of(cache).exact_chunks(), pytest.raises(NotImplementedError, match=says):
             _pads_in(llama, cache)
         assert cache.get_seq_length() == 0
 
@@ -836,3 +837,22 @@ def test_verify_and_stream_arguments(llama: PreTrainedModel) -> None:
         next(stream(llama, tokens(3), SinkWindowCache(4, 8), chunk_size=2.5))  # type: ignore[arg-type]
     with pytest.raises(NotImplementedError, match="linear-attention"):
         next(stream(tiny_model("jamba"), tokens(3), SinkWindowCache(4, 8)))
+
+
+@pytest.mark.parametrize("model_type", ["openai-gpt", "rwkv"])
+def test_stream_through_a_model_without_a_cache(model_type: str) -> None:
+    # Each chunk was read as a text of its own, and its logits were returned as if they went on.
+    cache = SinkWindowCache(2, 4)
+    with pytest.raises(NotImplementedError, match="has not used its cache"):
+        next(stream(tiny_model(model_type), tokens(16), cache, chunk_size=4))
+    assert cache.get_seq_length() == 0
+
+
+def test_prepared_for_another_model_in_the_middle_of_a_text() -> None:
+    # The layers were made anew, and the next call attended to zeros in the place of the text.
+    cache, other = SinkWindowCache(2, 4), tiny_model("gptj")
+    one_by_one(tiny_model("llama"), tokens(5), cache)
+    with pytest.raises(ValueError, match="holds 5 tokens of another model"):
+        cache.prepare_for(other)
+    cache.reset()
+    cache.prepare_for(other)

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from sink_cache import SinkWindowCache
+from sink_cache.cache import prepare_as, stack_of
 from sink_cache.rotary import Rotation
 from sink_cache.twin import PositionScheme
 
@@ -80,7 +81,7 @@ class Prepared(SinkWindowCache):
     """A cache that knows the made-up positions, whatever the model."""
 
     def prepare_for(self, model: PreTrainedModel) -> None:
-        self.prepare(CONFIG, SCHEME)
+        prepare_as(self, CONFIG, SCHEME)
 
 
 class Row:
@@ -105,7 +106,7 @@ class CacheMachine(RuleBasedStateMachine):
     def make(self, n_sink: int, window: int, kind: str, batch_size: int, data: st.DataObject) -> None:
         self.n_sink, self.window, self.capacity = n_sink, window, n_sink + window
         self.cache = Prepared(n_sink, window, compileable=kind.startswith("compileable"))
-        self.cache.prepare(CONFIG, SCHEME)
+        prepare_as(self.cache, CONFIG, SCHEME)
         self.ids = 0
         self.empty(batch_size, data.draw(PADS) if kind.endswith("padded") else None)
 
@@ -192,7 +193,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.padded)
     @rule(length=st.integers(1, 14))
     def feed_exactly(self, length: int) -> None:
-        with self.cache.exact_chunks():
+        with stack_of(self.cache).exact_chunks():
             self.feed_or_be_refused(length, exact=True, with_mask=False)
 
     def feed_or_be_refused(self, length: int, exact: bool, with_mask: bool) -> None:

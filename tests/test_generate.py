@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
 from sink_cache import SinkWindowCache, stream
+from sink_cache.cache import stack_of
 
 from .families import tiny_model
 from .oracle import fresh_logits, relative_error, streamed_logits
@@ -498,7 +499,7 @@ def test_what_is_recorded_does_not_grow(llama: PreTrainedModel, draft: PreTraine
     cache = SinkWindowCache(3, 9)
     out = llama.generate(tokens(6), past_key_values=cache, assistant_model=draft, max_new_tokens=10, **PLAIN)
     out = llama.generate(out, past_key_values=cache, max_new_tokens=60, **PLAIN)
-    assert sum(keys.shape[-2] for s in cache._storages() for _, _, keys, _ in s.overwritten) <= 2 * 9
+    assert sum(keys.shape[-2] for s in stack_of(cache).storages() for _, _, keys, _ in s.overwritten) <= 2 * 9
     assert torch.equal(out[:, 6:], streamed_logits(llama, out, 3, 9)[:, 5:-1].argmax(-1))
     # A turn longer than the window has no candidates; it is exact too, and cannot be taken back.
     turn = torch.cat([out, tokens(25, seed=1)], dim=1)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import CohereConfig, GemmaConfig, GPTNeoXConfig, LlamaConfig, PhiConfig, Qwen3Config
 
-from sink_cache.cache import position_scheme
+from sink_cache.cache import error_of
 from sink_cache.internals import class_for_config
+from sink_cache.model_scheme import scheme_of_class
 from sink_cache.rotary import ForwardRotation, NotARotation, Rotation, fit_rotation, rotate
 
 HALF_SPLIT = Rotation((2, 3, 0, 1, 4), (-1.0, -0.01, 1.0, 0.01, 0.0))
@@ -79,7 +80,7 @@ def test_all_layers_at_once_equals_one_by_one(dtype: torch.dtype) -> None:
 def test_a_full_size_config_gives_the_models_own_frequencies(config: LlamaConfig) -> None:
     # The twin is narrow; its head size and frequencies must be those of the real model.
     model_class, _ = class_for_config(config)
-    scheme = position_scheme(model_class, config, {})
+    scheme = scheme_of_class(model_class, config, error_of)
     heads_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     with torch.device("meta"):
         inv_freq_shape = next(b.shape for n, b in model_class(config).named_buffers() if n.endswith("inv_freq"))

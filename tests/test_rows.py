@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sink_cache import SinkWindowCache, endless
+from sink_cache.cache import stack_of
 from sink_cache.rows import copy_row
 
 from .families import tiny_model
@@ -114,7 +115,7 @@ def test_sliding_layers_of_rows_of_different_lengths(n_sink: int, window: int) -
     model(first, past_key_values=together)
     padded = torch.cat([second[:1], torch.cat([tokens(2, seed=2), second[1:, :9]], dim=1)])
     positions = 9 + (torch.arange(11) - torch.tensor([[0], [2]])).clamp(min=0)
-    with together._turn((0, 2)):
+    with stack_of(together).rows_of_any_length((0, 2)):
         logits = model(padded, position_ids=positions, past_key_values=together).logits[:, -1]
     for row, length in enumerate((11, 9)):
         alone = SinkWindowCache(n_sink, window)
@@ -150,7 +151,10 @@ def test_padded_turns_of_a_model_that_counts_keys_are_refused() -> None:
     model, cache = tiny_model("mpt"), SinkWindowCache(2, 10)
     with torch.no_grad():
         model(tokens(5, 2), past_key_values=cache)
-        with pytest.raises(NotImplementedError, match="it would count the padding"), cache._turn((0, 4)):
+        with (
+            pytest.raises(NotImplementedError, match="it would count the padding"),
+            stack_of(cache).rows_of_any_length((0, 4)),
+        ):
             pass
 
 
@@ -199,7 +203,7 @@ def test_a_row_goes_on_in_another_cache(llama: PreTrainedModel, compileable: boo
         new = strangers[:, others + t : others + t + 1].clone()
         new[2] = stream[1, seen + t]
         with (
-            nullcontext() if compileable else target._turn((0,))
+            nullcontext() if compileable else stack_of(target).rows_of_any_length()
         ):  # no padding mask says that a row is longer than others
             logits.append(llama(new, position_ids=target.next_position_ids(), past_key_values=target).logits)
         if t == 8:

@@ -12,7 +12,8 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from sink_cache import SinkWindowCache, twin
-from sink_cache.cache import position_scheme
+from sink_cache.cache import error_of
+from sink_cache.model_scheme import scheme_of_class
 
 from .families import tiny_model
 from .test_exact import one_by_one, tokens
@@ -113,12 +114,12 @@ def test_other_threads_may_log(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_default_dtype_changes_nothing_that_is_learned(model_type: str, dtype: torch.dtype) -> None:
     model = tiny_model(model_type)
     text = model.base_model
-    expected = position_scheme(type(text), model.config, {})
+    expected = scheme_of_class(type(text), model.config, error_of)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sink_cache.twin._remembered", {})
         torch.set_default_dtype(dtype)
         try:
-            found = position_scheme(type(text), model.config, {})
+            found = scheme_of_class(type(text), model.config, error_of)
         finally:
             torch.set_default_dtype(torch.float32)
     assert found.agrees_with(expected)
@@ -127,7 +128,7 @@ def test_the_default_dtype_changes_nothing_that_is_learned(model_type: str, dtyp
 @pytest.mark.usefixtures("learn_anew")
 def test_learned_twice_it_is_the_same() -> None:
     text = tiny_model("gemma3_text").base_model
-    first = position_scheme(type(text), text.config, {})
+    first = scheme_of_class(type(text), text.config, error_of)
     torch.manual_seed(7)
     twin._remembered.clear()
-    assert position_scheme(type(text), text.config, {}) == first
+    assert scheme_of_class(type(text), text.config, error_of) == first
