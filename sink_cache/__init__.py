@@ -12,7 +12,10 @@ The way of a token, and where each step lies:
       masks that say what a ring shows           masks.py
     what positions mean to a model               twin.py asks a small copy of it; reference.py checks the answer;
                                                  model_scheme.py compares the live model with the copy
-    loops on a LayerStack                        endless_loop.py, streaming.py; rows.py moves rows between caches
+    what users call beside the cache             streaming.py reads texts exactly; chunk_attention.py is how it is fast;
+                                                 endless_loop.py, steps.py generate without end;
+                                                 pool.py, batch.py, turns.py, sampling.py, rows.py run many streams at once;
+                                                 verify.py; saving.py; fed.py notes what a cache was fed
 
 Terms of our own:
 

@@ -79,7 +79,7 @@ class Batch:
     @property
     def is_ready(self) -> bool:
         """Whether all is compiled that will be."""
-        return not self._step.is_compiled or self._step.graph is not None
+        return self._step.is_settled
 
     # --- rows, between steps ---
 
@@ -155,7 +155,7 @@ class Batch:
         is_greedy = all(one.is_greedy for one, runs in zip(self._sampling, self._run_on_device, strict=True) if runs)
         if self._compiles_choice and self._warm_up:
             is_greedy = False  # all is compiled in the first steps, and not when the first stream samples
-            self._warm_up -= self._step.graph is not None
+            self._warm_up -= self._step.is_settled
         elif self._step.graph is not None:
             if is_greedy not in self._graphs:
                 graph = torch.cuda.CUDAGraph()

@@ -98,8 +98,10 @@ class SinkWindowCache(GivenToGenerate, Cache):
         if not isinstance(compileable, bool):
             raise TypeError(f"compileable must be True or False, but is {compileable!r}")
         self._stack = LayerStack(n_sink, window, compileable)
-        self._looks = True  # at the caller, for the model
-        self._may_be_changed = False  # the model, on its instance: `verify` measures whether the cache is exact on it
+        self._finds_model = True  # at the caller, for the model
+        self._accepts_changed_model = (
+            False  # the model, on its instance: `verify` measures whether the cache is exact on it
+        )
         self._model: weakref.ref[PreTrainedModel] | None = None  # the text model that last was looked at
         self._chunk_offsets: dict[bool, ChunkOffset] = {}  # of layers that are sliding, and that are not
         self._is_step = False  # the call that is under way is a step of a static ring
@@ -147,11 +149,11 @@ class SinkWindowCache(GivenToGenerate, Cache):
         reason="a SinkWindowCache cannot see the model from inside a full graph: pass SinkWindowCache(..., config=model.config)"
     )
     def _look_for_the_model(self) -> None:
-        if self._looks and (model := look_at_caller().model) is not None:
+        if self._finds_model and (model := look_at_caller().model) is not None:
             self.prepare_for(model)
 
     def _refuse_generate(self) -> None:
-        if self._looks:
+        if self._finds_model:
             calling_model()  # or a refusal
 
     def _look_if_not_begun(self) -> None:
@@ -177,9 +179,12 @@ class SinkWindowCache(GivenToGenerate, Cache):
 
         Raises:
             TypeError: if it is no model.
+            ValueError: in the middle of a text of another model.
             NotImplementedError: if the model is refused.
         """
         text = text_model(model)
+        if self._stack.state.fed:
+            return self._refuse_another_model(text)
         attention = attention_of(text.config)
         if self.compileable and attention not in KNOWN_TO:
             raise NotImplementedError(
@@ -192,7 +197,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
 
     def _scheme_if_other(self, text: PreTrainedModel) -> PositionScheme | None:
         """How this model uses positions, if the layers are not right for it; None if they are."""
-        scheme = scheme_of(text, error_of, may_be_changed=self._may_be_changed)
+        scheme = scheme_of(text, error_of, may_be_changed=self._accepts_changed_model)
         return None if self._stack.fits(text.config, scheme) else scheme
 
     def _refuse_another_model(self, model: PreTrainedModel | None) -> None:
@@ -222,8 +227,10 @@ class SinkWindowCache(GivenToGenerate, Cache):
             attended = stack.layers[layer_idx].update(key_states, value_states)
         else:
             try:
-                is_read = not is_static_step or (layer_idx == stack.first and stack.checks.must_read_positions())
-                if is_read and (layer_idx == stack.first or not stack.state.unfinished):
+                is_read = not is_static_step or (
+                    layer_idx == stack.first_attention and stack.checks.must_read_positions()
+                )
+                if is_read and (layer_idx == stack.first_attention or not stack.state.unfinished):
                     self._begin_call(key_states, value_states)
                 attended = stack.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
             except BaseException as reason:
@@ -232,7 +239,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
                 stack.state.unfinished |= not is_refusal and not is_static_step
                 self._end_refused_call(layer_idx)
                 raise
-        if layer_idx == stack.last:
+        if layer_idx == stack.last_attention:
             self._end_call(key_states.shape[2], is_static_step or self._is_step)
         elif not is_static_step:
             stack.state.unfinished = True
@@ -257,14 +264,14 @@ class SinkWindowCache(GivenToGenerate, Cache):
         checks.refuse_interrupted()
         if state.recording and (state.padded or len(state.counts) > 1):
             raise NotImplementedError(NO_PADDED_CHUNKS)
-        state.hold()
+        state.remember_fed()
         goes_on = state.begun and new_tokens == 1 and min(state.counts) > 0
         # A ring that is the first to see them checks the tensors of a step itself.
-        if not goes_on or stack.rings[0] is not stack.layers[stack.first]:
+        if not goes_on or stack.rings[0] is not stack.layers[stack.first_attention]:
             checks.refuse_other_tensors(key_states, value_states)
         self._is_step = stack.compileable and new_tokens == 1 and stack.rings[0].is_initialized
         if not goes_on or stack.compileable or checks.must_read_positions():  # a static step was asked before
-            call = look_at_caller(for_model=self._looks)
+            call = look_at_caller(for_model=self._finds_model)
             if state.fed == 0:
                 if state.recording and new_tokens > self.capacity and not state.prompt:
                     raise NotImplementedError(
@@ -284,13 +291,13 @@ class SinkWindowCache(GivenToGenerate, Cache):
                 for storage in stack.storages():
                     storage.record(new_tokens)
         if self._is_step:
-            state.let_go()  # a step counts on the devices
+            state.forget_fed()  # a step counts on the devices
 
     def _begin_text(self, call: Call) -> None:
         stack, prepared = self._stack, self._stack.layers
         if call.model is not None:
             self.prepare_for(call.model)
-        if stack.layers is not prepared and stack.has_recurrent_layers(stack.first):
+        if stack.layers is not prepared and stack.has_recurrent_layers(stack.first_attention):
             raise ValueError(
                 "this cache was made for another model, and recurrent layers of this one have used it already. Make a new "
                 "SinkWindowCache for each model."
@@ -309,12 +316,12 @@ class SinkWindowCache(GivenToGenerate, Cache):
 
     def _end_refused_call(self, layer_idx: int) -> None:
         state = self._stack.state
-        state.let_go()
+        state.forget_fed()
         if not state.fed:
             state.forget_start()
         if self._stack.has_recurrent_layers(layer_idx):
             state.unfinished = True  # these have taken in the tokens already
-        if self._looks and generate_call():
+        if self._finds_model and generate_call():
             state.recording = False  # which generate() begins anew in each call that needs it
 
     # --- masks ---
@@ -369,7 +376,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
         if self.compileable and torch.compiler.is_compiling():
             position: int = self._stack.rings[0].counts.max()  # type: ignore[attr-defined]
             return position
-        if self._looks and not self._stack.state.begun and not torch.compiler.is_compiling():
+        if self._finds_model and not self._stack.state.begun and not torch.compiler.is_compiling():
             self._refuse_virtual_tokens()
         return super().get_seq_length(layer_idx)
 
@@ -607,14 +614,14 @@ def stack_of(cache: SinkWindowCache) -> LayerStack:
 def cache_to_measure(model: PreTrainedModel, n_sink: int, window: int) -> SinkWindowCache:
     """A cache for a model that may have been changed on its instance: whether the cache is exact on it will be seen."""
     cache = SinkWindowCache(n_sink, window)
-    cache._may_be_changed = True
+    cache._accepts_changed_model = True
     cache.prepare_for(model)
     return cache
 
 
 def prepare_as(cache: SinkWindowCache, config: PreTrainedConfig, scheme: PositionScheme) -> None:
     """Makes the layers for models of this config whose positions work as `scheme` says, whoever calls later."""
-    cache._looks = False
+    cache._finds_model = False
     cache._stack.make_layers(config, scheme)
 
 

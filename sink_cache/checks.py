@@ -24,10 +24,31 @@ from .internals import (
 from .layers import POSITION_LIMIT, RingLayer
 from .masks import ChunkOffset
 from .ring import evicted_before
-from .state import StreamState, alike
+from .state import PerRow, StreamState, alike
 
 _READ_EVERY = 64  # steps
 NO_PADDED_CHUNKS = "stream() and assisted decoding do not support padded batches."
+
+
+def left_padding_of(mask: torch.Tensor) -> PerRow:
+    """How many zeros each row of a mask `[batch_size, length]` begins with.
+
+    Raises:
+        NotImplementedError: if there are zeros after the first one of a row.
+    """
+    real = mask.bool().cpu()
+    zeros = (~real).sum(dim=1)
+    if torch.equal(real, torch.arange(mask.shape[-1], device="cpu") >= zeros[:, None]):
+        return tuple(zeros.tolist())
+    if (model := calling_model_with_virtual_tokens()) is not None:
+        raise NotImplementedError(
+            f"SinkWindowCache does not support padded rows with {virtual_tokens(model)}: PEFT puts virtual tokens before "
+            "the pads, and rows must begin with their pads. Generate one row at a time."
+        )
+    raise NotImplementedError(
+        "SinkWindowCache supports left padding only, and attention_mask has zeros after the first token of a row. "
+        "Set tokenizer.padding_side = 'left'. If generate() made the mask from a pad token within the text, pass attention_mask."
+    )
 
 
 class CallChecks:
@@ -92,20 +113,7 @@ class CallChecks:
             )
         if mask is None or (not state.padded and mask.all()):
             return
-        real = mask.bool().cpu()
-        zeros = tuple((~real).sum(dim=1).tolist())
-        if not torch.equal(
-            real, torch.arange(mask.shape[-1], device="cpu") >= torch.tensor(zeros, device="cpu")[:, None]
-        ):
-            if (model := calling_model_with_virtual_tokens()) is not None:
-                raise NotImplementedError(
-                    f"SinkWindowCache does not support padded rows with {virtual_tokens(model)}: PEFT puts virtual tokens before "
-                    "the pads, and rows must begin with their pads. Generate one row at a time."
-                )
-            raise NotImplementedError(
-                "SinkWindowCache supports left padding only, and attention_mask has zeros after the first token of a row. "
-                "Set tokenizer.padding_side = 'left'."
-            )
+        zeros = left_padding_of(mask)
         if alike(zeros) == state.pads or (not any(zeros) and not self.tokens_until_full()):
             return
         if state.chunked:

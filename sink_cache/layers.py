@@ -134,13 +134,13 @@ class RingLayer(CacheLayerMixin):
         elif self.evicts_within(key_states.shape[2]):
             attended = self._with_sinks_per_query(key_states, value_states)
         elif self.state.fed:
-            self.present_sinks()
-            shown = self._of_call(self._shown_slots, key_states.shape[2])
+            self.rotate_sinks()
+            shown = self._once_per_call(self._shown_slots, key_states.shape[2])
             attended = (
                 torch.cat([take(self.keys, shown), key_states], dim=2),
                 torch.cat([take(self.values, shown), value_states], dim=2),
             )
-        if self.state.recording and self.state.dense and self.evicts_within(key_states.shape[2]):
+        if self.state.recording and self.state.dense_tokens and self.evicts_within(key_states.shape[2]):
             self._store_prompt_and_candidates(key_states, value_states)
             return attended
         for row, count, skip in self._rows():
@@ -159,7 +159,7 @@ class RingLayer(CacheLayerMixin):
             for row, (count, skip) in enumerate(rows)
         ]
 
-    def _of_call(self, compute: Callable[..., Any], *numbers: int) -> Any:
+    def _once_per_call(self, compute: Callable[..., Any], *numbers: int) -> Any:
         """Indices that are the same in every layer like this; the first of them computes them for all."""
         key = compute.__name__, self._ring, self.device, self.state.counts, numbers
         if key not in self.state.of_call:
@@ -180,7 +180,7 @@ class RingLayer(CacheLayerMixin):
         return kept - count, slots_of(kept, *self._ring)
 
     def _store(self, row: slice, count: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        kept, slots = self._of_call(self._places, count, key_states.shape[2])
+        kept, slots = self._once_per_call(self._places, count, key_states.shape[2])
         self.keys[row].index_copy_(2, slots, key_states.index_select(2, kept))
         self.values[row].index_copy_(2, slots, value_states.index_select(2, kept))
         if count < self.n_sink:
@@ -189,14 +189,14 @@ class RingLayer(CacheLayerMixin):
 
     def _store_prompt_and_candidates(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Keeps what the candidates of a first call overwrite, for the storage; see `SharedStorage.record`."""
-        prompt, every = self.state.dense, slice(None)
+        prompt, every = self.state.dense_tokens, slice(None)
         self._store(every, 0, key_states[:, :, :prompt], value_states[:, :, :prompt])
         if key_states.shape[2] - prompt <= self.window:
             slots = slots_of(torch.arange(prompt, key_states.shape[2], device=self.device), *self._ring)
             self.overwritten = (prompt, slots, self.keys[:, :, slots], self.values[:, :, slots])
         self._store(every, prompt, key_states[:, :, prompt:], value_states[:, :, prompt:])
 
-    def present_sinks(self) -> None:
+    def rotate_sinks(self) -> None:
         """Rotates the sinks forward to where the next query expects them."""
         if self.n_sink and not self.rotation.is_identity:
             evicted = tuple(evicted_before(count, self.capacity) for count in self.state.counts)
@@ -209,11 +209,11 @@ class RingLayer(CacheLayerMixin):
         """Whether the queries of a call see different tokens evicted, and each has to have its own copy of the sinks."""
         if not self.state.chunked or new_tokens == 1:
             return False
-        return max(self.state.counts) + new_tokens > max(self.capacity, self.state.dense)
+        return max(self.state.counts) + new_tokens > max(self.capacity, self.state.dense_tokens)
 
     def chunk(self, queries: int) -> tuple[range, range, range]:
         """What a call that `evicts_within` attends to; see `ring.chunk_of`."""
-        return chunk_of(max(self.state.counts), queries, self.state.dense, *self._ring)
+        return chunk_of(max(self.state.counts), queries, self.state.dense_tokens, *self._ring)
 
     def _with_sinks_per_query(
         self, key_states: torch.Tensor, value_states: torch.Tensor
@@ -226,7 +226,7 @@ class RingLayer(CacheLayerMixin):
         slots = slots_of(torch.arange(cached.start, cached.stop, device=self.device), *self._ring)
         sink_keys, sink_values = self._sinks_with(key_states, value_states)
         if cached and cached.start == 0:
-            self.present_sinks()  # where nothing has been evicted: as they came
+            self.rotate_sinks()  # where nothing has been evicted: as they came
         copies = self.rotations.of(self.rotation, self.device).one_layer(sink_keys, shifts)
         return (
             torch.cat([copies, self.keys.index_select(2, slots), key_states], dim=2),
@@ -237,7 +237,7 @@ class RingLayer(CacheLayerMixin):
 
     def merges_within(self, new_tokens: int) -> bool:
         """Whether attention merges the sinks of such a call itself, so that no query has a copy; see `chunk_attention`."""
-        return self.state.unmerged is not None and not self.state.dense and self.evicts_within(new_tokens)
+        return self.state.unmerged is not None and not self.state.dense_tokens and self.evicts_within(new_tokens)
 
     def _window_beside_sinks(
         self, key_states: torch.Tensor, value_states: torch.Tensor
@@ -377,11 +377,11 @@ class SinkWindowLayer(RingLayer):
             return storage.put(self.index, key_states, value_states)
         return super().update(key_states, value_states)
 
-    def present_sinks(self) -> None:
+    def rotate_sinks(self) -> None:
         """As in the base class."""
-        super().present_sinks()
+        super().rotate_sinks()
         if self.storage is not None:
-            self.storage.presented = None
+            self.storage.sinks_moved_by = None
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]

@@ -61,7 +61,7 @@ def chunk_mask(layer: RingLayer, queries: int) -> torch.Tensor:
     tokens = [torch.arange(some.start, some.stop, device="cpu") for some in (cached, new)]
     token = torch.cat(tokens)[None]
     in_window = (token >= layer.n_sink) & (position - token < layer.window)
-    dense = (position < layer.state.dense) & (position - token < (layer.sliding_window or len(position)))
+    dense = (position < layer.state.dense_tokens) & (position - token < (layer.sliding_window or len(position)))
     return torch.cat([owner == shift, (token <= position) & ((shift <= 0) | in_window | dense)], dim=1)
 
 

@@ -14,6 +14,7 @@ import math
 import os
 import signal
 import threading
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -87,7 +88,8 @@ class Stream:
 
         Args:
             input_ids: the new tokens alone, as for `StreamPool.add`. There may be none of them, to go on after `max_new_tokens`.
-            generation_config, options: as for `StreamPool.add`. What is not given is as in the turn before.
+            generation_config, options: as for `StreamPool.add`. Options that are not given are as in the turn before; a
+                `generation_config` stands for all of them.
             seed (`int`, *optional*): begins new random numbers; by default the old ones go on.
 
         Raises:
@@ -138,12 +140,12 @@ class StreamPool:
 
     The options of a stream are those of `generate()` with `custom_generate=endless`: greedy decoding or sampling with
     `temperature`, `top_k`, `top_p` and `min_p`, `repetition_penalty`, `max_new_tokens`, `max_length` (in later turns it counts
-    the tokens of the turn) and `eos_token_id`. Others are refused. A stream draws from its own seed, so it gets the same tokens
-    whatever else runs.
+    the tokens of the turn) and `eos_token_id`. Others that would change the text are refused. A stream draws from its own seed,
+    so it gets the same tokens whatever else runs.
 
-    Threads: `add`, `Stream.send`, `Stream.stop` and `Stream.close` may be called from any thread, and wait for no step of the
-    model. Steps (iteration, or `step`) belong to one thread at a time. The device works on the next step while the caller has the
-    tokens of the last one.
+    Threads: `add`, `Stream.send`, `Stream.stop` and `Stream.close` may be called from any thread, and wait at most for the step
+    that is under way. Steps (iteration, or `step`) belong to one thread at a time. The device works on the next step while the
+    caller has the tokens of the last one.
 
     An interrupt (Ctrl-C) waits for the end of the step, so that no token is lost. Tokens that were not handed out yet come first
     in the next iteration.
@@ -196,7 +198,7 @@ class StreamPool:
         one_row = SinkWindowCache(n_sink, window, compileable=True)
         self._reader = Reader(model, one_row, prefill_chunk_size, kwargs)
 
-        self._lock = threading.RLock()  # over all that follows, and never held while the model works
+        self._lock = threading.RLock()  # over all that follows, held only for bookkeeping between calls of the model
         self._has_work = threading.Condition(self._lock)
         self._stepping = threading.Lock()
         self._queue: deque[Stream] = deque()
@@ -262,11 +264,15 @@ class StreamPool:
     def __iter__(self) -> Iterator[tuple[Stream, int]]:
         """Runs step after step, as long as any stream is active, and hands out each token with its stream."""
         while True:
-            while self._undelivered:
-                yield self._undelivered.popleft()
+            while (pair := self._next_undelivered()) is not None:
+                yield pair
             if not self.is_active:
                 return
             self._step()
+
+    def _next_undelivered(self) -> tuple[Stream, int] | None:
+        with self._lock:
+            return self._undelivered.popleft() if self._undelivered else None
 
     def step(self) -> list[tuple[Stream, int]]:
         """Reads one piece of a prompt, if any waits, and runs one step of all running streams; returns their tokens."""
@@ -382,7 +388,7 @@ class StreamPool:
 
     def _leave(self, stream: Stream, status: str) -> None:
         """Forgets a stream."""
-        stream.status = stream.finish_reason = status
+        stream.status, stream.finish_reason = status, stream.finish_reason or status
         if stream._row is not None:
             self._free(stream)
         if stream in self._queue:
@@ -436,9 +442,10 @@ class StreamPool:
                 token = tokens[row]
                 stream._take(token)
                 self._undelivered.append((stream, token))
+                is_new_block = not stream._turn.sampling.is_greedy and stream._draws.advance()
                 if stream.finish_reason is not None:
                     self._end_turn(stream)
-                elif not stream._turn.sampling.is_greedy and stream._draws.advance():
+                elif is_new_block:
                     self._batch.renew_draws(row, stream._draws)
             self._launched = []
 
@@ -478,13 +485,19 @@ class StreamPool:
                 stream.error, self._reading = reason, None
                 if stream.status != CLOSED:
                     self._leave(stream, FAILED)
+        except BaseException:  # an interrupt: the text is read anew from its beginning
+            with self._lock:
+                if self._reader.pieces_left and stream.status != CLOSED:
+                    stream.status, self._reading = QUEUED, None
+                    self._queue.appendleft(stream)
+            raise
 
     def _row_of(self, stream: Stream) -> Row | None:
         if stream._row is not None:
             return self._batch.take(stream._row)
         if stream._parked is None or stream._file is None:
             return stream._parked
-        return stream._parked.load(stream._file)
+        return stream._parked.with_tensors_of(stream._file)
 
     def _place(self, stream: Stream) -> None:
         """Puts the stream that was read into the batch, if there is room."""
@@ -497,7 +510,7 @@ class StreamPool:
             self._park(stream, self._reader.row())
         else:
             return  # all rows run: the next step tries again
-        self._reading = None
+        self._reading, stream._unread = None, []
         if stream.finish_reason is not None:
             self._end_turn(stream)
         elif row is not None:
@@ -524,8 +537,13 @@ class StreamPool:
             stream._parked = row.on_host()
             return
         path = self.park_to / f"stream-{os.getpid()}-{id(self):x}-{next(self._names)}.safetensors"
-        row.save(path)
-        stream._parked, stream._file = replace(row, tensors={}), path
+        try:
+            row.save_tensors(path)
+        except OSError as reason:
+            warnings.warn(f"{path} cannot be written ({reason}); the stream is parked in memory", stacklevel=2)
+            stream._parked = row.on_host()
+        else:
+            stream._parked, stream._file = replace(row, tensors={}), path
 
     @staticmethod
     def _forget_parked(stream: Stream) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from .cache import SinkWindowCache, stack_of
 from .internals import LinearAttentionCacheLayerMixin
 from .layers import RingLayer, StaticSinkWindowLayer
+from .saving import write_whole
 from .stack import LayerStack
 from .state import DeviceStreamState, alike
 
@@ -47,18 +46,12 @@ class Row:
         """A copy in host memory."""
         return replace(self, tensors={name: tensor.detach().cpu().clone() for name, tensor in self.tensors.items()})
 
-    def save(self, path: Path) -> None:
-        """Writes the row to a safetensors file, which has its name only when it is whole."""
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        numbers = {name: str(getattr(self, name)) for name in ("count", "start", "rebased")}
-        try:
-            save_file(self.on_host().tensors, unfinished, metadata={"sink_cache.row": json.dumps(numbers)})
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    def save_tensors(self, path: Path) -> None:
+        """Writes the tensors to a safetensors file."""
+        write_whole(path, self.on_host().tensors)
 
-    def load(self, path: Path) -> Row:
-        """The row whose numbers are these, with its tensors from a file that `save` wrote."""
+    def with_tensors_of(self, path: Path) -> Row:
+        """This row, with the tensors of a file that `save_tensors` wrote."""
         return replace(self, tensors=load_file(path))
 
 

@@ -1,7 +1,7 @@
 """Choosing the next tokens of many rows at once, each with its own options and its own random numbers.
 
 Options mean what they mean in transformers, and come in its order: repetition penalty, temperature, top-k, top-p, min-p. Two
-departures: tokens of equal weight at the border of a top-p set stay or go together, and a row draws from its own
+departures: tokens of equal weight at the border of a top-p set stay together, and a row draws from its own
 generator, so that it gets the same tokens whatever the other rows do.
 
 A token is drawn with whole-number weights. Sums of these are exact, so that no order of adding, on whatever device, can change
@@ -101,6 +101,7 @@ def choose(
         `torch.Tensor`: int64 `[rows, 1]`.
     """
     do_sample, _, top_k, top_p, min_p, _ = options.split(1, dim=1)
+    top_k = top_k.clamp(max=logits.shape[1])  # a model may know more tokens than it has logits for
     run = _compiled if compiled else _plain
     likeliest, weights = run(weigh)(logits, options, recent)
     limit = limit_by_search(weights, top_k, top_p, run) if compiled else limit_by_sorting(weights, top_k, top_p)
@@ -152,7 +153,8 @@ def limit_by_search(
     kth = _largest(weights, top_k, run(_narrow_to_number))
     kept, goal = run(_keep)(weights, kth, top_p)
     last = _largest(kept, goal, run(_narrow_to_mass))
-    return torch.where(top_p < 1, torch.maximum(kth, last), kth)
+    # No weight is above 1. Where nothing has to be reached (a top_p of 0), the search ends beyond.
+    return torch.where(top_p < 1, torch.maximum(kth, last.clamp(max=1.0)), kth)
 
 
 def _largest(weights: torch.Tensor, goal: torch.Tensor, narrow: Callable[..., torch.Tensor]) -> torch.Tensor:

@@ -49,10 +49,16 @@ def save(stack: LayerStack, path: str | os.PathLike[str]) -> None:
     }
     if not Path(path).parent.is_dir():
         raise FileNotFoundError(f"there is no folder {Path(path).parent} to save the cache in")
-    # Under its name only when it is whole.
+    write_whole(path, tensors, {_FORMAT: json.dumps(header)})
+
+
+def write_whole(
+    path: str | os.PathLike[str], tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file, which has its name only when it is whole."""
     unfinished = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, unfinished, metadata={_FORMAT: json.dumps(header)})
+        save_file(tensors, unfinished, metadata=metadata)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -39,7 +39,7 @@ class LayerStack:
     Attributes:
         layers (`list[Any]`): one for each layer of the model, rings and transformers' own.
         rings (`list[RingLayer]`): those of the layers that are ours.
-        first, last (`int`): the first and last layer that take in tokens: rings, or natively sliding layers.
+        first_attention, last_attention (`int`): the first and last layer that take in tokens: rings, or natively sliding layers.
         state (`StreamState`): how far the rows are.
         checks (`CallChecks`): what calls are refused for.
         scheme (`PositionScheme`, *optional*): how the model uses positions.
@@ -54,7 +54,7 @@ class LayerStack:
         self.state: StreamState = DeviceStreamState() if compileable else StreamState()
         self.layers: list[Any] = []
         self.rings: list[RingLayer] = []
-        self.first = self.last = 0
+        self.first_attention = self.last_attention = 0
         self.checks = CallChecks([], self.state)
         self.scheme: PositionScheme | None = None
         self.model_sizes: dict[str, Any] = {}
@@ -79,8 +79,8 @@ class LayerStack:
             in_chunks=getattr(config, "attention_chunk_size", None) is not None,
         )
         takes_tokens = [isinstance(layer, (RingLayer, DynamicSlidingWindowLayer)) for layer in self.layers]
-        self.first = takes_tokens.index(True)
-        self.last = len(takes_tokens) - 1 - takes_tokens[::-1].index(True)
+        self.first_attention = takes_tokens.index(True)
+        self.last_attention = len(takes_tokens) - 1 - takes_tokens[::-1].index(True)
         self.show_all_slots(False)
 
     def fits(self, config: PreTrainedConfig, scheme: PositionScheme) -> bool:

@@ -91,7 +91,7 @@ class StreamState:
         return self.exact_chunks or self.recording
 
     @property
-    def dense(self) -> int:
+    def dense_tokens(self) -> int:
         """How many tokens of the next call attend to every earlier token. Later tokens see only the sinks and their window."""
         return 0 if self.fed else self.prompt
 
@@ -126,10 +126,10 @@ class StreamState:
         """Notes that a step comes, and returns whether its position might be beyond `max_position`."""
         return False  # layers check by themselves where nothing has to be waited for
 
-    def hold(self) -> None:
+    def remember_fed(self) -> None:
         """A call is under way, in which nothing advances."""
 
-    def let_go(self) -> None:
+    def forget_fed(self) -> None:
         """The call is over."""
 
     def set_pads(self, pads: PerRow) -> None:
@@ -224,11 +224,11 @@ class DeviceStreamState(StreamState):
         """As in the base class."""
         self.shared_steps = {}
 
-    def hold(self) -> None:
+    def remember_fed(self) -> None:
         """Reads `fed` once for the call that is under way, in which each layer would wait for the device otherwise."""
         self._held = self.fed
 
-    def let_go(self) -> None:
+    def forget_fed(self) -> None:
         """Drops the `fed` that was read. Later reads come from the device again."""
         self._held = None
 
@@ -254,7 +254,7 @@ class DeviceStreamState(StreamState):
 
     def advance(self, new_tokens: int) -> None:
         """As in the base class."""
-        self.hold()
+        self.remember_fed()
         super().advance(new_tokens)
 
     def step(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
 from .cache import SinkWindowCache, stack_of
+from .checks import left_padding_of
 from .internals import compiled_forward, would_compile
 from .rows import pause_rows
 
@@ -70,8 +71,10 @@ def _read_turn(
     mask: torch.Tensor | None,
 ) -> Iterator[torch.Tensor]:
     """Reads further tokens of the rows, which may have been padded before and may be padded now."""
-    new_mask = torch.ones(1, input_ids.shape[1], device="cpu") if mask is None else mask[:, -input_ids.shape[1] :].cpu()
-    pads = (new_mask == 0).sum(dim=1, keepdim=True)
+    pads = torch.tensor((0,) if mask is None else left_padding_of(mask[:, -input_ids.shape[1] :]), device="cpu")[
+        :, None
+    ]
+    cache.rebase()  # so that there are positions for the whole turn
     rows_differ = mask is not None or stack_of(cache).state.padded
     for part in pieces(input_ids.shape[1], piece_size):
         length = part.stop - part.start
@@ -125,26 +128,31 @@ class Step:
         self.positions = cache.next_position_ids().expand(rows, -1).to(device).clone()
         self.tokens = torch.zeros_like(self.positions)
         self.forward: Any = model.__call__
-        self.warm_up = -1  # steps until the graph is captured; negative for never
+        self.warm_up = 3  # calls until all is compiled, and the graph is captured
+        self.captures = False
         self.is_compiled = would_compile(model, cache, config)
         if self.is_compiled:
             own = config.compile_config is None and {p.device.type for p in model.parameters()} == {"cuda"}
             self.forward = compiled_forward(model, CompileConfig(mode="default") if own else config.compile_config)
-            if own and len({p.device for p in model.parameters()}) == 1:
-                self.warm_up = 3
+            self.captures = own and len({p.device for p in model.parameters()}) == 1
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits `[rows, vocab_size]` after one token of each row, `[rows, 1]`, valid until the next call."""
         if tokens is not self.tokens:
             self.tokens.copy_(tokens)
-        if self.graph is None and self.warm_up == 0:
+        if self.captures and self.warm_up == 0:
             self._capture()
         self.warm_up -= 1
         if self.graph is None:
             return self._run()
         self.graph.replay()
         return self.logits
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left to be compiled or captured."""
+        return not self.is_compiled or self.warm_up < 0
 
     def with_masks(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Runs one step while some row is not full. Such steps need a mask."""

@@ -63,7 +63,7 @@ class SharedStorage:
             for held in (keys, values)
         ]
         self.step = -1
-        self.presented: tuple[int, ...] | None = None
+        self.sinks_moved_by: tuple[int, ...] | None = None
 
     def begin_step(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
         """Gets all layers ready for one token, with which the first of them comes.
@@ -82,7 +82,7 @@ class SharedStorage:
         if not fits:
             return False
         self.layers[0].check_positions(1)
-        self.present_sinks(tuple(evicted_before(count, self.capacity) for count in counts))
+        self.rotate_sinks(tuple(evicted_before(count, self.capacity) for count in counts))
         if self.state.recording:
             self.record(1)
         self.visible: torch.Tensor | None = None
@@ -136,17 +136,17 @@ class SharedStorage:
             return layer.keys, layer.values
         return layer.keys.narrow(2, 0, self.length), layer.values.narrow(2, 0, self.length)
 
-    def present_sinks(self, evicted: tuple[int, ...]) -> None:
+    def rotate_sinks(self, evicted: tuple[int, ...]) -> None:
         """Rotates the sinks of all layers and rows forward by `evicted` positions, if > 0. Does nothing if they are there."""
         shifts = tuple(max(0, shift) for shift in evicted)
-        if self.rotates and shifts != self.presented:
+        if self.rotates and shifts != self.sinks_moved_by:
             self.forward_rotation.all_layers(self.sink_keys, evicted, out=self.sink_slots)
-        self.presented = shifts
+        self.sinks_moved_by = shifts
 
     def forget_steps(self) -> None:
         """Keys or counts have changed otherwise than by a step."""
         self.overwritten.clear()
-        self.step, self.presented = -1, None
+        self.step, self.sinks_moved_by = -1, None
 
     def record(self, new_tokens: int) -> None:
         """Keeps what the next `new_tokens` tokens are about to overwrite, and what the last `window` tokens overwrote.

@@ -48,7 +48,7 @@ def tiny_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A token for each word of `WORDS` and of w9, w10 …, and a chat template."""
     words = {word: i for i, word in enumerate([*WORDS, *(f"w{i}" for i in range(len(WORDS), VOCAB))])}

@@ -21,6 +21,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from sink_cache import SinkWindowCache
+from sink_cache.cache import stack_of
 
 from .families import FIRST_WORD, VOCAB, CannotBuild, cache_name, dense_is_right, depth, model_types, tiny_model
 from .oracle import relative_error, streamed_logits
@@ -46,15 +47,21 @@ def examine(model_type: str) -> dict[str, Any]:
         return {"outcome": "dense wrong", "reason": reason}
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(FIRST_WORD, VOCAB, (1, TOKENS), generator=generator)
+    cache = SinkWindowCache(N_SINK, WINDOW)
     try:
-        logits = one_by_one(model, input_ids, SinkWindowCache(N_SINK, WINDOW))
+        logits = one_by_one(model, input_ids, cache)
     except (NotImplementedError, ValueError) as refusal:
         return {"outcome": "refused", "reason": str(refusal)}
     recurrent = any(
         isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=model.config).layers
     )
     expected = streamed_logits(model, input_ids, N_SINK, WINDOW)
-    family = {"layers": depth(model_type), **_judge(model, input_ids, 1, logits, expected)}
+    scheme = stack_of(cache).scheme
+    family = {
+        "layers": depth(model_type),
+        "merges_sinks": scheme is not None and scheme.plain,  # in stream()
+        **_judge(model, input_ids, 1, logits, expected),
+    }
     try:
         # Steps of a cache that is filling up have masks; after a first call that fills it they have none.
         outcomes = []

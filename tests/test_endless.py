@@ -527,3 +527,16 @@ def test_a_rebase_moves_what_was_made_in_inference_mode() -> None:
             for t in range(40, 60)
         ]
     assert relative_error(torch.cat(logits, dim=1), streamed_logits(model, input_ids, 3, 5)[:, 40:]) <= 1e-5
+
+
+def test_a_turn_that_is_padded_on_the_right() -> None:
+    # Its zeros were counted as padding on the left, and other tokens than the row's were generated.
+    model, cache = tiny_model("llama"), SinkWindowCache(2, 6)
+    options = {"custom_generate": endless, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    first = model.generate(tokens(3, 2), max_new_tokens=4, **options, past_key_values=cache)
+    turn = torch.cat([first[:, -1:], tokens(4, 2, seed=1)], dim=1)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    seen = cache.get_seq_length()
+    with pytest.raises(NotImplementedError, match="supports left padding only"):
+        model.generate(turn, attention_mask=mask, max_new_tokens=4, **options, past_key_values=cache)
+    assert cache.get_seq_length() == seen

@@ -846,3 +846,13 @@ def test_stream_through_a_model_without_a_cache(model_type: str) -> None:
     with pytest.raises(NotImplementedError, match="has not used its cache"):
         next(stream(tiny_model(model_type), tokens(16), cache, chunk_size=4))
     assert cache.get_seq_length() == 0
+
+
+def test_prepared_for_another_model_in_the_middle_of_a_text() -> None:
+    # The layers were made anew, and the next call attended to zeros in the place of the text.
+    cache, other = SinkWindowCache(2, 4), tiny_model("gptj")
+    one_by_one(tiny_model("llama"), tokens(5), cache)
+    with pytest.raises(ValueError, match="holds 5 tokens of another model"):
+        cache.prepare_for(other)
+    cache.reset()
+    cache.prepare_for(other)

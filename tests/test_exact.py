@@ -52,7 +52,7 @@ def test_the_oracle_tells_sinks_that_stay_behind(llama: PreTrainedModel, monkeyp
     input_ids, cache = tokens(40), SinkWindowCache(3, 5)
     one_by_one(llama, input_ids[:, :1], cache)  # the model is examined before the cache is broken
     cache.reset()
-    monkeypatch.setattr("sink_cache.storage.SharedStorage.present_sinks", lambda self, shift: None)
+    monkeypatch.setattr("sink_cache.storage.SharedStorage.rotate_sinks", lambda self, shift: None)
     assert relative_error(one_by_one(llama, input_ids, cache), streamed_logits(llama, input_ids, 3, 5)) > 1e-2
 
 

@@ -285,11 +285,16 @@ def test_the_code_of_the_readme_runs(
         monkeypatch.setattr(auto, "from_pretrained", lambda _, load=load: load(folder))
     readme = (ROOT / "README.md").read_text()
     blocks = [part.partition("```")[0] for part in readme.split("```python\n")[1:]]
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     state: dict[str, Any] = {}
     kept = []
     for block in blocks:
-        for written, run in (("window=1020", "window=8"), ("5000", "50"), ("2000 == 1999", "20 == 19")):
+        for written, run in (
+            ("window=1020", "window=8"),
+            ("5000", "50"),
+            ("tokens=500,", "tokens=9,"),
+            ("2000 == 1999", "20 == 19"),
+        ):
             block = block.replace(written, run)
         if name == "cache":
             block = block.replace("past_key_values=", "cache=")
@@ -297,6 +302,6 @@ def test_the_code_of_the_readme_runs(
             exec(compile(block, "README.md", "exec"), state)
         kept.append(state.get("cache"))
     assert state["tokens"].shape == (1, 5 + 50)
-    _, of_endless, of_stream, of_loop, _ = kept
+    _, of_endless, _, of_stream, of_loop, _ = kept
     assert [cache.get_seq_length() for cache in (of_endless, of_stream, of_loop)] == [54, 5, 54]
     assert "w" in capsys.readouterr().out

@@ -578,3 +578,71 @@ def test_closed_streams(model: PreTrainedModel) -> None:
     with pytest.raises(RuntimeError, match="is closed"):
         running.send([3])
     assert pool.step() == []
+
+
+# --- what reviewers found ---
+
+
+def test_random_numbers_go_on_in_the_next_turn(model: PreTrainedModel) -> None:
+    # The last number of a turn was used again by the first token of the next turn.
+    pool = pool_of(model)
+    at_once = pool.add(text(9), max_new_tokens=12, do_sample=True, seed=5)
+    in_turns = pool.add(text(9), max_new_tokens=6, do_sample=True, seed=5)
+    found = run(pool)
+    in_turns.send([])
+    assert found[in_turns] + run(pool)[in_turns] == found[at_once]
+
+
+def test_a_turn_is_read_from_low_positions_on() -> None:
+    # GPT-J has a table of positions. Before the turn, the cache may stand anywhere in it.
+    model = tiny_model("gptj", max_position_embeddings=64)
+    model.generation_config.eos_token_id = None
+    pool = pool_of(model)
+    for before in (40, 46, 52, 57):
+        stream, alone = pool.add(text(3), max_new_tokens=before, do_sample=False), Alone(model)
+        run(pool)
+        stream.send(text(20, seed=1), max_new_tokens=5)
+        run(pool)
+        assert (stream.status, stream.error) == ("idle", None)
+        alone.turn(text(3), max_new_tokens=before)
+        assert stream.tokens == alone.turn(text(20, seed=1), max_new_tokens=5)
+        stream.close()
+
+
+def test_a_folder_that_cannot_be_written_to(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The stream that joined failed, for want of a file of the one that had to leave its row.
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("sink_cache.saving.save_file", full)
+    pool = pool_of(model, 1, park_to=tmp_path)
+    first, second = (pool.add(text(9, seed=seed), max_new_tokens=4, do_sample=False) for seed in (1, 2))
+    with pytest.warns(UserWarning, match=r"cannot be written \(no space left.*parked in memory"):
+        run(pool)
+    assert (first.status, second.status) == ("idle", "idle")
+    first.send(text(2), max_new_tokens=4)
+    with pytest.warns(UserWarning, match="parked in memory"):
+        run(pool)
+    alone = Alone(model)
+    alone.turn(text(9, seed=1), max_new_tokens=4)
+    assert first.tokens == alone.turn(text(2), max_new_tokens=4)
+
+
+def test_an_interrupt_in_the_middle_of_reading(model: PreTrainedModel) -> None:
+    # As while a graph is compiled, when an interrupt does not wait. The text was left half read, and its stream failed.
+    pool = pool_of(model)
+    stream = pool.add(text(4 * PIECE), max_new_tokens=4, do_sample=False)
+    pool.step()
+    handle = model.register_forward_pre_hook(_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pool.step()
+    handle.remove()
+    assert stream.status == "queued"
+    run(pool)
+    assert stream.tokens == Alone(model).turn(text(4 * PIECE), max_new_tokens=4)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt

@@ -20,7 +20,7 @@ from sink_cache.sampling import SamplingOptions, choose, limit_by_search, limit_
 VOCAB = 1500  # more than one tile of `pick`, and not a multiple of it
 OPTIONS = st.builds(
     SamplingOptions, do_sample=st.just(True), temperature=st.floats(0.3, 3), top_k=st.integers(0, VOCAB + 9),
-    top_p=st.sampled_from([0.05, 0.5, 0.9, 0.999, 1.0]), min_p=st.sampled_from([0.0, 0.01, 0.3]),
+    top_p=st.sampled_from([0.0, 0.05, 0.5, 0.9, 0.999, 1.0]), min_p=st.sampled_from([0.0, 0.01, 0.3]),
     repetition_penalty=st.sampled_from([0.5, 1.0, 1.7]),
 )  # fmt: skip
 
@@ -53,7 +53,7 @@ def test_rows_have_the_chances_that_transformers_gives_them(rows: list[SamplingO
             # Rounded sums decide which token is the last of a top-p set.
             fewest, most = (
                 by_transformers(logits[i : i + 1], recent[i : i + 1], replace(row, top_p=min(1.0, row.top_p + more)))[0]
-                for more in (-1e-6, 1e-6)
+                for more in (-min(1e-6, row.top_p), 1e-6)
             )
             assert ((fewest > 0) <= (kept[i] > 0)).all()
             assert ((kept[i] > 0) <= (most > 0)).all()

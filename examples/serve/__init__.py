@@ -1,0 +1,1 @@
+"""A server that speaks the OpenAI chat-completions protocol over one `sink_cache.StreamPool`; see `__main__.py`."""
