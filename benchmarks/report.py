@@ -221,8 +221,8 @@ def streams(results: Results) -> pd.DataFrame:
     """Return tokens per second of many streams at once."""
     rows = pick(results.frame("throughput"), what="steady")
     wanted = ["shape", "arm", "streams", "tokens_per_second", "step_ms", "step_p99_ms", "floor_ms"]
-    found = rows.reindex(columns=[*wanted, "time_to_first_token_ms"])
-    return found.assign(**{"cache MiB": rows["cache_bytes"].astype(float) / MIB})
+    found = rows.reindex(columns=[*wanted, "time_to_first_token_ms", "cache_bytes"])
+    return found.assign(**{"cache MiB": found.pop("cache_bytes").astype(float) / MIB})
 
 
 def pools(results: Results) -> pd.DataFrame:
