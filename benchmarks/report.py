@@ -47,9 +47,11 @@ class Results(list[dict[str, Any]]):
         folders = [sorted(Path(path).glob("*.json")) if Path(path).is_dir() else [Path(path)] for path in paths]
         for file in itertools.chain(*folders):
             try:
-                self.append(harness.read_json(file) | {"file": file.stem})
+                result = harness.read_json(file) | {"file": file.stem}
             except BenchmarkError as error:
                 print(f"left out: {error}", file=sys.stderr)
+            else:
+                self += [result] if result["harness"] != "serve" else []  # which is no comparison
         self.sort(key=lambda one: (one["model"]["parameters"], one["date"]))
         self.made: dict[str, pd.DataFrame] = {}
 

@@ -181,7 +181,7 @@ def test_the_streams_that_were_measured_are_shown(results: report.Results) -> No
     llama = found[(found["shape"] == "llama-3-8b") & (found["streams"] == 64)].set_index("arm")
     assert llama.loc["pool", "tokens_per_second"] > 10 * llama.loc["generate", "tokens_per_second"]
     pools = report.pools(results)
-    assert set(pools["what"]) == {"gap", "traffic"}
+    assert set(pools["what"]) == {"gap", "traffic", "soak"}
     assert pools["share_of_ideal"].max() <= 1
 
 
