@@ -180,7 +180,7 @@ def test_results_of_the_last_version_are_read(tmp_path: Path) -> None:
         ("ppl", {"method": "dense", "perplexity": None, "note": "why"}, dense),
         ("endless", {"arm": "static"}, {"arm": "static-at-capacity"}),
         ("latency", {"arm": "dense", "first_time": {"step_ms": [2], "again_step_ms": [1]}}, {"first_time_ms": [2]}),
-        ("throughput", {"arm": "pool", "step_ms": 3.0}, {"what": "steady", "median_ms": 3.0, "reason": ""}),
+        ("throughput", {"arm": "pool", "step_ms": 3.0}, {"what": "steady", "step_ms": 3.0, "reason": ""}),
     ):
         old = {"schema": harness.SCHEMA, "schema_version": 1, "harness": kind, "protocol": {"turn_tokens": 9}}
         (tmp_path / "old.json").write_text(json.dumps(old | {"rows": [row], "gap": {"streams": 63}}))
