@@ -40,6 +40,7 @@ SIZE_RULES: list[tuple[str, Callable[[int], int]]] = [
     (r"((sliding|attention)_)?window(_size)?|local_attention", lambda n: min(n, WINDOW)),
     (r"attention_chunk_size|index_topk", lambda n: min(n, WINDOW)),
     (r".*hidden_size.*", lambda n: HIDDEN),
+    (r"(mamba_)?chunk_size", lambda n: min(n, 2 * WINDOW)),  # slow scans fill every chunk up, also for one token
     (r"max_position_embeddings|n_positions|max_target_positions|max_seq_len", lambda n: max(n, MIN_POSITIONS)),
 ]
 DEPTH = re.compile(r"(num|n)_(hidden_|encoder_|decoder_)?layers?|(en|de)coder_layers|num_blocks")
@@ -50,6 +51,13 @@ def _cycle(*kinds: str) -> Callable[[int], list[str]]:
 
 
 _SLIDING_AND_FULL = _cycle("sliding_attention", "full_attention")
+
+_KIMI: dict[str, Any] = {
+    "layer_types": _cycle("linear_attention", "linear_attention", "full_attention"),
+    "mlp_layer_types": lambda layers: ["dense"] + ["sparse"] * (layers - 1),
+    "linear_num_heads": KV_HEADS,
+    "linear_head_dim": HEAD_DIM // 2,
+}
 
 # Config fields that the rules cannot know, by the `model_type` of the config they belong to; a callable is given the
 # number of layers.
@@ -130,6 +138,10 @@ QUIRKS: dict[str, dict[str, Any]] = {
         "swa_v_head_dim": HEAD_DIM,
     },
     "falcon_h1": {"mamba_d_ssm": 2 * HIDDEN},
+    # Every kind of layer in fewer layers, of smaller heads: their slow scan fills each token up to 64, in tensors of
+    # 64 x 64 numbers for each number of a head.
+    "bailing_hybrid": _KIMI,
+    "kimi_linear": _KIMI,
     "gemma4_text": {"global_head_dim": 2 * HEAD_DIM},
     "gemma4_unified_text": {"global_head_dim": 2 * HEAD_DIM},
     "mamba2": {"num_heads": 2 * HIDDEN // HEAD_DIM},
@@ -138,7 +150,6 @@ QUIRKS: dict[str, dict[str, Any]] = {
 
 # Layers that a tiny model needs so that every kind of layer of the default config is among them, where three are too few.
 DEPTHS = {
-    "bailing_hybrid": 5,
     "beam": 4,
     "deepseek_v3": 4,
     "exaone_moe": 4,
@@ -150,7 +161,6 @@ DEPTHS = {
     "gemma3n_text": 8,
     "inkling2_loop_text": 7,
     "inkling2_text": 7,
-    "kimi_linear": 5,
     "lfm2_moe": 4,
     "mimo_v2_flash": 6,
     "mllama": 4,
@@ -160,7 +170,7 @@ DEPTHS = {
 # Quirks that replace which kinds of layer there are.
 _PATTERNS = {
     "layer_types", "attn_layer_indices", "attention_types", "attn_layer_period", "attn_layer_offset", "layers_block_type",
-    "num_kv_shared_layers",
+    "mlp_layer_types", "num_kv_shared_layers",
 }  # fmt: skip
 
 

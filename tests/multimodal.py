@@ -15,8 +15,9 @@ import json
 import platform
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +56,18 @@ def class_names() -> list[str]:
 def tiny_multimodal(name: str) -> PreTrainedModel:
     """A random model of the class `folder.ClassName`: float32, on the CPU, in eval mode."""
     folder, class_name = name.split(".")
+    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    model_class = getattr(module, class_name)
+    if not {"cache", "past_key_values"} & inspect.signature(model_class.forward).parameters.keys():
+        raise CannotBuild("its forward takes no cache; those of its parts do")
 
     def build() -> PreTrainedModel:
-        module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
-        model_class = getattr(module, class_name)
         config = tiny_config(model_class.config_class, LAYERS, {})
         _lower_special_ids(config)
         _shrink_sections(config.get_text_config(decoder=True))
         return model_class(config)
 
-    model = random_model(build, seed=0)
-    if not {"cache", "past_key_values"} & inspect.signature(model.forward).parameters.keys():
-        raise CannotBuild("its forward takes no cache; those of its parts do")
-    return model
+    return random_model(build, seed=0)
 
 
 def _lower_special_ids(config: PreTrainedConfig) -> None:
@@ -155,12 +155,19 @@ def step_by_step(
     return text, torch.stack(logits, dim=1)
 
 
-def examine(name: str) -> dict[str, Any]:
+WAYS = (generate, step_by_step)
+
+
+def examine(name: str, ways: Sequence[Callable[..., Any]] = WAYS) -> dict[str, Any]:
     """What the cache does with text, and with an image at several places: of each of `cases`, `outcome` is exact, refused,
     wrong or failed (with an error of the model's own).
 
     A class that has no such cases says why, as "not built" or "dense wrong". A call with an image may be exact only in models
     whose images have the positions of ordinary tokens.
+
+    Args:
+        name (`str`): `folder.ClassName`.
+        ways (`Sequence[Callable]`): those of `WAYS` that each case is fed by; the first of them decides whether images are tried.
     """
     torch.set_num_threads(1)
     try:
@@ -170,11 +177,10 @@ def examine(name: str) -> dict[str, Any]:
     if reason := dense_is_right(model):
         return {"dense wrong": reason, "cases": {}}
     cases: dict[str, Any] = {}
-    for how in (generate, step_by_step):
+    for how in ways:
         cases[f"text, {how.__name__}"] = _judge(model, how, None)
-        if (
-            takes_images(model) and cases["text, generate"]["outcome"] == "exact"
-        ):  # else all is refused, for the same reason
+        # A model whose text is refused refuses all else for the same reason.
+        if takes_images(model) and cases[f"text, {ways[0].__name__}"]["outcome"] == "exact":
             cases |= {f"{where}, {how.__name__}": _judge(model, how, place) for where, place in PLACES.items()}
             cases[f"image in the second turn, {how.__name__}"] = _judge(model, how, 1, turns=2)
             cases[f"text after an image, {how.__name__}"] = _judge(model, how, None, image_before=True)
@@ -186,36 +192,48 @@ def takes_images(model: PreTrainedModel) -> bool:
     return bool({"image_grid_thw", "target_sizes"} & inspect.signature(model.forward).parameters.keys())
 
 
+@contextmanager
+def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
+    """Models remember images in attributes of their modules; afterwards these are as before."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    yield
+    for module, attributes in before:
+        vars(module).clear()
+        vars(module).update(attributes)
+
+
 def _judge(
-    original: PreTrainedModel, how: Callable[..., Any], place: int | None, turns: int = 1, image_before: bool = False
+    model: PreTrainedModel, how: Callable[..., Any], place: int | None, turns: int = 1, image_before: bool = False
 ) -> dict[str, Any]:
     """One case.
 
     Args:
-        original (`PreTrainedModel`): left alone, as models remember images.
+        model (`PreTrainedModel`): remembers nothing of it afterwards.
         how (`Callable`): `generate` or `step_by_step`.
         place (`int`, *optional*): of the image in the last turn.
         turns (`int`): with 2, a short text comes before.
         image_before (`bool`): the model has read an image of another text, with a cache of its own.
     """
-    model, cache, text = copy.deepcopy(original), SinkWindowCache(N_SINK, WINDOW), None
-    if image_before:
-        how(model, prompt(model, PLACES["image first"]), DynamicCache(config=model.config), new=2)
-    if turns == 2:
-        first = prompt(model, None)
-        text, _ = how(model, {name: value[:, :4] for name, value in first.items()}, cache, new=2)
-    inputs = prompt(model, place, text)
-    before = copy.deepcopy(cache)
-    try:
-        text, logits = how(model, inputs, cache)
-    except (NotImplementedError, ValueError) as refusal:
-        result = {"outcome": "refused", "reason": str(refusal)}
-        if place is not None:
-            result["nothing stored"] = _go_on_alike(original, cache, before)
+    cache, text, result = SinkWindowCache(N_SINK, WINDOW), None, {}
+    with _as_it_was(model):
+        if image_before:
+            how(model, prompt(model, PLACES["image first"]), DynamicCache(config=model.config), new=2)
+        if turns == 2:
+            first = prompt(model, None)
+            text, _ = how(model, {name: value[:, :4] for name, value in first.items()}, cache, new=2)
+        inputs = prompt(model, place, text)
+        before = copy.deepcopy(cache)
+        try:
+            text, logits = how(model, inputs, cache)
+        except (NotImplementedError, ValueError) as refusal:
+            result = {"outcome": "refused", "reason": str(refusal)}
+        except Exception as failure:
+            result = {"outcome": "failed", "reason": f"{type(failure).__name__}: {failure}"[:300]}
+    if result:
+        if result["outcome"] == "refused" and place is not None:
+            result["nothing stored"] = _go_on_alike(model, cache, before)
         return result
-    except Exception as failure:
-        return {"outcome": "failed", "reason": f"{type(failure).__name__}: {failure}"[:300]}
-    expected = streamed_logits(original, text[:, :-1], N_SINK, WINDOW, first=inputs["input_ids"].shape[1])
+    expected = streamed_logits(model, text[:, :-1], N_SINK, WINDOW, first=inputs["input_ids"].shape[1])
     error = relative_error(logits, expected)
     return {"outcome": "exact" if error <= TOLERANCE else "wrong", "error": error}
 
@@ -223,11 +241,14 @@ def _judge(
 def _go_on_alike(model: PreTrainedModel, cache: SinkWindowCache, before: SinkWindowCache) -> bool:
     """Whether a text goes on after a refused call as if there had been none."""
     ids = prompt(model, None)["input_ids"]
-    try:
-        after, expected = (step_by_step(copy.deepcopy(model), {"input_ids": ids}, each)[1] for each in (cache, before))
-    except (NotImplementedError, ValueError):
-        return False
-    return torch.equal(after, expected)
+    logits = []
+    for each in (cache, before):
+        with _as_it_was(model):
+            try:
+                logits.append(step_by_step(model, {"input_ids": ids}, each)[1])
+            except (NotImplementedError, ValueError):
+                return False
+    return torch.equal(*logits)
 
 
 def main() -> None:

@@ -33,10 +33,14 @@ N_SINK, WINDOW, TOKENS = 3, 4, 24  # 17 evictions: more than twice around the ri
 TOLERANCE = 1e-5
 
 
-def examine(model_type: str) -> dict[str, Any]:
+def examine(model_type: str, tokens: int = TOKENS) -> dict[str, Any]:
     """What the cache does on a tiny model of this type: `outcome` is exact, refused, wrong, dense wrong or not built.
 
     Where it is exact, `compileable` is the outcome with `compileable=True`, in the same form.
+
+    Args:
+        model_type (`str`): one of `model_types()`.
+        tokens (`int`): the length of the text.
     """
     torch.set_num_threads(1)
     try:
@@ -46,7 +50,7 @@ def examine(model_type: str) -> dict[str, Any]:
     if reason := dense_is_right(model):
         return {"outcome": "dense wrong", "reason": reason}
     generator = torch.Generator().manual_seed(1)
-    input_ids = torch.randint(FIRST_WORD, VOCAB, (1, TOKENS), generator=generator)
+    input_ids = torch.randint(FIRST_WORD, VOCAB, (1, tokens), generator=generator)
     cache = SinkWindowCache(N_SINK, WINDOW)
     try:
         logits = one_by_one(model, input_ids, cache)

@@ -45,7 +45,7 @@ OTHER_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}
         ((True, 8), TypeError, "n_sink must be an integer, but is True of type bool"),
         ((4, None), TypeError, "window must be an integer, but is None"),
         ((4, 8, "llama"), TypeError, "config must be a model's config (model.config), but is a str"),
-        ((4, 8, GPT2Config()), NotImplementedError, "model type 'gpt2'"),
+        ((4, 8, GPT2Config(n_layer=2)), NotImplementedError, "model type 'gpt2'"),
     ],
 )
 def test_constructor(arguments: tuple[Any, ...], error: type[Exception], says: str) -> None:
@@ -363,13 +363,10 @@ def test_outside_of_a_model() -> None:
 
 def test_compiled_models(llama: PreTrainedModel) -> None:
     expected = one_by_one(llama, tokens(20), SinkWindowCache(4, 8))
+    torch._dynamo.reset()
     with torch.no_grad():
-        for config in (None, llama.config):
-            torch._dynamo.reset()
-            compiled = torch.compile(copy.deepcopy(llama), backend="eager")
-            assert torch.allclose(
-                one_by_one(compiled, tokens(20), SinkWindowCache(4, 8, config=config)), expected, atol=1e-5
-            )
+        compiled = torch.compile(copy.deepcopy(llama), backend="eager")
+        assert torch.allclose(one_by_one(compiled, tokens(20), SinkWindowCache(4, 8)), expected, atol=1e-5)
         compiled = torch.compile(copy.deepcopy(llama), backend="eager", fullgraph=True)
         for config, way_out in (
             (None, "SinkWindowCache(..., config=model.config)"),
@@ -671,7 +668,7 @@ def test_positions_that_do_not_count_tokens_are_refused(llama: PreTrainedModel) 
             llama(tokens(2), position_ids=torch.tensor([[4, 5]]), past_key_values=cache)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "cohere2", "gpt_oss"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt_oss"])
 @pytest.mark.parametrize("compileable", [False, True])
 @pytest.mark.parametrize(
     "wrong, message",

@@ -78,15 +78,15 @@ def test_frequencies_changed_after_loading_are_found() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_once(dtype: torch.dtype, llama: PreTrainedModel) -> None:
-    # Rotating in place adds up rounding errors: after 1,000 evictions the sinks would be noise.
+    # Rotating in place adds up rounding errors: after 400 evictions the sinks would be off by ten times as much.
     cache = SinkWindowCache(4, 8)
     half = copy.deepcopy(llama).to(dtype)
-    one_by_one(half, tokens(1000), cache)
+    one_by_one(half, tokens(400), cache)
     layer = cache.layers[1]
     exact = layer.sink_keys.double()
     rotation = layer.rotation
     frequency, partner = torch.tensor(rotation.frequency).double(), torch.tensor(rotation.partner)
-    shift = 1000 - 12
+    shift = 400 - 12
     expected = exact * torch.cos(shift * frequency) + exact[..., partner] * torch.sin(shift * frequency)
     error = (layer.keys[:, :, :4].double() - expected).norm() / expected.norm()
     assert error < 2 * torch.finfo(dtype).eps
@@ -265,13 +265,13 @@ def test_nbytes_is_the_formula_and_constant(tiny_llama: PreTrainedModel) -> None
     expected = 2 * layers * heads * capacity * head_dim * itemsize + layers * heads * n_sink * head_dim * itemsize
     cache = SinkWindowCache(n_sink, window)
     generator = torch.Generator().manual_seed(0)
-    for total in (10, 1_000, 100_000):
+    for total in (10, 1_000, 20_000):
         text = torch.randint(64, (1, total - cache.get_seq_length()), generator=generator)
         for _ in stream(tiny_llama, text, cache, chunk_size=512):
             pass
         assert cache.get_seq_length() == total
         assert cache.nbytes == expected
-    assert "n_sink=4, window=28, seen=100000, nbytes=" in repr(cache)
+    assert "n_sink=4, window=28, seen=20000, nbytes=" in repr(cache)
 
 
 @torch.no_grad()

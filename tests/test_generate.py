@@ -65,8 +65,7 @@ def alone(
 # --- 1. left-padded batches ---
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("attention, sampled", [("sdpa", False), ("sdpa", True), ("eager", False)])
 @pytest.mark.parametrize(
     "lengths, n_sink, window",
     [
@@ -398,15 +397,14 @@ def count_crops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("n_sink, window", [(2, 60), (3, 9), (0, 12), (6, 5)])
-@pytest.mark.parametrize("seed", [3, 6])
 @pytest.mark.parametrize("by", ["draft", "lookup"])
 def test_assisted_greedy_is_plain_greedy(
-    llama: PreTrainedModel, draft: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, by: str, seed: int,
+    llama: PreTrainedModel, draft: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, by: str,
     n_sink: int, window: int,
 ) -> None:  # fmt: skip
     # Never full; full soon after the prompt; candidates of nearly the whole window. Rejected candidates that stay, or take
     # with them what they evicted; candidates that are judged with the sinks of the first of them.
-    prompt = tokens(6, seed=seed)
+    prompt = tokens(6, seed=3)
     lookup = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
     helped = {"assistant_model": draft} if by == "draft" else lookup
     crops = count_crops(monkeypatch)
@@ -445,14 +443,14 @@ def test_assisted_greedy_is_plain_greedy_after_a_long_prompt(
         "lookup": {"prompt_lookup_num_tokens": 3},
     }[by]
     crops = count_crops(monkeypatch)
-    settings = {"max_new_tokens": 40, **PLAIN, **WITH_LOGITS}
+    settings = {"max_new_tokens": 25, **PLAIN, **WITH_LOGITS}
     plain = model.generate(prompt, past_key_values=SinkWindowCache(n_sink, window), **settings)
     cache = SinkWindowCache(n_sink, window)
     out = model.generate(prompt, past_key_values=cache, **helped, **settings)
     assert torch.equal(out.sequences, plain.sequences)
     assert relative_error(torch.stack(out.logits, dim=1), torch.stack(plain.logits, dim=1)) <= TOLERANCE
     assert any(crops), "no candidate was ever rejected"
-    assert cache.get_seq_length() == prompt_length + 39
+    assert cache.get_seq_length() == prompt_length + 24
 
 
 def test_assisted_decoding_of_a_sampled_text_after_a_long_prompt(llama: PreTrainedModel) -> None:
@@ -578,7 +576,8 @@ def test_ten_plain_turns_are_dense_within_each_turn() -> None:
 
 # --- 10. transformers' own cache as the judge ---
 
-FAMILIES = ["gpt_neox", "gemma3_text", "qwen3", "cohere", "phi", "glm4", "mistral", "gpt_oss", "falcon", "stablelm"]
+# Partial rotary; sliding layers beside ours, and alone; interleaved pairs; sinks of its own; a single head of keys.
+FAMILIES = ["gpt_neox", "gemma3_text", "mistral", "cohere", "gpt_oss", "falcon"]
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampled": {"do_sample": True, "num_return_sequences": 2},

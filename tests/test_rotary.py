@@ -65,15 +65,18 @@ def test_all_layers_at_once_equals_one_by_one(dtype: torch.dtype) -> None:
     assert not slots[..., 4:, :].any()
 
 
+SHALLOW = {"num_hidden_layers": 8}  # in their full width; tests/test_families.py has full depth
+
+
 @pytest.mark.parametrize(
     "config",
     [
-        LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 5e5}, num_key_value_heads=8),
-        GPTNeoXConfig(),  # a quarter of the dimensions rotate; no head size of its own
-        Qwen3Config(),
-        GemmaConfig(),
-        PhiConfig(),
-        CohereConfig(),  # interleaved pairs
+        LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 5e5}, num_key_value_heads=8, **SHALLOW),
+        GPTNeoXConfig(**SHALLOW),  # a quarter of the dimensions rotate; no head size of its own
+        Qwen3Config(**SHALLOW),
+        GemmaConfig(**SHALLOW),
+        PhiConfig(**SHALLOW),
+        CohereConfig(**SHALLOW),  # interleaved pairs
     ],
     ids=lambda config: config.model_type,
 )

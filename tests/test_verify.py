@@ -58,8 +58,7 @@ def test_an_error_like_the_models_own_noise_passes() -> None:
 
 
 @pytest.mark.parametrize("rounded", [quantised, coarse])
-@pytest.mark.parametrize("factor", [0.9, 0.97])
-def test_noise_does_not_hide_a_wrong_rotation(rounded: Any, factor: float) -> None:
-    model = turned_too_slowly(rounded(tiny_model("llama")), factor)
+def test_noise_does_not_hide_a_wrong_rotation(rounded: Any) -> None:
+    model = turned_too_slowly(rounded(tiny_model("llama")), 0.97)
     with pytest.raises(NotImplementedError, match="is not exact on this LlamaForCausalLM"):
         verify(model)
