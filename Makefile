@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help .venv test test-matrix test-newest lint demo clean
+.PHONY: help .venv test test-matrix test-newest lint demo hub clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "  make %-11s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ demo: .venv/installed  ## a real model: text with SinkWindowCache and with Dynam
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m examples.generate --max-new-tokens 512
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.ppl --offline
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.latency --offline
+
+hub:  ## build/hub/sink_cache: a folder that can be pushed to the Hugging Face hub
+	$(PYTHON) hub/build.py build/hub/sink_cache
 
 clean:  ## remove the virtual environment and what the tools leave behind
 	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
