@@ -1,7 +1,8 @@
 """A process that uses the repository for the hub and cannot import the package.
 
-Call it as `python tests/hub_user.py MODEL CODE CALLS OUTCOMES`. MODEL is a folder with weights. CODE is the repository, or empty if MODEL
-has the code, too. CALLS is a JSON list of options of `generate()`. OUTCOMES gets what each call returned or raised.
+Call it as `python tests/hub_user.py MODEL CODE CALLS OUTCOMES`. MODEL is a folder with weights. CODE is the repository, or
+empty if MODEL has the code, too. CALLS is a JSON list of options of `generate()`. OUTCOMES gets what each call returned
+or raised.
 """
 
 import json
