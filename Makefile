@@ -10,11 +10,13 @@ help:  ## show this list
 
 .venv: .venv/installed  ## create the virtual environment, or bring it up to date
 
-.venv/installed: setup.cfg constraints.txt
+REQUIREMENTS := benchmarks/requirements.txt tests/requirements.txt
+
+.venv/installed: setup.cfg constraints.txt $(REQUIREMENTS)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("sink-cache needs Python 3.10 or newer, but \
 	$(PYTHON) is %d.%d; name a newer one: make PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -e '.[benchmarks,test]' -c constraints.txt
+	$(BIN)/python -m pip install -e . $(REQUIREMENTS:%=-r %) -c constraints.txt
 	@touch $@
 
 # One thread for each of the two workers.
