@@ -3,18 +3,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help .venv test test-matrix test-newest lint demo clean
+.PHONY: help .venv test test-matrix test-newest lint demo hub clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "  make %-11s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .venv: .venv/installed  ## create the virtual environment, or bring it up to date
 
-.venv/installed: setup.cfg constraints.txt
+REQUIREMENTS := benchmarks/requirements.txt examples/serve/requirements.txt tests/requirements.txt
+
+.venv/installed: setup.cfg constraints.txt $(REQUIREMENTS)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("sink-cache needs Python 3.10 or newer, but \
 	$(PYTHON) is %d.%d; name a newer one: make PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -e '.[benchmarks,serve,test]' -c constraints.txt
+	$(BIN)/python -m pip install -e . $(REQUIREMENTS:%=-r %) -c constraints.txt
 	@touch $@
 
 # One thread for each of the two workers.
@@ -54,6 +56,9 @@ demo: .venv/installed  ## a real model: text with SinkWindowCache and with Dynam
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m examples.generate --max-new-tokens 512
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.ppl --offline
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.latency --offline
+
+hub:  ## build/hub/sink_cache: a folder that can be pushed to the Hugging Face hub
+	$(PYTHON) hub/build.py build/hub/sink_cache
 
 clean:  ## remove the virtual environment and what the tools leave behind
 	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

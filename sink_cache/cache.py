@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-from . import saving
 from .caller import Call, look_at_caller
 from .checks import NO_PADDED_CHUNKS
 from .internals import (
@@ -34,6 +33,7 @@ from .layers import RingLayer
 from .masks import KNOWN_TO, ChunkOffset, RowsOffset, StepOffset, register_mask_functions
 from .model_scheme import scheme_of, scheme_of_class
 from .reference import streaming_error
+from .saving import load_stack, save_stack
 from .stack import LayerStack
 from .storage import share_storage
 from .twin import PositionScheme
@@ -506,7 +506,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
             FileNotFoundError: if there is no such folder.
             NotImplementedError: for models with layers other than attention.
         """
-        saving.save(self._stack, path)
+        save_stack(self._stack, path)
 
     def load(self, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
         """Takes the state of a file that `save` wrote, in place of its own; the text goes on as if nothing had happened.
@@ -522,7 +522,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
         """
         fresh = type(self)(self.n_sink, self.window, compileable=self.compileable)
         fresh.prepare_for(model)
-        saving.load(fresh._stack, path, model)
+        load_stack(fresh._stack, path, model)
         vars(self).update(vars(fresh))
 
     # --- bounded positions ---

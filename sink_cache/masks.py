@@ -8,7 +8,7 @@ or a `StepOffset`. Our mask functions recognise these. All other masks are built
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,30 +118,41 @@ def step_mask(
 
 
 def register_mask_functions() -> None:
-    """Registers functions that know `ChunkOffset` and `StepOffset`; once for the process."""
+    """Registers functions that know `ChunkOffset` and `StepOffset`; once for the process.
+
+    The process may have another copy of this library, from the hub, with functions of its own around ours or within.
+    """
     for attention in KNOWN_TO:
         build = mask_functions()[attention]
-        if not isinstance(build, _MaskFunction):
+        if not any(isinstance(function, _MaskFunction) for function in _with_wrapped(build)):
             register_mask_function(attention, _MaskFunction(build, attention == "eager"))
     attend = attention_functions()["sdpa"]
-    if not isinstance(attend, _RingAttention):
+    if not any(isinstance(function, _RingAttention) for function in _with_wrapped(attend)):
         register_attention("sdpa", _RingAttention(attend))
+
+
+def _with_wrapped(function: Any) -> Iterator[Any]:
+    """A registered function, and those that it wraps if it is of a copy of this library."""
+    while function is not None:
+        yield function
+        function = getattr(function, "wrapped_by_sink_cache", None)
 
 
 def merges_sinks() -> bool:
     """Whether what merges the sinks of exact chunks stands for transformers' own SDPA, and not for another function."""
     register_mask_functions()
-    return is_own_sdpa(attention_functions()["sdpa"].attend)
+    *_, innermost = _with_wrapped(attention_functions()["sdpa"])
+    return is_own_sdpa(innermost)
 
 
 class _MaskFunction:
     def __init__(self, build: Callable[..., torch.Tensor | None], additive: bool) -> None:
-        self.build, self.additive = build, additive
+        self.wrapped_by_sink_cache, self.additive = build, additive
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         offset, queries = kwargs.get("q_offset"), kwargs.get("q_length")
         if not isinstance(offset, (LayerOffset, StepOffset)):
-            return self.build(*args, **kwargs)
+            return self.wrapped_by_sink_cache(*args, **kwargs)
         layer = offset.layer
         if queries == 1 and isinstance(layer, StaticSinkWindowLayer) and layer.is_initialized:
             # Some models add to their scores whatever eager attention is given.
@@ -157,7 +168,7 @@ class _MaskFunction:
                 return None
             mask = chunk_mask(layer, kwargs["q_length"])
         else:
-            return self.build(*args, **kwargs | {"q_offset": layer.state.fed})
+            return self.wrapped_by_sink_cache(*args, **kwargs | {"q_offset": layer.state.fed})
         mask = mask.to(kwargs["device"]).expand(kwargs["batch_size"], 1, -1, -1)
         if self.additive:
             dtype = kwargs["dtype"]
@@ -171,7 +182,7 @@ class _RingAttention:
     """
 
     def __init__(self, attend: Callable[..., Any]) -> None:
-        self.attend = attend
+        self.wrapped_by_sink_cache = attend
 
     def __call__(
         self,
@@ -196,4 +207,4 @@ class _RingAttention:
                 query, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling"), enable_gqa=True
             )
             return output.transpose(1, 2).contiguous(), None
-        return self.attend(module, query, key, value, attention_mask, *args, **kwargs)
+        return self.wrapped_by_sink_cache(module, query, key, value, attention_mask, *args, **kwargs)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _FORMAT, _VERSION = "sink_cache", 3
 
 
-def save(stack: LayerStack, path: str | os.PathLike[str]) -> None:
+def save_stack(stack: LayerStack, path: str | os.PathLike[str]) -> None:
     """See `SinkWindowCache.save`."""
     if not stack.rows:
         raise ValueError("there is nothing to save: no model has used this cache yet")
@@ -79,7 +79,7 @@ def _state_of(layer: Any, index: int) -> tuple[dict[str, Any], dict[str, torch.T
 
 
 @torch.inference_mode(False)  # tensors that are made in it could not be written to outside of it
-def load(stack: LayerStack, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
+def load_stack(stack: LayerStack, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
     """Fills a stack that was just made for this model; see `SinkWindowCache.load`."""
     header, tensors = _read(Path(path))
     for name in ("n_sink", "window"):

@@ -12,7 +12,7 @@ import pytest
 from transformers.utils import deprecation, generic
 
 ROOT = Path(__file__).parents[1]
-OURS = ("sink_cache", "benchmarks", "examples")
+OURS = ("sink_cache", "benchmarks", "examples", "hub")
 
 
 @contextmanager

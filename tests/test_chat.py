@@ -1,13 +1,20 @@
-"""The chat example, with a tiny model whose words are its tokens."""
+"""The chat example, with a tiny model whose words are its tokens; what all examples do with errors and Ctrl-C."""
 
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.generation.streamers import BaseStreamer
 
+from examples import chat as chat_example
+from examples import endless as endless_example
+from examples import generate as generate_example
 from examples.chat import Chat, main
+from examples.command_line import noting_ctrl_c
 
 from .families import tiny_model
 from .oracle import streamed_logits
@@ -62,4 +69,115 @@ def test_the_script_is_answered_on_stdout(
     main()
     out = capsys.readouterr().out
     assert "> w40 w41\n" in out
-    assert "tokens; the cache held 13" in out
+    assert out.count(" tokens seen, ") == 2
+    assert " tokens seen, 13 held, in " in out
+
+
+class PressesCtrlC(BaseStreamer):
+    """The user, who presses Ctrl-C after some tokens."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after + 1  # generate() puts the prompt first
+
+    def put(self, value: torch.Tensor) -> None:
+        self.left -= 1
+        if self.left == 0:
+            signal.raise_signal(signal.SIGINT)
+
+    def end(self) -> None: ...
+
+
+@pytest.mark.parametrize("words", [2, 30])  # before anything was evicted, and after
+def test_ctrl_c_ends_an_answer_and_the_talk_goes_on(tokenizer: PreTrainedTokenizerFast, words: int) -> None:
+    # An interrupt in the middle of a step would leave the cache with some layers one token ahead, and the talk would be lost.
+    model: PreTrainedModel = tiny_model("llama")
+    message = " ".join(f"w{20 + i}" for i in range(words))
+    options = {"do_sample": False, "suppress_tokens": [0, 1, 2], "pad_token_id": 0}
+    said, lengths = [], []
+    for interrupted in (True, False):
+        chat = Chat(model, tokenizer, "w20 w21 w22", window=16)
+        if interrupted:
+            with noting_ctrl_c() as ctrl_c:
+                first = chat.answer(message, 9, streamer=PressesCtrlC(4), stopping_criteria=[ctrl_c], **options)
+        else:
+            first = chat.answer(message, 4, **options)
+        said.append((first, chat.answer("w50 w51", 9, **options)))
+        lengths.append(chat.cache.get_seq_length())
+    assert said[0] == said[1]
+    assert lengths[0] == lengths[1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("example", [generate_example.main, endless_example.main])
+def test_ctrl_c_ends_an_example_with_what_there_is(
+    example: Callable[[], None],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    tiny_model("llama").save_pretrained(tmp_path)
+    for module, name in ((generate_example, "Progress"), (endless_example, "TextStreamer")):
+        monkeypatch.setattr(module, name, pressing_ctrl_c(getattr(module, name)))
+    monkeypatch.setattr(sys, "argv", ["example", "--model", str(tmp_path), "--prompt", "w20", "--max-new-tokens", "99"])
+    example()
+    out = capsys.readouterr().out
+    assert (
+        "--- SinkWindowCache" in out if example is generate_example.main else "[7 tokens, the last at position" in out
+    )
+    assert "DynamicCache" not in out
+
+
+def pressing_ctrl_c(streamer: type) -> type:
+    """The streamer of an example, at whose seventh token the user presses Ctrl-C."""
+
+    class Pressing(streamer):  # type: ignore[misc]
+        user = PressesCtrlC(7)
+
+        def put(self, value: torch.Tensor) -> None:
+            super().put(value)
+            self.user.put(value)
+
+    return Pressing
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--model", "no/such-model"], "error: cannot load no/such-model: "),
+        (["--device", "cuda:99"], "cuda:99 cannot be used"),
+        (["--window", "-3"], "must be at least 1, but is -3"),
+        (["--max-new-tokens", "0"], "must be at least 1, but is 0"),
+        (["--script", "/no/such/file"], "there is no file /no/such/file"),
+        (["--temperature", "-1"], "must be at least 0, but is -1"),
+    ],
+)
+@pytest.mark.parametrize("example", [chat_example.main, endless_example.main, generate_example.main])
+def test_a_mistake_is_answered_in_one_line(
+    example: Callable[[], None],
+    options: list[str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if options[0] in ("--script", "--temperature") and example is not chat_example.main:
+        pytest.skip("an option of chat alone")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(sys, "argv", ["example", *options])
+    with pytest.raises(SystemExit) as exit:
+        example()
+    error = str(exit.value.code) if isinstance(exit.value.code, str) else capsys.readouterr().err
+    last = error.strip().splitlines()[-1]
+    assert "error: " in last
+    assert says in last
+
+
+def test_a_model_that_is_refused_is_answered_in_one_line(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["example", "--model", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"\Aerror: SinkWindowCache does not support model type 'gpt2'.*\Z"):
+        generate_example.main()

@@ -214,7 +214,7 @@ def test_stream_verify_and_endless_warn_of_no_name(llama: PreTrainedModel, lora:
         assert relative_error(logits, streamed_logits(plain, ids, N_SINK, WINDOW)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("folder", ["sink_cache", "benchmarks", "examples", "tests"])
+@pytest.mark.parametrize("folder", ["sink_cache", "benchmarks", "examples", "hub", "tests"])
 @torch.no_grad()
 def test_a_warning_that_python_shows_is_known_by_its_caller(llama: PreTrainedModel, folder: str) -> None:
     # What watches the whole suite (tests/conftest.py) would see nothing if transformers warned in another way.

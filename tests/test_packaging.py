@@ -1,11 +1,14 @@
-"""What a user installs: the wheel has the typed library, and nothing that belongs to the checkout."""
+"""What a user gets: the wheel has the typed library and nothing else, and the source distribution all that its tests need."""
 
+import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from email.parser import Parser
 from pathlib import Path
+
+import sink_cache
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,5 +35,28 @@ def test_wheel_holds_the_typed_library_and_nothing_else(tmp_path: Path) -> None:
     assert "sink_cache/py.typed" in installed
     assert any(name.endswith("/LICENSE") for name in names)
     assert metadata["Name"] == "sink-cache"
-    required = {line.split(">")[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
+    required = {line.split(">")[0] for line in metadata.get_all("Requires-Dist")}
     assert required == {"torch", "transformers"}
+    assert "Provides-Extra" not in metadata  # benchmarks and tests are not in the wheel
+    assert metadata["Version"] == sink_cache.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+
+
+def test_tests_run_from_the_source_distribution(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    left_out = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "*.png")
+    shutil.copytree(ROOT, source, ignore=left_out)
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, tmp_path], cwd=source, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("sink_cache-*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+
+    for folder in ("benchmarks", "examples", "hub", "tests"):
+        files = {path.relative_to(source) for path in (source / folder).rglob("*") if path.is_file()}
+        assert files == {path.relative_to(unpacked) for path in (unpacked / folder).rglob("*") if path.is_file()}
+    # These read the README, results and the benchmarks.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_report.py"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(unpacked), *sys.path])}
+    result = subprocess.run(command, cwd=unpacked, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
