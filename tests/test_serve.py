@@ -18,9 +18,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-httpx = pytest.importorskip("httpx", reason="pip install -e '.[serve]'")
+httpx = pytest.importorskip("httpx", reason="pip install -r examples/serve/requirements.txt")
 openai = pytest.importorskip("openai", reason="the official client comes with '.[test]'")
-uvicorn = pytest.importorskip("uvicorn", reason="pip install -e '.[serve]'")
+uvicorn = pytest.importorskip("uvicorn", reason="pip install -r examples/serve/requirements.txt")
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 
 from examples.serve.app import Server, create_app  # noqa: E402
@@ -549,7 +549,7 @@ def test_a_model_without_a_chat_template(model: LlamaForCausalLM, tokenizer: Pre
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray", "ignore::DeprecationWarning:pydantic")
 def test_two_replicas(folder: Path, talker: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    ray = pytest.importorskip("ray", reason="pip install -e '.[serve-ray]'")
+    ray = pytest.importorskip("ray", reason="pip install 'ray[serve]'")
     from ray import serve
 
     from examples.serve.replicas import application
