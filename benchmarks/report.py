@@ -227,6 +227,14 @@ def streams(results: Results) -> pd.DataFrame:
     return found.assign(**{"cache MiB": found.pop("cache_bytes").astype(float) / MIB})
 
 
+def pool(results: Results) -> pd.DataFrame:
+    """Return the columns of `streams` that a reader needs first."""
+    rows = streams(results)
+    shapes = rows["shape"] + " × " + rows["streams"].map("{:.0f}".format)
+    columns = {"tokens_per_second": "tokens per second", "step_ms": "step, ms", "floor_ms": "floor, ms"}
+    return rows[["arm", *columns]].rename(columns=columns).assign(**{"shape × streams": shapes})
+
+
 def pools(results: Results) -> pd.DataFrame:
     """Return what one pool does while a long text is read (`gap`), and with requests that come at random (`traffic`)."""
     rows = results.frame("throughput")
@@ -240,7 +248,9 @@ def pools(results: Results) -> pd.DataFrame:
 def reading(results: Results) -> pd.DataFrame:
     """Return how fast `stream` reads."""
     rows = pick(results.frame("throughput"), what="read")
-    return rows.reindex(columns=["shape", "streams", "capacity", "chunk_size", "tokens_per_second"])
+    return rows.reindex(columns=["shape", "streams", "capacity", "chunk_size", "tokens_per_second"]).astype(
+        {"streams": int, "chunk_size": int}
+    )
 
 
 def batches(results: Results) -> pd.DataFrame:
@@ -354,6 +364,7 @@ TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
     "the paper": paper,
     "long runs": long_runs,
     "streams": streams,
+    "pool": pool,
     "pools": pools,
     "reading": reading,
     "rows": batches,
@@ -460,20 +471,20 @@ def by_streams(results: Results, axes: Axes) -> str:
     rows = rows.dropna(subset=["tokens_per_second"])
     rows = rows[rows["shape"] == rows["shape"].iloc[-1]].sort_values("streams") if len(rows) else rows
     pool = pick(rows, arm="pool")
-    for arm in rows["arm"].unique():
-        found = pick(rows, arm=arm)
-        line(axes, found["streams"], found["tokens_per_second"], arm)
-    line(
-        axes, pool["streams"], 1e3 * pool["streams"] / pool["floor_ms"], "limit of the pool: memory is read once a step"
-    )
-    axes.set(xlabel="streams", ylabel="tokens per second (higher is better)", ylim=(0, None))
-    others = rows[rows["arm"] != "pool"]
-    if pool.empty or others.empty:
+    limit, label = 1e3 * pool["streams"] / pool["floor_ms"], "limit of the pool:\nmemory is read once a step"
+    if rows["streams"].nunique() == 1:  # bars, because a line needs two points
+        axes.barh([*rows["arm"], *[label] * len(limit)], [*rows["tokens_per_second"], *limit])
+        axes.set(xlabel=f"tokens per second of {rows['streams'].iloc[0]:.0f} streams (higher is better)")
+    else:
+        for arm in rows["arm"].unique():
+            found = pick(rows, arm=arm)
+            line(axes, found["streams"], found["tokens_per_second"], arm)
+        line(axes, pool["streams"], limit, label)
+        axes.set(xlabel="streams", ylabel="tokens per second (higher is better)", ylim=(0, None))
+    if pool.empty:
         return ""
-    times = (
-        pool["tokens_per_second"].iloc[-1] / pick(others, streams=pool["streams"].iloc[-1])["tokens_per_second"].max()
-    )
-    return f"A pool: {times:.2g} times the tokens of transformers' own ways ({rows['shape'].iloc[-1]})"
+    share = pool["tokens_per_second"].iloc[-1] / limit.iloc[-1]
+    return f"A pool makes {share:.0%} of the tokens that memory allows ({rows['shape'].iloc[-1]})"
 
 
 PICTURES: dict[str, Sequence[Callable[[Results, Axes], str]]] = {
