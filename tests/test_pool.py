@@ -580,7 +580,7 @@ def test_closed_streams(model: PreTrainedModel) -> None:
     assert pool.step() == []
 
 
-# --- what reviewers found ---
+# --- seeds, positions, parking and interrupts between turns ---
 
 
 def test_random_numbers_go_on_in_the_next_turn(model: PreTrainedModel) -> None:
