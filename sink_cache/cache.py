@@ -99,9 +99,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
             raise TypeError(f"compileable must be True or False, but is {compileable!r}")
         self._stack = LayerStack(n_sink, window, compileable)
         self._finds_model = True  # at the caller, for the model
-        self._accepts_changed_model = (
-            False  # the model, on its instance: `verify` measures whether the cache is exact on it
-        )
+        self._accepts_changed_model = False  # for `verify`, which measures whether the cache is exact on it
         self._model: weakref.ref[PreTrainedModel] | None = None  # the text model that last was looked at
         self._chunk_offsets: dict[bool, ChunkOffset] = {}  # of layers that are sliding, and that are not
         self._is_step = False  # the call that is under way is a step of a static ring

@@ -25,7 +25,7 @@ def scheme_of(text: PreTrainedModel, error_of: ErrorOf, *, may_be_changed: bool 
     Raises:
         NotImplementedError: if the model is refused, with the reason.
     """
-    scheme, known = _learn(type(text), text.config, _small_buffers(text), error_of)
+    scheme, known = _learn_live(text, error_of)
     if not may_be_changed:
         refuse_changed(text, known)
     return scheme
@@ -48,14 +48,18 @@ def attends_plainly(model: PreTrainedModel, error_of: ErrorOf) -> bool:
     device = device_of(text)
     if attention_of(text.config) != "sdpa" or text.training or device is None or torch.is_autocast_enabled(device.type):
         return False
-    scheme, known = _learn(type(text), text.config, _small_buffers(text), error_of)
+    scheme, known = _learn_live(text, error_of)
     return scheme.plain and merges_sinks() and not differences(text, known)
 
 
 def accept_as_it_is(model: PreTrainedModel, error_of: ErrorOf) -> None:
     """From now on, what was changed on the instance of this model is no reason to refuse it: it has been verified."""
     text = text_model(model)
-    accept(text, _learn(type(text), text.config, _small_buffers(text), error_of)[1])
+    accept(text, _learn_live(text, error_of)[1])
+
+
+def _learn_live(text: PreTrainedModel, error_of: ErrorOf) -> Learned:
+    return _learn(type(text), text.config, _small_buffers(text), error_of)
 
 
 def _learn(

@@ -33,11 +33,6 @@ class Row:
     rebased: int
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    @property
     def next_position(self) -> int:
         """The position of the row's next token."""
         return self.start + self.count
@@ -82,20 +77,18 @@ def copy_row(source: SinkWindowCache, row: int, target: SinkWindowCache, target_
 def take_row(cache: SinkWindowCache, row: int) -> Row:
     """A row of a cache that a model has used; its tensors are views, which change with the cache."""
     _check_index(cache, row)
-    tensors = {
-        f"{i}.{name}": held[row]
-        for i, ring in enumerate(stack_of(cache).rings)
-        for name, held in ring.tensors().items()
-    }
-    return Row(tensors, *stack_of(cache).state.row(row))
+    stack = stack_of(cache)
+    held = enumerate(stack.take_out())
+    tensors = {f"{i}.{name}": tensor[row] for i, tensors in held for name, tensor in tensors.items()}
+    return Row(tensors, *stack.state.row(row))
 
 
 @torch.inference_mode()  # in which any tensor can be written to
 def put_row(row: Row, cache: SinkWindowCache, index: int) -> None:
     """Puts a row in the place of another one; see `copy_row`, which checks that they fit."""
     stack = stack_of(cache)
-    for i, ring in enumerate(stack.rings):
-        for name, tensor in ring.tensors().items():
+    for i, held in enumerate(stack.take_out()):
+        for name, tensor in held.items():
             tensor[index].copy_(row.tensors[f"{i}.{name}"])
     if stack.rows == 1:  # nothing is left of the stream that was there
         fed = {"fed": row.count + row.rebased, "pads": (0,), "rebased": (row.rebased,), "starts": (row.start,)}
