@@ -22,33 +22,32 @@ SHORT = {
     "MOBY": "--arms dense sink window --batch-size 1 --chunk-size 512",
     "ALL": "--capacities 256 512 1024 2048 4096",
 }
-# Part, estimated seconds on an H200, name of the result file, command. Whole runs and the steps beside them come together.
-# Part 4 is the CPU's, and is run only when it is asked for.
+# Part, seconds on an H200, name of the result file, command. Whole runs and the steps beside them come together.
+# The last part is the CPU's, and is run only when it is asked for.
 SET = """
-1  80 steps-study-70m latency --random-weights pythia-70m EAGER FAST --contexts 256 512 1024 8192 ALL
+1  85 steps-study-70m latency --random-weights pythia-70m EAGER FAST --contexts 256 512 1024 8192 ALL
 1  90 run-70m ppl --random-weights pythia-70m RUN --max-tokens 768 --capacities 256
 1  45 steps-short-410m latency --random-weights pythia-410m EAGER FAST --contexts 128 256 512 --capacities 128
-1  75 run-410m ppl --random-weights pythia-410m RUN --max-tokens 384 --capacities 128
-1  30 steps-short-6.9b latency --random-weights pythia-6.9b EAGER FAST --contexts 128 256 512 --capacities 128
-1  45 run-6.9b ppl --random-weights pythia-6.9b RUN --num-samples 1 --max-tokens 384 --capacities 128
-1  30 steps-70m latency --random-weights pythia-70m FAST --contexts 4096 32768 --profile
-1  55 steps-410m latency --random-weights pythia-410m FAST --contexts 4096 8192 32768 --profile
-1  55 steps-1.4b latency --random-weights pythia-1.4b FAST --contexts 4096 8192 32768 --profile
-2  70 steps-6.9b latency --random-weights pythia-6.9b FAST --contexts 4096 8192 32768 --profile
-2  80 steps-llama-3-8b latency --random-weights llama-3-8b FAST --contexts 4096 32768 --compile-static-at 4096 32768 --profile
-2  60 paper-llama-2-7b latency --random-weights llama-2-7b FAST --no-compile --arms sink recompute --contexts 4096 ALL --profile
-2  45 calls-410m calls steps --random-weights pythia-410m CALLS --contexts 4096 131072
-2  55 calls-llama-3-8b calls steps --random-weights llama-3-8b CALLS
-3  45 quality ppl WIKI --num-samples 16 --max-tokens 6000 --score-from 2048 --batch-size 16 --chunk-size 256
-3  35 moby-dick ppl --text-file {moby} SMOL --num-samples 1 --max-tokens 20000 --position-bin 2000 --capacities 1024 MOBY
-3  25 study-1000 ppl WIKI STUDY --max-tokens 1000 --num-samples 3 --batch-size 3
-3  40 study-2000 ppl WIKI STUDY --max-tokens 2000 --num-samples 10 --batch-size 10
-3 110 throughput-llama-3-8b throughput steady --random-weights llama-3-8b --prefill-chunk-size 1024
-3  40 read-llama-3-8b throughput read --random-weights llama-3-8b
+1  85 run-410m ppl --random-weights pythia-410m RUN --max-tokens 384 --capacities 128
+1 110 steps-short-6.9b latency --random-weights pythia-6.9b EAGER FAST --contexts 128 256 512 --capacities 128
+1  70 run-6.9b ppl --random-weights pythia-6.9b RUN --num-samples 1 --max-tokens 384 --capacities 128
+2 160 steps-6.9b latency --random-weights pythia-6.9b FAST --contexts 4096 8192 32768 --profile
+2 230 steps-llama-3-8b latency --random-weights llama-3-8b FAST --contexts 4096 32768 --compile-static-at 4096 32768 --profile
+2  75 paper-llama-2-7b latency --random-weights llama-2-7b FAST --no-compile --arms sink recompute --contexts 4096 ALL --profile
+3  50 steps-410m latency --random-weights pythia-410m EAGER FAST --contexts 4096 8192 32768
+3  50 steps-1.4b latency --random-weights pythia-1.4b EAGER FAST --contexts 4096 8192 32768
+3 150 calls-410m calls steps --random-weights pythia-410m CALLS --contexts 4096
+3 200 calls-llama-3-8b calls steps --random-weights llama-3-8b CALLS
 3  60 rows-llama-3-8b throughput rows --random-weights llama-3-8b
-3  80 study-5000 ppl WIKI STUDY --max-tokens 5000 --num-samples 1
-4 600 cpu-steps-70m latency --device cpu EAGER --rounds 24 ALL
-4 900 cpu-run-70m ppl --device cpu --random-weights pythia-70m RUN --dtype float32 --num-samples 1 --max-tokens 4096 ALL
+4  45 quality ppl WIKI --num-samples 16 --max-tokens 6000 --score-from 2048 --batch-size 16 --chunk-size 256
+4  35 moby-dick ppl --text-file {moby} SMOL --num-samples 1 --max-tokens 20000 --position-bin 2000 --capacities 1024 MOBY
+4  50 study-1000 ppl WIKI STUDY --max-tokens 1000 --num-samples 3 --batch-size 3
+4 100 study-2000 ppl WIKI STUDY --max-tokens 2000 --num-samples 10 --batch-size 10
+4 110 throughput-llama-3-8b throughput steady --random-weights llama-3-8b --prefill-chunk-size 1024
+4  40 read-llama-3-8b throughput read --random-weights llama-3-8b
+6 600 cpu-steps-70m latency --device cpu EAGER --rounds 24 ALL
+6 900 cpu-run-70m ppl --device cpu --random-weights pythia-70m RUN --dtype float32 --num-samples 1 --max-tokens 4096 ALL
+6 900 study-5000 ppl WIKI STUDY --device cpu --max-tokens 5000 --num-samples 1
 """
 
 
@@ -61,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, one process for each command, so that each begins with lengths that it has never seen."""
     parser = harness.Parser("all", __doc__, measures=False)
     parser.set_defaults(output="results/h200")
-    parts = "1 to 3: of a GPU, under 9 minutes each; 4: of the CPU (1 to 3)"
-    parser.add_argument("--part", type=int, choices=range(1, 5), help=parts)
+    parts = "1 to 5: of a GPU, under 9 minutes each; 6: of the CPU (1 to 5)"
+    parser.add_argument("--part", type=int, choices=range(1, 7), help=parts)
     parser.add_argument("--list", action="store_true", help="only show what is missing, and its estimated seconds")
     parser.add_argument("--smollm2", default="build/smollm2", help="folder of SmolLM2-135M-Instruct (%(default)s)")
     parser.add_argument("--wiki", default="build/wiki", help="WikiText-103's test split (%(default)s)")
@@ -70,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     failed = []
     for part, seconds, name, *words in map(str.split, SET.strip().splitlines()):
-        if int(part) not in ([args.part] if args.part else (1, 2, 3)) or is_there(Path(args.output) / f"{name}.json"):
+        if int(part) not in ([args.part] if args.part else range(1, 6)) or is_there(Path(args.output) / f"{name}.json"):
             continue
         command = shlex.split(" ".join(SHORT.get(word, word) for word in words).format(**vars(args)))
         command += ([] if "--device" in command else ["--device", "cuda"]) + ["--output", args.output, "--name", name]

@@ -527,7 +527,8 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Return the versions of Python and of the packages that matter, None for those that are not installed."""
-    found = {one.metadata["Name"].lower(): one.version for one in distributions()}
+    # The last one wins, so the order is turned round: `import` takes the first of two installed versions.
+    found = {one.metadata["Name"].lower(): one.version for one in reversed([*distributions()])}
     return {"python": platform.python_version(), **{name: found.get(name) for name in PACKAGES}}
 
 
@@ -563,33 +564,13 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a result file, of this version or the last, in which some things had other names."""
+    """Read a result file of this version."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BenchmarkError(f"cannot read the result file {path}: {error}") from None
-    if not isinstance(result, dict) or result.get("schema") != SCHEMA or result.get("schema_version") not in (1, 2):
+    if not isinstance(result, dict) or result.get("schema") != SCHEMA or result.get("schema_version") != SCHEMA_VERSION:
         raise BenchmarkError(f"{path} is not a result file of {SCHEMA} version {SCHEMA_VERSION}")
-    return of_version_1(result) if result["schema_version"] == 1 else result
-
-
-def of_version_1(result: dict[str, Any]) -> dict[str, Any]:
-    """Return a result with the names of version 2."""
-    result["harness"] = {"endless": "calls"}.get(result["harness"], result["harness"])
-    protocol = result.get("protocol", {})
-    result["run"] = {name: protocol.get(name, n) for name, n in (("warm_up_tokens", 32), ("turn_tokens", 64))}
-    for row in result["rows"]:
-        if result["harness"] == "calls" and row["arm"] == "static":
-            row["arm"] = "static-at-capacity"
-        if "method" in row:
-            row["arm"], row["reason"] = row.pop("method"), row["note"] if row["perplexity"] is None else ""
-        if first := row.pop("first_time", None):
-            row |= {"first_time_ms": first["step_ms"], "again_ms": first["again_step_ms"]}
-        if result["harness"] == "throughput":
-            row |= {"what": "steady", "reason": row.get("reason", "")}
-    for what in ("gap", "traffic", "soak"):
-        if what in result:
-            result["rows"].append({"what": what, "arm": "pool", "reason": ""} | result.pop(what))
     return result
 
 
@@ -598,7 +579,7 @@ def of_version_1(result: dict[str, Any]) -> dict[str, Any]:
 
 def figure(value: Any, doubtful: object = "") -> str:
     """Return a number with three significant digits, and a question mark if it is doubtful; a dash for none; text as it is."""
-    if value is None or value != value:
+    if pd.isna(value):
         return "–"
     if isinstance(value, (str, bool, int, np.integer)):
         return str(value) if isinstance(value, (str, bool)) else f"{value:,}"

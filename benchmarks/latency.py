@@ -30,7 +30,7 @@ TURN_LIMIT = 63  # steps; with the untimed one before, a static cache keeps 64 s
 WARM_UP_STEPS = {False: 3, True: 8}  # eager, and compiled: to compile, to record the graph, and some more
 MAX_TURN_S = 2.0  # a slower arm takes fewer steps in its turn
 EVENT_STEPS = PROFILED_STEPS = 5
-NEW_LENGTHS = 8  # steps at lengths that the process has never seen
+NEW_LENGTHS = 16  # steps at lengths that the process has never seen
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"contexts": [256, 512, 1024, 2048, 4096], "capacities": [256], "compile": False, "rounds": 12},
     "cuda": {"contexts": [1024, 4096, 32768], "capacities": [1024], "compile": True, "rounds": 24},

@@ -24,7 +24,7 @@ from . import calls, harness, latency
 from .harness import MIB, BenchmarkError, figure
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("results/h100", "results/h100/recompute", "results/h200", "results/cpu", "results")
+SOURCES = ("results/h200", "results/cpu")
 CAPACITY = 1024  # of the tables that show one
 CONTEXTS = (4096, 16384, 32768, 65536)
 BESIDE_THE_STUDY = (4096, 8192)  # contexts: it does not say which it had
@@ -36,7 +36,7 @@ OTHERS = ROOT / "results" / "others"  # figures of other people
 COLUMNS = [
     "shape", "device", "on", "attention", "file", "arm", "compiled", "context", "capacity", "name", "note", "warning", "what",
     "median_ms", "gpu_ms", "cache_bytes", "value", "gpu_value", "first_time_ms", "again_ms", "kernel_ms", "perplexity", "streams",
-    "same_tokens", "tokens", "measured", "predicted", "last step", "floor_ms", "tokens_per_second", "step_ms",
+    "same_tokens", "text", "tokens", "measured", "predicted", "last step", "floor_ms", "tokens_per_second", "step_ms",
 ]  # of frames without rows  # fmt: skip
 
 
@@ -111,55 +111,71 @@ def pivot(cells: pd.DataFrame, index: Sequence[str], wanted: Sequence[str] = (),
     return found.reindex(columns=[*index, *wanted]) if wanted or found.empty else found
 
 
+def arrow(frame: pd.DataFrame, before: str, after: str) -> Any:
+    """Return two columns of figures as one, none where one is missing."""
+    return frame[before].astype("string") + " → " + frame[after].astype("string")
+
+
 # --- tables ---
 
 
 def single_steps(results: Results, *, compiled: bool) -> pd.DataFrame:
-    """Return single steps with one capacity, eager or compiled: no table holds both."""
-    dense, how = ("static", " compiled") if compiled else ("dense", "")
-    wanted = [f"{dense}{how}, ms", f"{dense}-at-capacity{how}, ms", f"sink{how}, ms"]
-    wanted += [f"{name}{how}" for name in ("achieved", "ceiling", "overhead")]
-    wanted += [f"{dense}{how}, GPU ms", f"sink{how}, GPU ms", f"{dense}, cache MiB", "sink, cache MiB"]
+    """Return single steps with one capacity, eager or compiled: no table holds both. The GPU's own work leads the eager ones."""
+    wanted = {"dense, GPU ms": "dense, GPU ms", "sink, GPU ms": "ours, GPU ms", "achieved, GPU": "gain, GPU"}
+    wanted |= {"achieved": "gain, clock"}
+    if compiled:
+        wanted = {"static compiled, ms": "dense, ms", "static-at-capacity compiled, ms": "dense of that capacity, ms"}
+        wanted |= {"sink compiled, ms": "ours, ms", "achieved compiled": "gain"}
     cells = pick(results.cells("latency"), compiled=compiled, context=CONTEXTS, capacity=[CAPACITY, None], on="cuda")
-    found = pivot(cells, ["shape", "context"], wanted)
-    return found.dropna(subset=[f"sink{how}, ms"]).rename(columns=lambda name: name.replace(" compiled", ""))
+    cells = cells.assign(**{"shape, tokens before": cells["shape"] + cells["context"].map(", {:,}".format)})
+    found = pivot(cells, ["shape, tokens before"], list(wanted)).rename(columns=wanted)
+    return found[found.iloc[:, 1:-1].notna().sum(axis=1) > 1]
+
+
+def memory(results: Results) -> pd.DataFrame:
+    """Return the bytes of the caches."""
+    rows = pick(results.frame("latency"), context=CONTEXTS, capacity=[CAPACITY, None], on="cuda")
+    rows = rows.assign(what=rows["arm"].replace("static", "dense"), shown=rows["cache_bytes"].astype(float) / MIB)
+    found = pivot(rows, ["shape", "context"], ["dense", "sink"]).dropna()
+    found = found.assign(ratio=found["dense"] / found["sink"])
+    return found.set_axis(["shape", "tokens before", "dense, MiB", "ours, MiB", "times less"], axis=1)
 
 
 def whole_calls(results: Results) -> pd.DataFrame:
-    """Return compiled steps of `generate()`, beside the compiled StaticCache of the same size."""
+    """Return compiled steps of `generate()` and of `endless`, beside the compiled StaticCache of the same size."""
+    wanted = {f"{arm} compiled, ms": f"{arm}, ms" for arm in ("static-at-capacity", "sink", "endless")}
+    wanted["endless / static-at-capacity compiled"] = "endless / static"
     cells = pick(results.cells("calls"), compiled=True, capacity=CAPACITY)
-    both = zip(cells["what"], cells["context"], strict=True)
-    cells = cells.assign(what=[f"{what}, at {n:,}" if n > CAPACITY else what for what, n in both])
-    return pivot(cells, ["shape"]).rename(columns=lambda name: name.replace(" compiled", ""))
+    return pivot(cells.drop_duplicates(["shape", "what"]), ["shape"], list(wanted)).rename(columns=wanted)
 
 
 def kernels(results: Results) -> pd.DataFrame:
-    """Return what the GPU does in a step, kernel by kernel."""
-    rows = pd.concat([results.frame("calls"), results.frame("latency")], ignore_index=True)
-    rows = rows.dropna(subset=["kernel_ms"]) if "kernel_ms" in rows else rows[:0]
-    sums = pd.DataFrame(list(rows.get("kernel_ms", ())), index=rows.index)
-    return pick(rows, capacity=[CAPACITY, None])[["shape", "arm", "compiled", "context"]].join(sums)
+    """Return what the GPU does in a compiled step, in ms, kernel by kernel."""
+    rows = results.frame("latency").reindex(columns=COLUMNS).dropna(subset=["kernel_ms"])
+    rows = pick(rows, compiled=True, arm=["static", "static-at-capacity", "sink"], capacity=[CAPACITY, None])
+    sums = pd.DataFrame(list(rows["kernel_ms"]), rows.index, ["attention", "matrix products", "cache", "other"])
+    sums["rest"] = sums.pop("cache") + sums.pop("other")
+    return rows[["shape", "arm"]].join(sums)
 
 
 def study_steps(results: Results) -> pd.DataFrame:
-    """Return the study's steps, which were eager, beside the same here."""
-    every = pick(results.cells("latency"), compiled=False, on="cuda")
-    context = max(set(pick(every, shape="pythia-70m")["context"]) & set(BESIDE_THE_STUDY), default=0)
-    cells, theirs = pick(every, context=context), pd.read_csv(OTHERS / "study-steps.csv").assign(context=context)
-    wanted = ["dense-at-capacity, ms", "sink, ms", "achieved", "ceiling", "overhead", "sink, GPU ms", "sink, cache MiB"]
-    dense = pivot(pick(cells, capacity=None), ["shape"], ["dense, ms", "dense, GPU ms", "dense, cache MiB"])
-    ours = pivot(cells.dropna(subset=["capacity"]), ["shape", "capacity"], wanted)
-    return theirs.merge(dense, how="left", on="shape").merge(ours, how="left", on=["shape", "capacity"])
+    """Return the study's steps, which were eager, beside the same here: by the clock, and the GPU's own work."""
+    theirs, found = pd.read_csv(OTHERS / "study-steps.csv"), pick(results.cells("latency"), compiled=False, on="cuda")
+    found = pick(found, context=BESIDE_THE_STUDY, capacity=[*theirs["capacity"], None])
+    dense = pivot(pick(found, arm="dense"), ["shape"], ["dense, ms", "dense, GPU ms"])
+    wanted = ["sink, ms", "sink, GPU ms", "achieved", "achieved, GPU"]
+    ours = pivot(found.dropna(subset=["capacity"]), ["shape", "capacity"], wanted)
+    every = theirs.merge(dense, how="left", on="shape").merge(ours, how="left", on=["shape", "capacity"])
+    clock = arrow(every, "dense, ms", "sink, ms") + ": " + every["achieved"].astype("string") + "×"
+    gpu = arrow(every, "dense, GPU ms", "sink, GPU ms") + ": " + every["achieved, GPU"].astype("string") + "×"
+    return theirs.assign(**{"here, ms": clock, "here, GPU ms": gpu})
 
 
 def study_runs(results: Results) -> pd.DataFrame:
-    """Return the study's whole runs of Pythia-70M beside ours."""
-    theirs, found = pd.read_csv(OTHERS / "study-runs.csv"), pick(regimes(results), shape="pythia-70m")
-    for device, rows in found[found["tokens"] >= 4096].groupby("device"):
-        rows = rows.drop_duplicates("capacity", keep="last")[["capacity", "measured", "predicted"]]
-        rows.columns = ["capacity", f"{device}: measured", f"{device}: predicted"]
-        theirs = theirs.merge(rows, how="left")
-    return theirs
+    """Return the study's whole runs of Pythia-70M beside ours on the CPU."""
+    theirs, found = pd.read_csv(OTHERS / "study-runs.csv"), regimes(results)
+    found = pick(found, shape="pythia-70m", text="first", tokens=found["tokens"].max()).drop_duplicates("capacity")
+    return theirs.merge(found.reindex(columns=["capacity", "measured", "predicted"]), how="left")
 
 
 def study_quality(results: Results) -> pd.DataFrame:
@@ -188,75 +204,56 @@ def quality(results: Results) -> pd.DataFrame:
 
 
 def paper(results: Results) -> pd.DataFrame:
-    """Return the paper's recomputation beside that of Llama-2-7B here: eager steps, compiled ones, and the GPU's own work."""
-    theirs, gain = pd.read_csv(OTHERS / "paper.csv"), "recompute_over_sink"
-    theirs["gain"] = [f"{recomputed / streaming:.1f}×" for _, recomputed, streaming in theirs.itertuples(index=False)]
-    wanted = ["recompute, ms", "sink, ms", gain, f"{gain}, GPU"]
-    wanted += ["recompute compiled, ms", "sink compiled, ms", f"{gain} compiled"]
-    cells = pick(results.cells("latency"), shape="llama-2-7b", capacity=list(theirs["capacity"]))
-    ours = pivot(cells, ["capacity"], wanted) if len(cells) else pd.DataFrame({"capacity": []})
-    return theirs.merge(ours, how="left", on="capacity")
+    """Return the paper's recomputation of Llama-2-7B beside that of the same shape here, in eager steps."""
+    theirs = pd.read_csv(OTHERS / "paper.csv")
+    cells = pick(results.cells("latency"), shape="llama-2-7b", compiled=False, capacity=list(theirs["capacity"]))
+    wanted = ["recompute, ms", "sink, ms", "recompute_over_sink"]
+    every = theirs.merge(pivot(cells, ["capacity"], wanted), how="left", on="capacity")
+    here = arrow(every, "recompute, ms", "sink, ms")
+    return theirs.assign(**{"here: recompute → sinks, ms": here, "gain here": every["recompute_over_sink"]})
 
 
 def new_lengths(results: Results) -> pd.DataFrame:
-    """Return what a dense step takes at a length that the process has never seen, and when it comes again."""
-    rows = pick(results.frame("latency"), arm="dense", attention="auto")
-    rows = rows[rows["first_time_ms"].map(len) > 0]
+    """Return what a dense step takes on a GPU at a length that the process has never seen, and when it comes again."""
+    rows = pick(results.frame("latency"), arm="dense", attention="auto", on="cuda")
+    rows = rows[rows["first_time_ms"].map(len) > 0].drop_duplicates(["shape", "context"], keep="last")
     rows = rows.assign(**{name: rows[name].map(statistics.median) for name in ("first_time_ms", "again_ms")})
-    where = ["shape", "device", "context"]
-    return rows[[*where, "first_time_ms", "again_ms"]].drop_duplicates(where, keep="last")
+    return rows[["shape", "context", "first_time_ms", "again_ms"]]
 
 
-def long_runs(results: Results) -> pd.DataFrame:
-    """Return what long runs noted, what rose meanwhile, and the perplexity of the first and last pass over a text."""
-    lines = []
-    for one in results.of("longrun"):
-        rows, slopes = one["rows"], {name: calls.slope(one["rows"], name) for name in calls.SLOPES}
-        rise = {f"rise of {name}": line["rise"] for name, line in slopes.items() if line}
-        passes = {f"perplexity, {which} pass": rows[i].get("perplexity") for which, i in (("first", 0), ("last", -1))}
-        ms = statistics.median(row["ms_per_token"] for row in rows)
-        lines.append({"run": one["file"], "tokens": rows[-1]["tokens"], "ms per token": ms} | rise | passes)
-    return pd.DataFrame(lines)
+def throughput_rows(results: Results, what: str, columns: dict[str, str]) -> pd.DataFrame:
+    """Return some columns of what `benchmarks.throughput` measured, with names for a reader."""
+    rows = pick(pd.json_normalize(results.frame("throughput").to_dict("records")), what=what)
+    rows = rows.reindex(columns=list(dict.fromkeys(["shape", "streams", *columns])))
+    rows["streams"] = [
+        f"{name} × {n:.0f}" if n > 0 else name for name, n in zip(rows["shape"], rows["streams"], strict=True)
+    ]
+    return rows.rename(columns={"streams": "shape × streams"} | columns).drop(columns="shape")
 
 
-def streams(results: Results) -> pd.DataFrame:
-    """Return tokens per second of many streams at once."""
-    rows = pick(results.frame("throughput"), what="steady")
-    wanted = ["shape", "arm", "streams", "tokens_per_second", "step_ms", "step_p99_ms", "floor_ms"]
-    found = rows.reindex(columns=[*wanted, "time_to_first_token_ms", "cache_bytes"])
-    return found.assign(**{"cache MiB": found.pop("cache_bytes").astype(float) / MIB})
-
-
-def pool(results: Results) -> pd.DataFrame:
-    """Return the columns of `streams` that a reader needs first."""
-    rows = streams(results)
-    shapes = rows["shape"] + " × " + rows["streams"].map("{:.0f}".format)
-    columns = {"tokens_per_second": "tokens per second", "step_ms": "step, ms", "floor_ms": "floor, ms"}
-    return rows[["arm", *columns]].rename(columns=columns).assign(**{"shape × streams": shapes})
-
-
-def pools(results: Results) -> pd.DataFrame:
-    """Return what one pool does while a long text is read (`gap`), and with requests that come at random (`traffic`)."""
-    rows = results.frame("throughput")
-    rows = rows[~rows["what"].isin(["steady", "rows", "read"])]
-    flat = pd.json_normalize(rows.to_dict("records"))
-    columns = ["shape", "what", "streams", "step_ms_before.median", "step_ms_while.median", "step_ms_while.max"]
-    columns += ["requests", "share_of_ideal", "time_to_first_token_s.p50", "time_to_first_token_s.p95"]
-    return flat.reindex(columns=[*columns, "steps", "checked", "the_same_alone"])
-
-
-def reading(results: Results) -> pd.DataFrame:
-    """Return how fast `stream` reads."""
-    rows = pick(results.frame("throughput"), what="read")
-    return rows.reindex(columns=["shape", "streams", "capacity", "chunk_size", "tokens_per_second"]).astype(
-        {"streams": int, "chunk_size": int}
-    )
-
-
-def batches(results: Results) -> pd.DataFrame:
-    """Return steps of batches in `endless` whose rows have read different numbers of tokens."""
-    rows = pick(results.frame("throughput"), what="rows")
-    return rows.reindex(columns=["shape", "streams", "capacity", "rows", "median_ms", "p5_ms", "p95_ms"])
+THROUGHPUT = {
+    "pool": ("steady", {"arm": "arm", "tokens_per_second": "tokens/s", "step_ms": "step, ms", "floor_ms": "floor, ms"}),
+    "gap": (
+        "gap",
+        {
+            "step_ms_before.median": "step before, ms",
+            "step_ms_while.median": "step while a text is read, ms",
+            "step_ms_while.max": "longest, ms",
+        },
+    ),
+    "traffic": (
+        "traffic",
+        {
+            "requests": "requests",
+            "share_of_ideal": "share of no waiting",
+            "time_to_first_token_s.p50": "first token, s",
+            "time_to_first_token_s.p95": "95% of them, s",
+        },
+    ),
+    "soak": ("soak", {"steps": "steps", "added": "streams", "checked": "checked", "the_same_alone": "the same alone"}),
+    "reading": ("read", {"chunk_size": "tokens a forward", "tokens_per_second": "tokens/s"}),
+    "rows": ("rows", {"rows": "lengths of rows", "median_ms": "step, ms", "p5_ms": "5%", "p95_ms": "95%"}),
+}
 
 
 # --- the two regimes ---
@@ -287,19 +284,21 @@ class Curve:
         """Return the same as `other`'s median times the ratio to it, in which what slows down both cancels."""
         return {n: other.ms[n] * self.ratio_to(other, n)["value"] if n in other.ms else ms for n, ms in self.ms.items()}
 
-    def new_length_factor(self) -> float:
-        """Return how many times longer a step is at a length never seen before; 1 if that is not worth counting."""
-        rows = [row for row in self.rows.values() if row.get("first_time_ms")]
-        factors = [statistics.median(row["first_time_ms"]) / statistics.median(row["again_ms"]) for row in rows]
+    def new_length_ms(self) -> float:
+        """Return what a step pays more at a length that the process has never seen; 0 if that is not worth counting.
+
+        The price, a plan for the kernels, does not depend on the length. A machine that is twice as slow for some seconds doubles
+        it, and doubles a small step, too. So the ratio of both, taken within a second, is what is measured best.
+        """
+        known = [(row.get("first_time_ms", ()), row.get("again_ms", ())) for row in self.rows.values()]
+        factors = [first / again for pair in known for first, again in zip(*pair, strict=True)]
         factor = statistics.median(factors or [1.0])
-        return factor if factor >= NEW_LENGTHS_COST else 1.0
+        return (factor - 1) * statistics.median(self.ms.values()) if factor >= NEW_LENGTHS_COST else 0.0
 
 
-def sum_ms(ms: dict[int, float], tokens: int, factor: float = 1.0, new: slice = slice(0)) -> float:
-    """Return the time of reading so many tokens one by one, of which those at `new` lengths take `factor` times as long."""
-    times = np.interp(np.arange(tokens), list(ms), list(ms.values()))
-    times[new] *= factor
-    return float(times.sum())
+def sum_ms(ms: dict[int, float], tokens: int, new: range = range(0), new_length_ms: float = 0.0) -> float:
+    """Return the time of reading so many tokens one by one, of which those at `new` lengths take so much longer."""
+    return float(np.interp(np.arange(tokens), list(ms), list(ms.values())).sum()) + len(new) * new_length_ms
 
 
 def attention(result: dict[str, Any]) -> str:
@@ -318,8 +317,8 @@ def regimes(results: Results) -> pd.DataFrame:
     """Return whole runs beside steps: the gain that was measured, and that which the steps, summed over the run, predict.
 
     Of several latency results it is the one nearest in time. Only runs of one token per step and sample are predicted, up to
-    the last context that was measured. All lengths of the first sample but those of the warm-up are new for a dense cache, and
-    for a bounded one until it is full.
+    the last context that was measured. To the first text of a process all lengths are new but those of the warm-up: for a dense
+    cache, and for a bounded one until it is full. To later texts none is.
     """
     lines = []
     runs = [one for one in results.of("ppl") if (one["protocol"]["mode"], one["protocol"]["batch_size"]) == ("step", 1)]
@@ -333,41 +332,51 @@ def regimes(results: Results) -> pd.DataFrame:
         dense, sink = next((both for both in curves if both[0].ms and both[1].ms), (None, None))
         if dense is None or sink is None or dense_row is None:
             continue
-        samples = [batch["tokens_processed"] for batch in dense_row["batches"]]
-        known, of_sink = run["run"]["warm_up_tokens"], sink.beside(dense)
-        ms = [0.0, 0.0]
-        for number, tokens in enumerate(samples):
-            factor = dense.new_length_factor() if number == 0 else 1.0
-            ms[0] += sum_ms(dense.ms, tokens, factor, slice(known, None))
-            ms[1] += sum_ms(of_sink, tokens, factor, slice(known, capacity))
-        last = max((n for n in dense.ms if n in sink.ms and n <= max(samples)), default=min(sink.ms))
-        measured = sink_row["tokens_per_second"] / dense_row["tokens_per_second"]
-        predicted = ms[0] / ms[1] if max(samples) <= min(max(dense.ms), max(*sink.ms, capacity)) else None
-        line = {"shape": shape(run), "device": run["device"]["name"], "attention": attention(run)}
-        line |= {"tokens": max(samples), "samples": len(samples), "capacity": capacity}
-        line |= {"last step": dense.ratio_to(sink, last)["value"], "measured": measured, "predicted": predicted}
-        lines.append(line | {"difference": f"{predicted / measured - 1:+.0%}" if predicted else None})
+        where = {"shape": shape(run), "device": run["device"]["name"], "capacity": capacity}
+        batches = pd.DataFrame(dense_row["batches"]).assign(
+            sink_seconds=[one["seconds"] for one in sink_row["batches"]]
+        )
+        known, of_sink, price = run["run"]["warm_up_tokens"], sink.beside(dense), dense.new_length_ms()
+        for name, some in (("first", batches[:1]), ("later", batches[1:])):
+            if some.empty:
+                continue
+            tokens, ms = int(some["tokens_processed"].iloc[0]), price if name == "first" else 0.0
+            times = (
+                sum_ms(dense.ms, tokens, range(known, tokens), ms),
+                sum_ms(of_sink, tokens, range(known, capacity), ms),
+            )
+            last = max((n for n in dense.ms if n in sink.ms and n <= tokens), default=min(sink.ms))
+            measured = some["seconds"].sum() / some["sink_seconds"].sum()
+            predicted = times[0] / times[1] if tokens <= min(max(dense.ms), max(*sink.ms, capacity)) else None
+            line = {"text": name, "tokens": tokens, "last step": dense.ratio_to(sink, last)["value"]}
+            lines.append(where | line | {"measured": measured, "predicted": predicted})
     return pd.DataFrame(lines) if lines else pd.DataFrame(columns=COLUMNS)
 
 
+def two_regimes(results: Results) -> pd.DataFrame:
+    """Return `regimes` in five columns."""
+    rows = regimes(results)
+    rows["shape, device"] = rows["shape"] + ", " + rows["device"]
+    rows["run"] = (
+        rows["text"] + " text, " + rows["capacity"].map("{:,.0f}".format) + rows["tokens"].map(" of {:,.0f}".format)
+    )
+    return rows[["shape, device", "run", "last step", "measured", "predicted"]]
+
+
 TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
-    "compiled steps": lambda results: single_steps(results, compiled=True),
-    "eager steps": lambda results: single_steps(results, compiled=False),
+    "compiled steps": partial(single_steps, compiled=True),
+    "eager steps": partial(single_steps, compiled=False),
+    "memory": memory,
     "whole calls": whole_calls,
     "kernels": kernels,
-    "regimes": regimes,
+    "regimes": two_regimes,
     "new lengths": new_lengths,
     "the study's steps": study_steps,
     "the study's runs": study_runs,
     "the study's quality": study_quality,
     "quality": quality,
     "the paper": paper,
-    "long runs": long_runs,
-    "streams": streams,
-    "pool": pool,
-    "pools": pools,
-    "reading": reading,
-    "rows": batches,
+    **{name: partial(throughput_rows, what=what, columns=columns) for name, (what, columns) in THROUGHPUT.items()},
 }
 
 
@@ -437,7 +446,7 @@ def by_capacity(results: Results, axes: Axes) -> str:
     return "Four sinks make up for most of what a window loses" if len(rows) else ""
 
 
-def two_regimes(results: Results, axes: Axes) -> str:
+def by_regime(results: Results, axes: Axes) -> str:
     """Draw the gain of a step, and of whole runs as measured and as predicted from steps."""
     rows = regimes(results)
     for column, label, marker in (
@@ -446,7 +455,7 @@ def two_regimes(results: Results, axes: Axes) -> str:
         ("predicted", "whole run, predicted from steps", "x"),
     ):
         axes.plot(rows[column], range(len(rows)), marker, label=label)
-    where = [f"{one.shape}, {one.device.split()[-1]}, {one.capacity:,} of {one.tokens:,}" for one in rows.itertuples()]
+    where = two_regimes(results)["shape, device"] + "\n" + two_regimes(results)["run"] if len(rows) else []
     axes.set_yticks(range(len(rows)), where, fontsize="x-small")
     axes.set(xlabel="times as fast as a dense cache (higher is better)")
     axes.legend(fontsize="small")
@@ -457,7 +466,7 @@ def price_of_new_lengths(results: Results, axes: Axes) -> str:
     """Draw what a dense step takes at new lengths, and again, where that differs most."""
     rows = new_lengths(results)
     worst = rows.loc[(rows["first_time_ms"] / rows["again_ms"]).idxmax()] if len(rows) else None
-    rows = pick(rows, shape=worst["shape"], device=worst["device"]) if worst is not None else rows
+    rows = pick(rows, shape=worst["shape"]) if worst is not None else rows
     for column, label in (("first_time_ms", "at a length never seen"), ("again_ms", "at the same length again")):
         line(axes, rows["context"], rows[column], label)
     axes.set(xlabel="context, tokens", ylabel="ms per token, dense cache (lower is better)", yscale="log")
@@ -491,7 +500,7 @@ def by_streams(results: Results, axes: Axes) -> str:
 PICTURES: dict[str, Sequence[Callable[[Results, Axes], str]]] = {
     "hero": (by_position, partial(by_context, column="cache_bytes"), partial(by_context, column="median_ms")),
     "quality": (by_capacity,),
-    "regimes": (two_regimes,),
+    "regimes": (by_regime,),
     "new-lengths": (price_of_new_lengths,),
     "streams": (by_streams,),
 }
