@@ -412,20 +412,8 @@ def ratios(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 yield where | value | {"gpu_value": work[0] / work[1] if all(work) else None}
 
 
-COLUMNS = (
-    "context",
-    "arm",
-    "compiled",
-    "capacity",
-    "median_ms",
-    "p5_ms",
-    "p95_ms",
-    "gpu_ms",
-    "busy",
-    "floor_ms",
-    "sdpa",
-)
-COLUMNS += ("cache_bytes", "reason", "warning")
+COLUMNS = ["context", "arm", "compiled", "capacity", "median_ms", "p5_ms", "p95_ms", "gpu_ms"]
+COLUMNS += ["busy", "floor_ms", "sdpa", "cache_bytes", "reason", "warning"]
 
 
 # --- command line ---

@@ -364,17 +364,8 @@ def measure_rows(run: Run, groups: Sequence[Sequence[Arm]]) -> Iterator[dict[str
             yield row
 
 
-COLUMNS = (
-    "arm",
-    "capacity",
-    "perplexity",
-    "same_tokens.perplexity",
-    "accuracy",
-    "tokens",
-    "seconds",
-    "tokens_per_second",
-)
-COLUMNS += ("cache_bytes", "peak_bytes", "reason", "warning")
+COLUMNS = ["arm", "capacity", "perplexity", "same_tokens.perplexity", "accuracy", "tokens", "seconds"]
+COLUMNS += ["tokens_per_second", "cache_bytes", "peak_bytes", "reason", "warning"]
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:

@@ -469,7 +469,7 @@ def price_of_new_lengths(results: Results, axes: Axes) -> str:
     rows = pick(rows, shape=worst["shape"]) if worst is not None else rows
     for column, label in (("first_time_ms", "at a length never seen"), ("again_ms", "at the same length again")):
         line(axes, rows["context"], rows[column], label)
-    axes.set(xlabel="context, tokens", ylabel="ms per token, dense cache (lower is better)", yscale="log")
+    axes.set(xlabel="context, tokens", ylabel="ms per token, dense cache (lower is better)", ylim=(0, None))
     return f"A dense cache pays for every new length, a ring has one ({worst['shape']})" if worst is not None else ""
 
 
