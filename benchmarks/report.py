@@ -195,12 +195,14 @@ def study_quality(results: Results) -> pd.DataFrame:
 def quality(results: Results) -> pd.DataFrame:
     """Return perplexities by capacity, of the last run that scores tokens far from the start of a text only."""
     runs = [one for one in results.of("ppl") if (one["data"] | one["protocol"]).get("score_from", 1) > 1]
+    runs = [one for one in runs if not one["protocol"].get("n_sinks")]
     rows = pick(results.frame("ppl"), file=[one["file"] for one in runs[-1:]]).sort_values("capacity")
     rows = rows[rows["arm"] != "dense-batched"].assign(shown=rows["perplexity"])
     rows["capacity"] = ["dense" if pd.isna(one) else int(one) for one in rows["capacity"]]
-    same = rows[rows["arm"].isin(["sink", "dense"])]
+    rows["arm"] = rows["arm"].replace("dense", "sink")  # in one column: its row says that it is dense
+    same = rows[rows["arm"] == "sink"]
     same = same.assign(shown=[(one or {}).get("perplexity") for one in same["same_tokens"]])
-    return pivot(pd.concat([rows, same.assign(arm=same["arm"] + ", same tokens")]), ["capacity"], what="arm")
+    return pivot(pd.concat([rows, same.assign(arm="sink, same tokens")]), ["capacity"], what="arm")
 
 
 def paper(results: Results) -> pd.DataFrame:
@@ -431,15 +433,16 @@ def by_context(results: Results, axes: Axes, column: str) -> str:
     if len(ends) < 2:
         return ""
     what = units[column].split(",")[0].capitalize()
-    return f"{what}: flat, {ends[0] / ends[1]:.2g} times less in the end ({chosen})"
+    return f"{what}: {ends[0] / ends[1]:.2g} times less in the end ({chosen})"
 
 
 def by_capacity(results: Results, axes: Axes) -> str:
     """Draw perplexity by capacity."""
-    rows = quality(results).reindex(columns=["capacity", "dense", "sink", "window"]).dropna(subset=["sink"])
+    every = quality(results).reindex(columns=["capacity", "sink", "window"])
+    rows = every[every["capacity"] != "dense"]
     for arm, label in (("window", "window without sinks"), ("sink", OURS)):
         line(axes, rows["capacity"], rows[arm].astype(float), label)
-    for dense in pick(quality(results), capacity="dense").get("dense", ()):
+    for dense in pick(every, capacity="dense")["sink"]:
         axes.axhline(dense, color="black", label="dense cache")
     axes.legend(fontsize="small")
     axes.set(xlabel="capacity, tokens", ylabel="perplexity (lower is better)")
