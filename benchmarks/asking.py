@@ -1,0 +1,173 @@
+"""Questions that are asked of copies of a cache, for `benchmarks.recall`: many about one text, or one after the other."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import binomtest, bootstrap
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from sink_cache import SinkWindowCache, stream
+
+from . import harness, models, ppl
+from .arms import Arm, choose
+from .harness import BenchmarkError
+
+ARC = {"dataset": "allenai/ai2_arc", "dataset_config": "ARC-Easy", "split": "test"}
+ALONE = "one by one"  # each question has a new dense cache
+Row = dict[str, Any]
+
+
+# --- rows ---
+
+
+def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Return the 95% interval of the mean of independent numbers: Wilson's for right or wrong, else by resampling."""
+    if set(values) <= {0.0, 1.0}:
+        found = binomtest(int(sum(values)), len(values)).proportion_ci(method="wilson")
+    elif len(values) > 1:
+        rng = np.random.default_rng(0)
+        resampled = bootstrap((values,), np.mean, n_resamples=harness.RESAMPLES, method="percentile", rng=rng)
+        found = resampled.confidence_interval
+    else:
+        return None, None
+    return float(found.low), float(found.high)
+
+
+def make_row(args: argparse.Namespace, method: str, n_sink: int | None, capacity: int | None, **more: Any) -> Row:
+    """Return a row, in which what is not known is None."""
+    numbers = ("distance_tokens", "questions", "accuracy", "accuracy_low", "accuracy_high", "nats_saved")
+    row = {"task": args.task, "method": method, "n_sink": n_sink, "capacity": capacity}
+    return row | dict.fromkeys(numbers) | {"reason": "", "warning": ""} | more
+
+
+def accuracy(right: Sequence[float]) -> Row:
+    """Return the mean of independent answers, each between 0 and 1, and its interval."""
+    low, high = interval(right)
+    return {"accuracy": statistics.fmean(right), "accuracy_low": low, "accuracy_high": high}
+
+
+# --- many about one text ---
+
+
+def read(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, chunk_size: int) -> torch.Tensor:
+    """Feed ids `[batch, tokens]` to a cache and return the logits of the last chunk, `[batch, q, vocab]`."""
+    feed = stream if isinstance(cache, SinkWindowCache) else ppl.dense_logits
+    with torch.inference_mode():
+        for logits in feed(model, ids, cache, chunk_size=chunk_size):
+            last = logits
+    return last
+
+
+def about_one_text(loaded: models.LoadedModel, args: argparse.Namespace) -> Iterator[Row]:
+    """Time a question when the text before it is read anew, and when a cache that has read it is copied or loaded."""
+    model, clock, arm = loaded.model, harness.Clock(loaded.model.device), Arm("sink", args.capacities[0])
+    ids = models.tokenize(models.chosen_text(args), loaded.tokenizer).to(model.device)
+    pieces = models.cut(ids[args.text_tokens :], args.question_tokens, args.num_samples)
+    text, questions = ids[None, : args.text_tokens], [piece[None, :-1] for piece in pieces]
+
+    def reading_anew() -> Cache:
+        cache = arm.make_cache(model, args.n_sink)
+        read(model, text, cache, args.chunk_size)
+        return cache
+
+    def loading() -> Cache:
+        cache = arm.make_cache(model, args.n_sink)
+        cache.load(path, model)
+        return cache
+
+    kept = reading_anew()
+    ways: dict[str, Callable[[], Cache]] = {
+        "reading anew": reading_anew,
+        "copying the cache": lambda: copy.deepcopy(kept),
+    }
+    ways["loading the cache"] = loading
+    found: dict[str, list[tuple[float, int]]] = {way: [] for way in ways}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "text.safetensors"
+        kept.save(path)
+        for question in [questions[0], *questions]:  # the first to warm up
+            for way, cache_of_text in ways.items():
+                start = clock.now()
+                answer = read(model, question, cache_of_text(), args.chunk_size)[0, -1].argmax().item()
+                found[way].append((1e3 * (clock.now() - start), answer))
+    answers = {way: [answer for _, answer in some] for way, some in found.items()}
+    for way, some in found.items():
+        more = {"text_tokens": args.text_tokens, "ms_per_question": statistics.median(ms for ms, _ in some[1:])}
+        more |= {"same_first_tokens": answers[way] == answers["reading anew"], "cache_bytes": harness.cache_bytes(kept)}
+        yield make_row(args, way, args.n_sink, arm.capacity, questions=len(questions), **more)
+
+
+# --- multiple choice, one after the other ---
+
+
+def load_choices(args: argparse.Namespace) -> list[Row]:
+    """Return questions of a dataset with the columns of ARC: question, choices (text, label), answerKey."""
+    import datasets  # takes seconds, and only this function needs it
+
+    named = {name: value for name in ARC if (value := getattr(args, name)) is not None}
+    chosen = {"dataset_config": None, "split": ARC["split"]} | named if args.dataset else ARC | named
+    datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE or args.offline
+    try:
+        found = datasets.load_dataset(chosen["dataset"], chosen["dataset_config"], split=chosen["split"])
+    except (OSError, ValueError, KeyError) as error:
+        raise models.hub_error(f"the {chosen['split']} split of {chosen['dataset']}", error) from error
+    if missing := {"question", "choices", "answerKey"} - set(found.column_names):
+        raise BenchmarkError(f"{chosen['dataset']} is no multiple-choice set: it has no columns {sorted(missing)}")
+    return list(found)[: args.num_samples]
+
+
+def choose_answer(model: PreTrainedModel, cache: Cache, prompt: torch.Tensor, choices: Sequence[torch.Tensor]) -> int:
+    """Read a prompt `[tokens]` and return the choice, `[tokens]` each, whose tokens are likeliest on average; then read it."""
+    first = read(model, prompt[None], cache, len(prompt))[:, -1:]
+    padded = torch.nn.utils.rnn.pad_sequence(list(choices), batch_first=True)  # on the right, where nobody sees it
+    logits = first.expand(len(choices), -1, -1)
+    if padded.shape[1] > 1:
+        rows = copy.deepcopy(cache)
+        rows.batch_repeat_interleave(len(choices))
+        logits = torch.cat([logits, read(model, padded[:, :-1], rows, padded.shape[1])], dim=1)
+    likely = logits.float().log_softmax(-1).gather(-1, padded[..., None])[..., 0]
+    chosen = int(np.argmax([float(row[: len(one)].mean()) for row, one in zip(likely, choices, strict=True)]))
+    read(model, choices[chosen][None], cache, len(choices[chosen]))
+    return chosen
+
+
+def one_after_the_other(loaded: models.LoadedModel, args: argparse.Namespace) -> Iterator[Row]:
+    """Ask all questions of one cache that is never emptied, as the paper does; and each question of a new one."""
+    model, trained, questions = loaded.model, loaded.trained_context, load_choices(args)
+    if loaded.tokenizer is None:
+        raise BenchmarkError("--task choices is made of words: name a model with a tokenizer (--model)")
+
+    def ids_of(text: str) -> torch.Tensor:
+        return torch.tensor(loaded.tokenizer(text, add_special_tokens=False)["input_ids"], device=model.device)
+
+    for arm in [Arm(ALONE), *choose([name for name in args.arms if name != "recompute"], args.capacities)]:
+        cache, right, warning = arm.make_cache(model, args.n_sink), [], ""
+        for number, one in enumerate(harness.progress_bar(questions, desc=str(arm), unit=" questions")):
+            prompt = ids_of(f"{chr(10) * (number > 0 and arm.name != ALONE)}Question: {one['question']}\nAnswer:")
+            choices = [ids_of(f" {text}") for text in one["choices"]["text"]]
+            if arm.name == ALONE:
+                cache = DynamicCache(config=model.config)
+            longest = len(prompt) + max(map(len, choices))
+            if arm.name == "dense" and trained and cache.get_seq_length() + longest > trained:
+                warning = f"after {number} questions the trained context of {trained:,} positions ends"
+                break
+            label = one["choices"]["label"][choose_answer(model, cache, prompt, choices)]
+            right.append(float(label == one["answerKey"]))
+        yield make_row(
+            args,
+            arm.name,
+            arm.sinks(args.n_sink),
+            arm.capacity,
+            questions=len(right),
+            warning=warning,
+            **accuracy(right),
+        )

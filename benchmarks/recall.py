@@ -1,0 +1,311 @@
+"""What a model can still use of what it has read: by distance, in a pinned prefix, and question after question.
+
+    python -m benchmarks.recall                      # segments of random tokens that come back after a distance
+    python -m benchmarks.recall --task streameval    # numbered lines, and questions about lines before
+    python -m benchmarks.recall --task pinned        # segments of the sinks that come back after a long text
+    python -m benchmarks.recall --task questions     # time of a question about a text: reading it anew, copying the cache
+    python -m benchmarks.recall --task choices       # multiple-choice questions, one after the other
+
+The first three read texts exactly as `benchmarks.ppl` does, every token predicted from what it would see in one-token steps. What
+came before is in the text, so the right answer to a question is read after it, whatever the model would have said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from . import harness, models, ppl
+from .arms import Arm, choose
+from .asking import about_one_text, accuracy, make_row, one_after_the_other
+from .harness import BenchmarkError
+
+METHODS = ("dense", "sink", "window", "recompute")
+LINES_PER_QUESTION = 10
+LONGEST = 8192  # tokens of a text, by default
+DEFAULTS: dict[str, Any] = {
+    "num_samples": 32,
+    "distances": [64, 128, 256, 512, 768, 960, 1100, 1536, 2048, 4096],
+    "line_distances": [20, 40, 60, 80, 100, 150, 200],
+    "further": [2000, 10_000, 100_000],
+    "segment": 60,
+    "pairs": 3,
+    "recompute_questions": 8,
+    "text_tokens": 30_000,
+}
+# Two CPU cores should need less than a minute for this.
+OFFLINE_DEFAULTS: dict[str, Any] = {
+    "num_samples": 1,
+    "max_tokens": 700,
+    "distances": [30, 60, 90, 120, 150, 300],
+    "line_distances": [2, 4, 8],
+    "further": [200, 500],
+    "segment": 30,
+    "pairs": 1,
+    "recompute_questions": 1,
+    "text_tokens": 500,
+}
+OF_TASKS = {  # options that do nothing in others
+    "max_tokens": "copy, streameval",
+    "distances": "copy",
+    "pairs": "copy",
+    "line_distances": "streameval",
+    "further": "pinned",
+    "text_tokens": "questions",
+}
+PINNED, PINNED_OFFLINE, WINDOW, WINDOW_OFFLINE = 1000, 120, 1020, 124
+DENSE_FAILS = 0.1  # accuracy of the best distance
+
+
+@dataclass(frozen=True)
+class Question:
+    """Tokens of a sample that come a second time; `asked` is what the task varies, a distance in its own unit."""
+
+    sample: int
+    first: int  # index of the first of them
+    again: int  # where they come again
+    tokens: int
+    asked: int
+
+
+Texts = tuple[list[torch.Tensor], list[Question]]  # samples `[tokens + 1]`, as `ppl` takes them
+
+
+# --- texts with questions ---
+
+
+def vocabulary(loaded: models.LoadedModel) -> np.ndarray:
+    """Return the ids of all tokens that are not special."""
+    size, tokenizer = loaded.model.config.get_text_config(decoder=True).vocab_size, loaded.tokenizer
+    known = range(size if tokenizer is None else min(size, len(tokenizer)))
+    return np.setdiff1d(known, [] if tokenizer is None else tokenizer.all_special_ids)
+
+
+def random_ids(tokens: int, loaded: models.LoadedModel, rng: np.random.Generator) -> np.ndarray:
+    """Return random tokens, each at most once where there are so many: no other place shows what comes next."""
+    known = vocabulary(loaded)
+    return rng.choice(known, tokens, replace=tokens > len(known))
+
+
+def copy_texts(loaded: models.LoadedModel, args: argparse.Namespace, rng: np.random.Generator) -> Texts:
+    """Return texts of random tokens, of which segments come back. The first token of a segment cannot be known."""
+    samples, questions, size = [], [], args.segment
+    for sample in range(args.num_samples):
+        ids = random_ids(args.max_tokens + 1, loaded, rng)
+        free = np.arange(len(ids)) >= args.n_sink
+        for distance in sorted(args.distances * args.pairs, reverse=True):
+            fits = np.lib.stride_tricks.sliding_window_view(free, size).all(axis=1)
+            starts = np.flatnonzero(fits[:-distance] & fits[distance:])
+            if len(starts):
+                start = rng.choice(starts)
+                first, again = (slice(at, at + size) for at in (start, start + distance))
+                ids[again] = ids[first]
+                free[first] = free[again] = False
+                questions.append(Question(sample, first.start + 1, again.start + 1, size - 1, distance))
+        samples.append(torch.from_numpy(ids))
+    if missing := set(args.distances) - {question.asked for question in questions}:
+        raise BenchmarkError(f"no text of {args.max_tokens:,} tokens has room for distances {sorted(missing)}")
+    return samples, questions
+
+
+def streameval_texts(loaded: models.LoadedModel, args: argparse.Namespace, rng: np.random.Generator) -> Texts:
+    """Return the paper's StreamEval, from its description: every ten lines a question about a line some lines back."""
+    if loaded.tokenizer is None:
+        raise BenchmarkError("--task streameval is made of words: name a model with a tokenizer (--model)")
+    samples, questions = [], []
+
+    def ids_of(text: str) -> list[int]:
+        return list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    for sample in range(args.num_samples):
+        ids: list[int] = []
+        contents, places = [""], [0]  # of each line, from 1
+        while len(ids) <= args.max_tokens:
+            line = len(contents)
+            contents.append(str(rng.integers(10_000, 100_000)))
+            ids += ids_of(f"The REGISTER_CONTENT in line {line} is <")
+            places.append(len(ids))
+            ids += ids_of(contents[line]) + ids_of(">\n")
+            possible = [back for back in args.line_distances if back < line]
+            if line % LINES_PER_QUESTION == 0 and possible:
+                back = int(rng.choice(possible))
+                about, answer = line - back, ids_of(contents[line - back])
+                what = f"REGISTER_CONTENT in line {about}"
+                ids += ids_of(f"What is the {what}? The {what} is <")
+                if len(ids) + len(answer) <= args.max_tokens + 1:
+                    questions.append(Question(sample, places[about], len(ids), len(answer), back))
+                ids += answer + ids_of(">\n")
+        samples.append(torch.tensor(ids[: args.max_tokens + 1]))
+    if not questions:
+        raise BenchmarkError(f"--max-tokens {args.max_tokens} has no room for a question")
+    return samples, questions
+
+
+def pinned_texts(loaded: models.LoadedModel, args: argparse.Namespace, rng: np.random.Generator) -> Texts:
+    """Return texts whose first `n_sink` tokens are random; their segments come back after a real text, some at each length."""
+    size, moments = args.segment, sorted(args.further)
+    filler = models.tokenize(models.chosen_text(args), loaded.tokenizer).numpy()
+    samples, questions = [], []
+    for sample in range(args.num_samples):
+        ids = random_ids(args.n_sink, loaded, rng)
+        starts = rng.permutation(np.arange(0, args.n_sink - size + 1, size))
+        real = np.resize(np.roll(filler, -sample * len(filler) // args.num_samples), args.n_sink + moments[-1])
+        for further, some in zip(moments, np.array_split(starts, len(moments)), strict=True):
+            ids = np.concatenate([ids, real[len(ids) : args.n_sink + further]])
+            for start in some:
+                questions.append(Question(sample, start + 1, len(ids) + 1, size - 1, further))
+                ids = np.concatenate([ids, ids[start : start + size]])
+        samples.append(torch.from_numpy(ids))
+    return samples, questions
+
+
+# --- what is known when ---
+
+
+def answered(run: ppl.Run, arm: Arm, questions: Sequence[Question], whole: bool) -> dict[str, Any]:
+    """Return the numbers of a row. An answer is right as a `whole`, or each of its tokens is a question of its own."""
+    nll, correct = ppl.put_together(run.scores[arm], run.scored)
+    right, saved = [], []
+    for one in questions:
+        # Column i is the token after i + 1 others.
+        first, again = ((one.sample, slice(at - 1, at - 1 + one.tokens)) for at in (one.first, one.again))
+        right.append(float(correct[again].all() if whole else correct[again].mean()))
+        saved.append(float(nll[first].mean() - nll[again].mean()))
+    asked = len(questions) if whole else sum(one.tokens for one in questions)
+    return accuracy(right) | {"questions": asked, "nats_saved": statistics.fmean(saved)}
+
+
+def measure(loaded: models.LoadedModel, args: argparse.Namespace, texts: Texts) -> Iterator[dict[str, Any]]:
+    """Read all texts with one method after the other, and yield a row for each and each of what was asked."""
+    samples, questions = texts
+    length, state = max(map(len, samples)) - 1, PartialState(cpu=loaded.model.device.type == "cpu")
+    trained = loaded.trained_context or length
+    for arm in choose(args.arms, args.capacities):
+        groups = {asked: [q for q in questions if q.asked == asked] for asked in sorted({q.asked for q in questions})}
+        reasons = {}
+        if arm.name == "recompute":  # dear: some questions must do
+            groups = {a: some[:: -(-len(some) // args.recompute_questions)] for a, some in groups.items()}
+        if arm.name == "dense":  # beyond its training it would only show that the model breaks
+            for asked, some in groups.items():
+                groups[asked] = [q for q in some if q.again + q.tokens <= trained + 1]
+                reasons[asked] = "" if groups[asked] else f"beyond the trained context of {trained:,} positions"
+        chosen = np.zeros((len(samples), length), dtype=bool)
+        for one in itertools.chain(*groups.values()):
+            for at in (one.first, one.again):
+                chosen[one.sample, at - 1 : at - 1 + one.tokens] = True
+        limit = trained if arm.name == "dense" else length
+        run = ppl.Run(loaded, args, [s[: limit + 1] for s in samples], np.ones_like(chosen), chosen, state)
+        if any(groups.values()):
+            run.measure([arm])
+        for asked, some in groups.items():
+            row = make_row(args, arm.name, arm.sinks(args.n_sink), arm.capacity, asked=asked)
+            row["reason"] = run.reasons.get(arm) or reasons.get(asked, "")
+            if not row["reason"]:
+                row["distance_tokens"] = round(statistics.median(q.again - q.first for q in some))
+                row |= answered(run, arm, some, whole=args.task == "streameval")
+            yield row
+
+
+def warn(rows: Sequence[dict[str, Any]]) -> None:
+    """Say in all rows that nothing follows from them if the dense cache fails wherever it can be asked."""
+    dense = [row["accuracy"] for row in rows if row["method"] == "dense" and row["accuracy"] is not None]
+    if dense and max(dense) < DENSE_FAILS:
+        for row in rows:
+            row["warning"] = f"the dense cache is right in {max(dense):.0%} at best: this model cannot do the task"
+
+
+TASKS: dict[str, tuple[str, Callable[..., Texts] | None]] = {
+    "copy": ("segments of random tokens that come back after a distance", copy_texts),
+    "streameval": ("numbered lines, and questions about lines before", streameval_texts),
+    "pinned": ("segments of the sinks that come back after a real text", pinned_texts),
+    "questions": ("time of a question about a text: reading it anew, copying the cache, loading it", None),
+    "choices": ("multiple-choice questions, one after the other", None),
+}
+
+
+# --- command line ---
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check the command line, with the defaults filled in that do not depend on the model."""
+    parser = harness.Parser("recall", __doc__.partition("\n")[0])
+    tasks = "; ".join(f"{name}: {says}" for name, (says, _) in TASKS.items())
+    parser.add_argument("--task", choices=TASKS, default="copy", help=f"{tasks} (%(default)s)")
+    models.add_text_options(parser)
+    parser.names("--arms", of=METHODS)
+    parser.numbers(
+        num_samples=(None, "texts, or questions (32)"),
+        max_tokens=(None, f"of a text of copy or streameval (what the model was trained on, at most {LONGEST})"),
+        distances=([], "of copy, in tokens (64 to 4096)"),
+        line_distances=([], "of streameval, from a line to the question about it (20 to 200)"),
+        further=([], "of pinned: tokens from the sinks to where they come again (2000 10000 100000)"),
+        segment=(None, "tokens that come again together (60)"),
+        pairs=(None, "segments of copy for each distance in a text (3)"),
+        recompute_questions=(None, "for each distance, with recompute (8)"),
+        text_tokens=(None, "of the text of questions (30000)"),
+        question_tokens=(32, "of each of its questions"),
+        chunk_size=(256, "tokens per forward"),
+        batch_size=(16, "texts read together"),
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of texts (%(default)s)")
+    parser.set_defaults(arms=None, distances=None, line_distances=None, further=None)
+    parser.least["segment"] = 2
+    args = parser.parse(argv)
+    for name, tasks in OF_TASKS.items():
+        idle = getattr(args, name) is not None and args.task not in tasks.split(", ")
+        parser.refuse({f"--{name.replace('_', '-')} is for --task {tasks}": idle})
+    # Small only if everything is left to this module.
+    small = args.offline and not (args.model or args.text_file or args.dataset)
+    if args.task == "pinned" and args.n_sink == parser.get_default("n_sink"):  # which hold no segment
+        args.n_sink = PINNED_OFFLINE if small else PINNED
+    harness.fill_in(args, capacities=[args.n_sink + (WINDOW_OFFLINE if small else WINDOW)])
+    dear = small or args.task == "pinned"  # too dear for recompute, if it is not asked for
+    harness.fill_in(args, arms=list(METHODS[: 3 if dear else 4]), **(OFFLINE_DEFAULTS if small else DEFAULTS))
+    parser.check_capacities(args)
+    least, fewest = min(args.distances), args.segment * len(args.further)
+    needs = f"--task pinned needs an --n-sink of at least {fewest}: a segment of the sinks for each of --further"
+    parser.refuse(
+        {
+            f"distance {least} is less than --segment {args.segment}: a segment would overlap itself": least
+            < args.segment,
+            needs: args.task == "pinned" and args.n_sink < fewest,
+        }
+    )
+    return args
+
+
+def rows_of(loaded: models.LoadedModel, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Do the task and yield its rows."""
+    if args.task == "questions":
+        return about_one_text(loaded, args)
+    if args.task == "choices":
+        return one_after_the_other(loaded, args)
+    make_texts = TASKS[args.task][1]
+    return measure(loaded, args, make_texts(loaded, args, np.random.default_rng(args.seed)))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Do a task, print the table, and write the result file."""
+    args = parse(argv)
+    device, dtype = harness.set_up(args)
+    for loaded in models.chosen(args, dtype, device, "EleutherAI/pythia-70m"):
+        harness.fill_in(args, max_tokens=min(loaded.trained_context or LONGEST, LONGEST))
+        with harness.Result("recall", loaded, args, argv, (args.task,)) as result:
+            for row in rows_of(loaded, args):
+                result.rows.append(row)
+                result.keep()
+            warn(result.rows)
+            print(harness.table(result.rows, hidden=["task", "n_sink", *["asked"] * (args.task == "copy")]))
+
+
+if __name__ == "__main__":
+    sys.exit(harness.run(main))

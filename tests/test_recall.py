@@ -1,0 +1,245 @@
+"""`benchmarks.recall`: what is asked is what was read, and what is recalled is what a cache still holds, to the token.
+
+Reference paths: a model built by hand that can copy and nothing else, so that its recall is 1 where it sees the first occurrence
+and 0 where it does not; and the oracle, which shares no code with the library. Our path: the harness.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausalLM
+
+from benchmarks import asking, harness, models, recall
+from sink_cache import SinkWindowCache
+
+from .oracle import streamed_logits
+
+VOCAB, CODE, TRAINED = 1000, 64, 256
+WORDS = ["Question:", "Answer:", *(f"w{i}" for i in range(59))]
+
+
+@torch.no_grad()
+def copying_model(trained: int = TRAINED) -> SmolLM3ForCausalLM:
+    """Two layers without feed-forward parts: one fetches the token before, one finds the token that came after the current one.
+
+    Tokens are random signs, `CODE` numbers each. The residual stream holds the signs of the current token, of the token before,
+    and of the predicted token, and a constant. The first layer has rotary embeddings, the second one none.
+    """
+    sizes = {"hidden_size": 4 * CODE, "intermediate_size": 8, "num_hidden_layers": 2, "vocab_size": VOCAB}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": CODE}
+    more = {
+        "no_rope_layers": [1, 0],
+        "max_position_embeddings": trained,
+        "pad_token_id": None,
+        "tie_word_embeddings": False,
+    }
+    rope = {"rope_type": "default", "rope_theta": 100.0}
+    model = SmolLM3ForCausalLM(SmolLM3Config(**sizes, **heads, **more, rope_parameters=rope)).eval()
+    for weight in (one for name, one in model.named_parameters() if "norm" not in name):
+        weight.zero_()
+    code = torch.randn(VOCAB, CODE, generator=torch.Generator().manual_seed(0)).sign()
+    current, before, predicted = (slice(n * CODE, (n + 1) * CODE) for n in range(3))
+    constant, eye, turn = 3 * CODE, torch.eye(CODE), 100.0 ** (-torch.arange(CODE // 2) / (CODE // 2))
+    model.model.embed_tokens.weight[:, current], model.model.embed_tokens.weight[:, constant] = code, 1.0
+    model.lm_head.weight[:, predicted] = 0.3 * code
+    first, second = (layer.self_attn for layer in model.model.layers)
+    # Scores are sums of cos(turn * (distance - 1)): largest for the token before.
+    first.k_proj.weight[: CODE // 2, constant] = 10.0
+    first.q_proj.weight[:, constant] = 10.0 * torch.cat([turn.cos(), -turn.sin()])
+    first.v_proj.weight[:, current], first.o_proj.weight[before] = eye, eye
+    second.q_proj.weight[:, current], second.k_proj.weight[:, before] = 5 * eye, eye
+    second.v_proj.weight[:, current], second.o_proj.weight[predicted] = eye, eye
+    return model
+
+
+@pytest.fixture(scope="module")
+def copying() -> models.LoadedModel:
+    return models.LoadedModel(copying_model(), None, "copying")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with random weights whose tokens are words, a text, and a multiple-choice set."""
+    folder = tmp_path_factory.mktemp("recall")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, vocab_size=len(WORDS), max_position_embeddings=48, initializer_range=0.3)
+    LlamaForCausalLM(config).save_pretrained(folder / "tiny")
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "tiny")
+    words = np.random.default_rng(0).choice(WORDS, size=400)
+    (folder / "text.txt").write_text(" ".join(words), encoding="utf-8")
+    (folder / "set").mkdir()
+    with (folder / "set" / "test.jsonl").open("w", encoding="utf-8") as lines:
+        for n in range(8):
+            choices = {"text": [f"w{2 * n}", f"w{n + 9} w{n + 3}", "w5"], "label": ["A", "B", "C"]}
+            lines.write(
+                json.dumps({"question": f"w{n} w{n + 1} w{n + 2}", "choices": choices, "answerKey": "ABC"[n % 3]})
+                + "\n"
+            )
+    return folder
+
+
+def tiny(folder: Path) -> models.LoadedModel:
+    return models.load(str(folder / "tiny"), torch.float32, torch.device("cpu"), None, None, offline=True)
+
+
+def rows_of(loaded: models.LoadedModel, *argv: str) -> list[dict[str, Any]]:
+    return list(recall.rows_of(loaded, recall.parse(["--batch-size", "2", "--num-samples", "3", *argv])))
+
+
+def by_asked(rows: list[dict[str, Any]], method: str, what: str = "accuracy") -> dict[int, Any]:
+    return {row["asked"]: row[what] for row in rows if row["method"] == method}
+
+
+@pytest.mark.parametrize("chunk_size", ["1", "7", "64"])
+def test_recall_ends_with_the_window_to_the_token(copying: models.LoadedModel, chunk_size: str) -> None:
+    sizes = ("--n-sink", "2", "--capacities", "18", "--segment", "5", "--max-tokens", "200", "--chunk-size", chunk_size)
+    rows = rows_of(copying, *sizes, "--distances", "8", "16", "17", "18", "19", "60", "--pairs", "1")
+    assert by_asked(rows, "dense") == dict.fromkeys([8, 16, 17, 18, 19, 60], 1.0)
+    assert by_asked(rows, "sink") == {8: 1, 16: 1, 17: 0, 18: 0, 19: 0, 60: 0}  # a window of 16
+    assert by_asked(rows, "window") == {8: 1, 16: 1, 17: 1, 18: 1, 19: 0, 60: 0}  # of 18
+    # At 17 the first of the 18 tokens that are read anew is asked for, which takes itself for its forerunner.
+    assert by_asked(rows, "recompute") | {17: None} == {8: 1, 16: 1, 17: None, 18: 0, 19: 0, 60: 0}
+    for row in rows:
+        assert row["distance_tokens"] == row["asked"]
+        assert row["questions"] == 3 * 4
+        assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
+        assert (row["nats_saved"] > 5) == bool(row["accuracy"])
+        assert row["warning"] == row["reason"] == ""
+
+
+def test_what_is_pinned_is_recalled_at_any_distance(copying: models.LoadedModel, folder: Path) -> None:
+    (folder / "a.txt").write_text("a" * 1000)
+    sizes = ("--n-sink", "24", "--capacities", "40", "--segment", "6", "--text-file", str(folder / "a.txt"))
+    rows = rows_of(copying, "--task", "pinned", *sizes, "--further", "50", "400")
+    assert by_asked(rows, "sink") == {50: 1, 400: 1}
+    assert by_asked(rows, "window") == {50: 0, 400: 0}
+    assert by_asked(rows, "dense") == {50: 1, 400: None}
+    assert f"trained context of {TRAINED}" in by_asked(rows, "dense", "reason")[400]
+    assert [400 < one < 450 for one in by_asked(rows, "sink", "distance_tokens").values()] == [False, True]
+
+
+def test_numbers_are_those_of_the_oracle(folder: Path) -> None:
+    loaded = tiny(folder)
+    argv = ("--num-samples", "2", "--n-sink", "2", "--capacities", "10", "--segment", "4", "--max-tokens", "40")
+    args = recall.parse([*argv, "--distances", "6", "20", "--pairs", "1"])
+    samples, questions = recall.copy_texts(loaded, args, np.random.default_rng(0))
+    rows = [row for row in recall.measure(loaded, args, (samples, questions)) if row["method"] == "sink"]
+    ids = torch.stack(samples)
+    logits = streamed_logits(loaded.model, ids[:, :-1], 2, 8)
+    nll = -logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    right = logits.argmax(-1) == ids[:, 1:]
+    for row in rows:
+        asked = [one for one in questions if one.asked == row["asked"]]
+        pairs = [((q.sample, q.first - 1 + i), (q.sample, q.again - 1 + i)) for q in asked for i in range(3)]
+        assert len(pairs) == 2 * 3
+        assert all(ids[:, 1:][a] == ids[:, 1:][b] for a, b in pairs)
+        assert row["nats_saved"] == pytest.approx(np.mean([(nll[a] - nll[b]).item() for a, b in pairs]), abs=1e-4)
+        assert row["accuracy"] == pytest.approx(np.mean([right[b].item() for _, b in pairs]))
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    all_special_ids = ()
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": list(text.encode())}
+
+    def __len__(self) -> int:
+        return 256
+
+
+def test_streameval_asks_for_the_line_so_many_lines_back() -> None:
+    loaded = models.LoadedModel(copying_model(trained=3000), Bytes(), "bytes")
+    argv = ("--task", "streameval", "--num-samples", "2", "--max-tokens", "3000", "--line-distances", "3", "10")
+    args = recall.parse([*argv, "--n-sink", "2", "--capacities", "64", "--arms", "dense", "sink"])
+    samples, questions = recall.streameval_texts(loaded, args, np.random.default_rng(0))
+    texts = [bytes(ids.tolist()).decode() for ids in samples]
+    assert {one.asked for one in questions} == {3, 10}
+    for one in questions:
+        line, said = texts[one.sample][: one.again].splitlines()[-2:]
+        assert one.tokens == 5
+        about = int(line.split()[4]) - one.asked  # of the line that was read last
+        assert said == f"What is the REGISTER_CONTENT in line {about}? The REGISTER_CONTENT in line {about} is <"
+        answer = texts[one.sample][one.again :][:6]
+        assert texts[one.sample][: one.first + 6].endswith(f"The REGISTER_CONTENT in line {about} is <{answer}")
+    rows = list(recall.measure(loaded, args, (samples, questions)))
+    recall.warn(rows)
+    assert all("cannot do the task" in row["warning"] for row in rows)
+    assert sum(row["questions"] for row in rows if row["method"] == "sink") == len(questions)
+
+
+def test_an_answer_of_several_tokens_is_right_as_a_whole() -> None:
+    correct = np.zeros((1, 39), bool)
+    correct[0, 30:33] = True  # the last three of the four from token 30 on
+    scores = {"arm": [{"samples": [0], "nll": np.zeros((1, 39)), "correct": correct}]}
+    run, question = SimpleNamespace(scored=np.ones((1, 39), bool), scores=scores), recall.Question(0, 10, 30, 4, 20)
+    assert recall.answered(run, "arm", [question], whole=False)["accuracy"] == 0.75
+    assert recall.answered(run, "arm", [question], whole=True)["accuracy"] == 0.0
+
+
+@pytest.mark.parametrize("capacity", [64, 12])
+def test_the_likeliest_choice_is_that_of_fresh_forwards(folder: Path, capacity: int) -> None:
+    loaded = tiny(folder)
+    cache, seen = SinkWindowCache(2, capacity - 2), torch.tensor([], dtype=torch.long)
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        prompt, *choices = (torch.from_numpy(rng.integers(len(WORDS), size=n)) for n in (5, 1, 3, 2))
+        means = []
+        for choice in choices:
+            ids = torch.cat([seen, prompt, choice])[None]
+            logits = streamed_logits(loaded.model, ids[:, :-1], 2, capacity - 2)[0, -len(choice) :]
+            means.append(logits.log_softmax(-1).gather(-1, choice[:, None]).mean().item())
+        chosen = asking.choose_answer(loaded.model, cache, prompt, choices)
+        assert chosen == int(np.argmax(means))
+        seen = torch.cat([seen, prompt, choices[chosen]])
+        assert cache.get_seq_length() == len(seen)
+
+
+@pytest.mark.parametrize("task", ["copy", "questions", "choices"])
+def test_the_command_line(task: str, folder: Path, tmp_path: Path) -> None:
+    options = {
+        "copy": ["--segment", "3", "--distances", "5", "20", "--recompute-questions", "1"],
+        "questions": ["--text-file", str(folder / "text.txt"), "--text-tokens", "100", "--question-tokens", "4"],
+        "choices": ["--dataset", str(folder / "set")],
+    }
+    sizes = ["--n-sink", "2", "--capacities", "12", "--num-samples", "8", "--device", "cpu", "--output", str(tmp_path)]
+    argv = ["--task", task, "--model", str(folder / "tiny"), *sizes, *options[task]]
+    assert harness.run(recall.main, argv) == 0
+    (path,) = tmp_path.glob("recall-*.json")
+    rows = harness.read_json(path)["rows"]
+    for row in rows:
+        assert (row["task"], row["reason"]) == (task, "")
+        assert row["questions"] > 0
+    if task == "questions":
+        assert [row["same_first_tokens"] for row in rows] == [True] * 3
+    if task == "choices":
+        assert [row["method"] for row in rows] == [asking.ALONE, "dense", "sink", "window"]
+        assert all(row["accuracy"] in [n / row["questions"] for n in range(9)] for row in rows)
+        assert "trained context of 48" in rows[1]["warning"]
+
+
+@pytest.mark.parametrize(
+    "argv, complaint",
+    [
+        (["--further", "5"], "--further is for --task pinned"),
+        (["--distances", "9", "--segment", "10"], "distance 9 is less than"),
+        (["--task", "pinned", "--n-sink", "70"], "at least 180"),
+        (["--task", "streameval", "--random-weights", "llama-tiny"], "made of words"),
+        (["--random-weights", "llama-tiny", "--max-tokens", "200", "--distances", "300"], "no text of 200 tokens"),
+    ],
+)
+def test_bad_input_gets_one_sentence(argv: list[str], complaint: str, capsys: Any, tmp_path: Path) -> None:
+    assert harness.run(recall.main, [*argv, "--device", "cpu", "--output", str(tmp_path)]) == 2
+    assert complaint in capsys.readouterr().err
