@@ -20,6 +20,7 @@ SHORT = {
     "WIKI": "--model {smollm2} --text-file {wiki}",
     "STUDY": "--mode step --capacities 256 --arms dense sink",
     "MOBY": "--arms dense sink window --batch-size 1 --chunk-size 512",
+    "SINKS": "--arms sink line-breaks --n-sinks 0 1 2 4 8 --num-samples 8 --max-tokens 6000 --score-from 2048 --chunk-size 256",
     "ALL": "--capacities 256 512 1024 2048 4096",
 }
 # Part, seconds on an H200, name of the result file, command. Whole runs and the steps beside them come together.
@@ -45,6 +46,12 @@ SET = """
 4 100 study-2000 ppl WIKI STUDY --max-tokens 2000 --num-samples 10 --batch-size 10
 4 110 throughput-llama-3-8b throughput steady --random-weights llama-3-8b --prefill-chunk-size 1024
 4  40 read-llama-3-8b throughput read --random-weights llama-3-8b
+5  50 recall-copy recall SMOL --capacities 1024
+5  25 recall-streameval recall --task streameval SMOL --num-samples 16 --arms dense sink window
+5  40 recall-pinned recall --task pinned SMOL --text-file {wiki} --num-samples 8 --batch-size 8 --chunk-size 512
+5  20 recall-questions recall --task questions SMOL --text-file {wiki} --num-samples 12 --chunk-size 1024
+5  40 sinks-wiki ppl WIKI SINKS
+5  40 sinks-moby ppl SMOL --text-file {moby} SINKS
 6 600 cpu-steps-70m latency --device cpu EAGER --rounds 24 ALL
 6 900 cpu-run-70m ppl --device cpu --random-weights pythia-70m RUN --dtype float32 --num-samples 1 --max-tokens 4096 ALL
 6 900 study-5000 ppl WIKI STUDY --device cpu --max-tokens 5000 --num-samples 1

@@ -19,28 +19,34 @@ ARMS = (
     "static-at-capacity",
     "sink",
     "window",
+    "line-breaks",
     "endless",
     "dense-batched",
     "recompute",
 )
 UNBOUNDED = ("dense", "static", "dense-batched")
+WITH_SINKS = ("sink", "line-breaks", "endless")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm at one capacity (None if it has none), in eager or in compiled steps."""
+    """One arm at one capacity (None if it has none), in eager or in compiled steps; perhaps with its own number of sinks."""
 
     name: str
     capacity: int | None = None
     compiled: bool = False
+    n_sink: int | None = None
 
     def __str__(self) -> str:
         words = [self.name, f"{self.capacity:,}" if self.capacity else "", "compiled" if self.compiled else ""]
+        words += [] if self.n_sink is None else [f"{self.n_sink} sinks"]
         return " ".join(word for word in words if word)
 
     def sinks(self, n_sink: int) -> int | None:
-        """Return how many sinks it keeps; None if it evicts nothing."""
-        return n_sink if self.name in ("sink", "endless") else 0 if self.name in ("window", "recompute") else None
+        """Return how many sinks it keeps, by default `n_sink`; None if it evicts nothing."""
+        if self.name in WITH_SINKS:
+            return n_sink if self.n_sink is None else self.n_sink
+        return 0 if self.name in ("window", "recompute") else None
 
     def make_cache(self, model: PreTrainedModel, n_sink: int, slots: int | None = None) -> Cache | None:
         """Return an empty cache, of so many `slots` for `static`; None if it has none."""

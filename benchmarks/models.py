@@ -228,6 +228,14 @@ def tokenize(text: Text, tokenizer: PreTrainedTokenizerBase | None) -> torch.Ten
     return torch.tensor(ids)
 
 
+def line_break(tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """Return the token of a line break."""
+    ids = [ord("\n")] if tokenizer is None else tokenizer("\n", add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise NotImplementedError("this model's tokenizer has no token for a line break")
+    return int(ids[-1])
+
+
 def cut(ids: torch.Tensor, max_tokens: int, num_samples: int | None = None) -> list[torch.Tensor]:
     """Cut a text `[tokens]` into samples `[max_tokens + 1]` that are read from an empty cache each.
 

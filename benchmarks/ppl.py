@@ -9,7 +9,7 @@ import itertools
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,11 @@ from transformers import Cache, PreTrainedModel
 from sink_cache import cache_kwargs, stream
 
 from . import harness, models
-from .arms import Arm, choose
+from .arms import WITH_SINKS, Arm, choose
 from .harness import BenchmarkError
 from .perplexity_metric.sums import perplexity_and_accuracy
 
-NAMES = ("dense", "sink", "window", "dense-batched", "recompute")
+NAMES = ("dense", "sink", "window", "dense-batched", "recompute", "line-breaks")
 TAKING_TURNS = ("dense", "sink", "window")  # in step mode
 DEFAULTS: dict[str, Any] = {"capacities": [256, 512, 1024, 2048], "recompute_tokens": 1024}
 # Two CPU cores should need less than three minutes for this.
@@ -166,6 +166,9 @@ class Reading:
             elif arm.name == "dense":
                 logits = dense_logits(model, inputs, self.cache, chunk)
             else:
+                if arm.name == "line-breaks":  # they come before the text, and nothing of them is scored
+                    breaks = torch.full_like(inputs[:, : self.cache.n_sink], models.line_break(run.loaded.tokenizer))
+                    list(stream(model, breaks, self.cache, chunk_size=chunk))
                 logits = stream(model, inputs, self.cache, chunk_size=chunk)
             self.unread = score(logits, ids[:, 1:], bar)
         self.read: list[NllAndCorrect] = []
@@ -342,10 +345,16 @@ def make_row(run: Run, arm: Arm) -> dict[str, Any]:
     return row | everything
 
 
-def groups_of(names: Sequence[str], capacities: Sequence[int], mode: str) -> list[list[Arm]]:
+def groups_of(args: argparse.Namespace) -> list[list[Arm]]:
     """Return what is to be measured, in its order, those together that take turns."""
-    arms = sorted(choose(names, capacities), key=lambda arm: NAMES.index(arm.name))
-    together = [one for one in arms if mode == "step" and one.name in TAKING_TURNS]
+    chosen = sorted(choose(args.arms, args.capacities), key=lambda arm: NAMES.index(arm.name))
+    arms = [
+        replace(arm, n_sink=n_sink)
+        for arm in chosen
+        for n_sink in (args.n_sinks if arm.name in WITH_SINKS and args.n_sinks else [None])
+        if arm.name != "line-breaks" or n_sink != 0
+    ]
+    together = [one for one in arms if args.mode == "step" and one.name in TAKING_TURNS]
     return [together] * bool(together) + [[one] for one in arms if one not in together]
 
 
@@ -375,7 +384,8 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
     of_samples = [[math.exp(one["nll_sum"] / one["tokens"]) for one in some] for some in samples]
     spread = [np.std(found, ddof=1) if len(found) > 1 else None for found in of_samples]
     gain = [(row["tokens_per_second"] or math.nan) / dense for row in rows]
-    return harness.table(rows, COLUMNS, spread=spread, **{"× dense": gain})
+    sinks = ["" if row["n_sink"] is None else str(row["n_sink"]) for row in rows]
+    return harness.table(rows, COLUMNS, sinks=sinks, spread=spread, **{"× dense": gain})
 
 
 # --- command line ---
@@ -385,7 +395,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line, with the defaults filled in that do not depend on the model."""
     parser = harness.Parser("ppl", __doc__)
     models.add_text_options(parser)
-    parser.names("--arms", "--methods", of=NAMES)
+    parser.names("--arms", "--methods", of=NAMES, default=NAMES[:-1])
+    several = "several numbers of sinks, each with rows of its own, instead of --n-sink"
+    parser.add_argument("--n-sinks", nargs="+", type=int, metavar="N", help=several)
+    parser.least["n_sinks"] = 0
     mode = "tokens a forward: many, or one (%(default)s)"
     parser.add_argument("--mode", choices=MODE_DEFAULTS, default="chunk", help=mode)
     parser.numbers(
@@ -410,6 +423,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     small = args.offline and not (args.model or args.text_file or args.dataset)
     harness.fill_in(args, **MODE_DEFAULTS[args.mode], **(OFFLINE_DEFAULTS if small else DEFAULTS))
     parser.check_capacities(args)
+    least, most = min(args.capacities), max(args.n_sinks or [0])
+    parser.refuse({f"capacity {least} leaves no window: it includes the {most} sinks of --n-sinks": least <= most})
     return args
 
 
@@ -440,7 +455,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         what = (text.name, f"{len(run.samples)}x{args.max_tokens}", args.mode)
         result = harness.Result("ppl", loaded, args, argv, what, data=text.description | tokens, run=more)
         with result if state.is_main_process else contextlib.nullcontext():
-            for row in measure_rows(run, groups_of(args.arms, args.capacities, args.mode)):
+            for row in measure_rows(run, groups_of(args)):
                 result.rows.append(row)
                 if state.is_main_process:
                     result.keep()

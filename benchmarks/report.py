@@ -39,6 +39,9 @@ COLUMNS = [
     "same_tokens", "text", "tokens", "measured", "predicted", "last step", "floor_ms", "tokens_per_second", "step_ms",
 ]  # of frames without rows  # fmt: skip
 
+RECALL = ["task", "method", "n_sink", "capacity", "asked", "distance_tokens", "text_tokens", "questions"]
+RECALL += ["accuracy", "accuracy_low", "accuracy_high", "nats_saved", "ms_per_question"]
+
 
 class Results(list[dict[str, Any]]):
     """Result files, the smallest model and the oldest result first."""
@@ -258,6 +261,52 @@ THROUGHPUT = {
 }
 
 
+def recall(results: Results, task: str = "copy") -> pd.DataFrame:
+    """Return the rows of a task of `recall` at the capacity of the tables, of each model's last run."""
+    rows = results.frame("recall").reindex(columns=[*RECALL, "shape", "file"])
+    rows = pick(rows, task=task, capacity=[CAPACITY, None] if task == "copy" else list(rows["capacity"].unique()))
+    return rows[rows["file"].isin(rows.drop_duplicates(["shape", "n_sink"], keep="last")["file"])]
+
+
+def recall_table(results: Results, task: str, index: str) -> pd.DataFrame:
+    """Return accuracies and their intervals, the methods side by side."""
+    rows = recall(results, task)
+    rows = rows[rows["file"] == rows["file"].iloc[-1]] if len(rows) else rows
+    spans = rows[["accuracy_low", "accuracy_high"]].astype(float).itertuples(index=False)
+    shown = [f"{one:.2f} ({low:.2f}–{high:.2f})" for one, (low, high) in zip(rows["accuracy"], spans, strict=True)]
+    return pivot(rows.assign(shown=shown), [index], what="method")
+
+
+def one_text(results: Results) -> pd.DataFrame:
+    """Return ms of a question about a long text, by how the cache comes to know the text."""
+    return recall(results, "questions")[["shape", "text_tokens", "capacity", "method", "ms_per_question"]]
+
+
+def sink_runs(results: Results, **where: Any) -> pd.DataFrame:
+    """Return the perplexities of runs with several numbers of sinks; `text` is the model and the text."""
+    runs = [one for one in results.of("ppl") if one["protocol"].get("n_sinks")]
+    rows = [row | {"text": f"{shape(one)}, {one['data']['name']}"} for one in runs for row in one["rows"]]
+    found = pd.DataFrame(rows, columns=["text", "arm", "n_sink", "capacity", "perplexity"]).dropna(
+        subset=["perplexity"]
+    )
+    return pick(found.assign(shown=found["perplexity"]), **where)
+
+
+def beside_the_paper(results: Results, file: str, index: str, **where: Any) -> pd.DataFrame:
+    """Return two models of one of the paper's tables beside ours."""
+    theirs, ours = pd.read_csv(OTHERS / file).iloc[:, :3], sink_runs(results, arm="sink", **where)
+    return theirs.merge(pivot(ours, [index], what="text"), how="left", on=index) if len(ours) else theirs
+
+
+def line_breaks(results: Results) -> pd.DataFrame:
+    """Return the paper's perplexities with sinks that are line breaks beside ours."""
+    rows = pd.concat([sink_runs(results, n_sink=n, capacity=CAPACITY) for n in (0, 4)])
+    names = {("sink", 0): "no sinks", ("sink", 4): "first tokens", ("line-breaks", 4): "line breaks"}
+    rows = rows.assign(what=[names.get(both) for both in zip(rows["arm"], rows["n_sink"], strict=True)])
+    ours = pivot(rows.dropna(subset=["what"]), ["text"])
+    return pd.concat([pd.read_csv(OTHERS / "paper-line-breaks.csv"), ours])
+
+
 # --- the two regimes ---
 
 
@@ -379,6 +428,13 @@ TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
     "quality": quality,
     "the paper": paper,
     **{name: partial(throughput_rows, what=what, columns=columns) for name, (what, columns) in THROUGHPUT.items()},
+    "recall": partial(recall_table, task="copy", index="distance_tokens"),
+    "streameval": partial(recall_table, task="streameval", index="asked"),
+    "pinned": partial(recall_table, task="pinned", index="asked"),
+    "questions": one_text,
+    "the paper's sinks": partial(beside_the_paper, file="paper-sinks.csv", index="n_sink", capacity=CAPACITY),
+    "the paper's sizes": partial(beside_the_paper, file="paper-sizes.csv", index="capacity", n_sink=4),
+    "line breaks": line_breaks,
 }
 
 
@@ -500,12 +556,32 @@ def by_streams(results: Results, axes: Axes) -> str:
     return f"A pool makes {share:.0%} of the tokens that memory allows ({rows['shape'].iloc[-1]})"
 
 
+def by_distance(results: Results, axes: Axes) -> str:
+    """Draw what is recalled of a segment that comes back, by its distance; the dotted line is the capacity."""
+    rows = recall(results)
+    rows = rows[rows["file"] == rows["file"].iloc[-1]] if len(rows) else rows
+    labels = {"dense": "dense cache", "sink": OURS, "window": "window without sinks", "recompute": "recomputation"}
+    for method, label in labels.items():
+        found = pick(rows, method=method).sort_values("distance_tokens")
+        if len(found):
+            line(axes, found["distance_tokens"], found["accuracy"].astype(float), label)
+    axes.axvline(CAPACITY, color="grey", linestyle=":")
+    axes.set(
+        xlabel="distance, tokens",
+        ylabel="accuracy of what comes again (higher is better)",
+        xscale="log",
+        ylim=(0, None),
+    )
+    return "What is in the window is recalled, and nothing beyond it" if len(rows) else ""
+
+
 PICTURES: dict[str, Sequence[Callable[[Results, Axes], str]]] = {
     "hero": (by_position, partial(by_context, column="cache_bytes"), partial(by_context, column="median_ms")),
     "quality": (by_capacity,),
     "regimes": (by_regime,),
     "new-lengths": (price_of_new_lengths,),
     "streams": (by_streams,),
+    "recall": (by_distance,),
 }
 
 

@@ -179,6 +179,14 @@ def test_bounded_methods_equal_the_oracle(model: LlamaForCausalLM, method: str, 
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
+def test_sinks_that_are_line_breaks_come_before_the_text(model: LlamaForCausalLM) -> None:
+    ids = random_ids(2, 31)
+    breaks = torch.full((2, 2), ord("\n"))  # of a model without a tokenizer
+    logits = streamed_logits(model, torch.cat([breaks, ids[:, :-1]], dim=1), n_sink=2, window=6)[:, 2:]
+    got = measured(model, ids, "line-breaks", 8, chunk_size=7)
+    np.testing.assert_allclose(got, nll(logits, ids), atol=1e-4)
+
+
 @pytest.mark.parametrize("capacity, chunk_size", [(4, 33), (5, 5), (8, 2), (16, 5)])
 def test_chunks_and_steps_agree(model: LlamaForCausalLM, capacity: int, chunk_size: int) -> None:
     ids = random_ids(2, 42)
@@ -293,6 +301,26 @@ def test_a_run_writes_table_and_result(folder: Path, tmp_path: Path, capsys: pyt
     assert dense["within_trained_context"]["tokens"] + dense["beyond_trained_context"]["tokens"] == 199
 
 
+def test_several_numbers_of_sinks_have_rows_of_their_own(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--arms", "sink", "window", "line-breaks", "--n-sinks", "0", "2")
+    assert run(folder, tmp_path / "none", *options) == 0
+    assert "no token for a line break" in result_in(tmp_path / "none")["rows"][-1]["reason"]
+    monkeypatch.setattr(models, "line_break", lambda _: 3)
+    assert run(folder, tmp_path, *options) == 0
+    rows = {(row["arm"], row["n_sink"], row["capacity"]): row["perplexity"] for row in result_in(tmp_path)["rows"]}
+    assert list(rows) == [
+        *(("sink", n_sink, capacity) for capacity in (8, 16) for n_sink in (0, 2)),
+        *(("window", 0, capacity) for capacity in (8, 16)),
+        *(("line-breaks", 2, capacity) for capacity in (8, 16)),
+    ]
+    assert rows["sink", 0, 8] == rows["window", 0, 8]
+    assert run(folder, tmp_path / "default", "--arms", "sink", "--n-sink", "2") == 0
+    assert rows["sink", 2, 8] == result_in(tmp_path / "default")["rows"][0]["perplexity"]
+    assert rows["sink", 2, 8] != rows["line-breaks", 2, 8]
+
+
 def test_two_processes_give_the_numbers_of_one(folder: Path, tmp_path: Path) -> None:
     options = ("--batch-size", "1", "--methods", "dense", "recompute", "--capacities", "8", *RECOMPUTE)
     assert run(folder, tmp_path / "one", *options) == 0
@@ -318,6 +346,7 @@ def test_two_processes_give_the_numbers_of_one(folder: Path, tmp_path: Path) -> 
     [
         (["--num-samples", "4"], "4 samples of 64 need 257"),
         (["--score-from", "65"], "--score-from 65 leaves nothing"),
+        (["--n-sinks", "0", "8"], "capacity 8 leaves no window: it includes the 8 sinks of --n-sinks"),
         (["--dataset", "one"], "are different texts"),
         (["--text-file", "{folder}/empty.txt"], "empty.txt is empty"),
         (["--text-file", "{folder}/one.txt"], "one.txt has 1 tokens"),

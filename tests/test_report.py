@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from benchmarks import all as whole_set
-from benchmarks import calls, harness, latency, ppl, report, throughput
+from benchmarks import calls, harness, latency, ppl, recall, report, throughput
 from benchmarks.harness import BenchmarkError
 
 ROOT = Path(__file__).parents[1]
@@ -246,7 +246,7 @@ def test_the_commands_of_the_whole_set_are_understood_and_resumed(
     monkeypatch.setattr(whole_set.subprocess, "run", lambda command: (ran.append(command), done)[1])
     for part in "123456":
         whole_set.main(["--output", str(tmp_path), "--part", part])
-    modules = {"latency": latency, "ppl": ppl, "calls": calls, "throughput": throughput}
+    modules = {"latency": latency, "ppl": ppl, "calls": calls, "throughput": throughput, "recall": recall}
     for _, _, module, *argv in ran:
         modules[module.removeprefix("benchmarks.")].parse(argv)
     lines = [line.split() for line in whole_set.SET.strip().splitlines()]
