@@ -273,7 +273,8 @@ def recall_table(results: Results, task: str, index: str) -> pd.DataFrame:
     rows = recall(results, task)
     rows = rows[rows["file"] == rows["file"].iloc[-1]] if len(rows) else rows
     spans = rows[["accuracy_low", "accuracy_high"]].astype(float).itertuples(index=False)
-    shown = [f"{one:.2f} ({low:.2f}–{high:.2f})" for one, (low, high) in zip(rows["accuracy"], spans, strict=True)]
+    known = [f" ({low:.2f}–{high:.2f})" if low == low else "" for low, high in spans]
+    shown = [f"{one:.2f}{span}" for one, span in zip(rows["accuracy"], known, strict=True)]
     return pivot(rows.assign(shown=shown), [index], what="method")
 
 

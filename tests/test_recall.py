@@ -12,10 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
 from benchmarks import asking, harness, models, recall
 from sink_cache import SinkWindowCache
@@ -23,7 +20,6 @@ from sink_cache import SinkWindowCache
 from .oracle import streamed_logits
 
 VOCAB, CODE, TRAINED = 1000, 64, 256
-WORDS = ["Question:", "Answer:", *(f"w{i}" for i in range(59))]
 
 
 @torch.no_grad()
@@ -65,32 +61,25 @@ def copying() -> models.LoadedModel:
     return models.LoadedModel(copying_model(), None, "copying")
 
 
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    all_special_ids = ()
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": list(text.encode())}
+
+    def __len__(self) -> int:
+        return 256
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with random weights whose tokens are words, a text, and a multiple-choice set."""
-    folder = tmp_path_factory.mktemp("recall")
+def guessing() -> models.LoadedModel:
+    """A model with random weights, in which what is attended to matters."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(**sizes, vocab_size=len(WORDS), max_position_embeddings=48, initializer_range=0.3)
-    LlamaForCausalLM(config).save_pretrained(folder / "tiny")
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "tiny")
-    words = np.random.default_rng(0).choice(WORDS, size=400)
-    (folder / "text.txt").write_text(" ".join(words), encoding="utf-8")
-    (folder / "set").mkdir()
-    with (folder / "set" / "test.jsonl").open("w", encoding="utf-8") as lines:
-        for n in range(8):
-            choices = {"text": [f"w{2 * n}", f"w{n + 9} w{n + 3}", "w5"], "label": ["A", "B", "C"]}
-            lines.write(
-                json.dumps({"question": f"w{n} w{n + 1} w{n + 2}", "choices": choices, "answerKey": "ABC"[n % 3]})
-                + "\n"
-            )
-    return folder
-
-
-def tiny(folder: Path) -> models.LoadedModel:
-    return models.load(str(folder / "tiny"), torch.float32, torch.device("cpu"), None, None, offline=True)
+    config = LlamaConfig(**sizes, vocab_size=256, max_position_embeddings=TRAINED, initializer_range=0.3)
+    return models.LoadedModel(LlamaForCausalLM(config).eval(), Bytes(), "guessing")
 
 
 def rows_of(loaded: models.LoadedModel, *argv: str) -> list[dict[str, Any]]:
@@ -118,9 +107,9 @@ def test_recall_ends_with_the_window_to_the_token(copying: models.LoadedModel, c
         assert row["warning"] == row["reason"] == ""
 
 
-def test_what_is_pinned_is_recalled_at_any_distance(copying: models.LoadedModel, folder: Path) -> None:
-    (folder / "a.txt").write_text("a" * 1000)
-    sizes = ("--n-sink", "24", "--capacities", "40", "--segment", "6", "--text-file", str(folder / "a.txt"))
+def test_what_is_pinned_is_recalled_at_any_distance(copying: models.LoadedModel, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a" * 1000)
+    sizes = ("--n-sink", "24", "--capacities", "40", "--segment", "6", "--text-file", str(tmp_path / "a.txt"))
     rows = rows_of(copying, "--task", "pinned", *sizes, "--further", "50", "400")
     assert by_asked(rows, "sink") == {50: 1, 400: 1}
     assert by_asked(rows, "window") == {50: 0, 400: 0}
@@ -129,14 +118,13 @@ def test_what_is_pinned_is_recalled_at_any_distance(copying: models.LoadedModel,
     assert [400 < one < 450 for one in by_asked(rows, "sink", "distance_tokens").values()] == [False, True]
 
 
-def test_numbers_are_those_of_the_oracle(folder: Path) -> None:
-    loaded = tiny(folder)
+def test_numbers_are_those_of_the_oracle(guessing: models.LoadedModel) -> None:
     argv = ("--num-samples", "2", "--n-sink", "2", "--capacities", "10", "--segment", "4", "--max-tokens", "40")
     args = recall.parse([*argv, "--distances", "6", "20", "--pairs", "1"])
-    samples, questions = recall.copy_texts(loaded, args, np.random.default_rng(0))
-    rows = [row for row in recall.measure(loaded, args, (samples, questions)) if row["method"] == "sink"]
+    samples, questions = recall.copy_texts(guessing, args, np.random.default_rng(0))
+    rows = [row for row in recall.measure(guessing, args, (samples, questions)) if row["method"] == "sink"]
     ids = torch.stack(samples)
-    logits = streamed_logits(loaded.model, ids[:, :-1], 2, 8)
+    logits = streamed_logits(guessing.model, ids[:, :-1], 2, 8)
     nll = -logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     right = logits.argmax(-1) == ids[:, 1:]
     for row in rows:
@@ -146,18 +134,6 @@ def test_numbers_are_those_of_the_oracle(folder: Path) -> None:
         assert all(ids[:, 1:][a] == ids[:, 1:][b] for a, b in pairs)
         assert row["nats_saved"] == pytest.approx(np.mean([(nll[a] - nll[b]).item() for a, b in pairs]), abs=1e-4)
         assert row["accuracy"] == pytest.approx(np.mean([right[b].item() for _, b in pairs]))
-
-
-class Bytes:
-    """A tokenizer whose tokens are bytes."""
-
-    all_special_ids = ()
-
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": list(text.encode())}
-
-    def __len__(self) -> int:
-        return 256
 
 
 def test_streameval_asks_for_the_line_so_many_lines_back() -> None:
@@ -190,44 +166,51 @@ def test_an_answer_of_several_tokens_is_right_as_a_whole() -> None:
 
 
 @pytest.mark.parametrize("capacity", [64, 12])
-def test_the_likeliest_choice_is_that_of_fresh_forwards(folder: Path, capacity: int) -> None:
-    loaded = tiny(folder)
+def test_the_likeliest_choice_is_that_of_the_oracle(guessing: models.LoadedModel, capacity: int) -> None:
     cache, seen = SinkWindowCache(2, capacity - 2), torch.tensor([], dtype=torch.long)
     for seed in range(6):
         rng = np.random.default_rng(seed)
-        prompt, *choices = (torch.from_numpy(rng.integers(len(WORDS), size=n)) for n in (5, 1, 3, 2))
+        prompt, *choices = (torch.from_numpy(rng.integers(256, size=n)) for n in (5, 1, 3, 2))
         means = []
         for choice in choices:
             ids = torch.cat([seen, prompt, choice])[None]
-            logits = streamed_logits(loaded.model, ids[:, :-1], 2, capacity - 2)[0, -len(choice) :]
+            logits = streamed_logits(guessing.model, ids[:, :-1], 2, capacity - 2)[0, -len(choice) :]
             means.append(logits.log_softmax(-1).gather(-1, choice[:, None]).mean().item())
-        chosen = asking.choose_answer(loaded.model, cache, prompt, choices)
+        chosen = asking.choose_answer(guessing.model, cache, prompt, choices)
         assert chosen == int(np.argmax(means))
         seen = torch.cat([seen, prompt, choices[chosen]])
         assert cache.get_seq_length() == len(seen)
 
 
-@pytest.mark.parametrize("task", ["copy", "questions", "choices"])
-def test_the_command_line(task: str, folder: Path, tmp_path: Path) -> None:
+def test_questions_one_after_the_other(guessing: models.LoadedModel, tmp_path: Path) -> None:
+    with (tmp_path / "test.jsonl").open("w") as lines:
+        for n in range(12):
+            choices = {"text": [f"{n}", f"{n + 9} {n + 3}", "none"], "label": ["A", "B", "C"]}
+            lines.write(json.dumps({"question": f"{n}?", "choices": choices, "answerKey": "ABC"[n % 3]}) + "\n")
+    sizes = ("--num-samples", "11", "--n-sink", "2", "--capacities", "12", "1000")
+    rows = rows_of(guessing, "--task", "choices", "--dataset", str(tmp_path), *sizes)
+    assert [row["method"] for row in rows] == [asking.ALONE, "dense", "sink", "sink", "window", "window"]
+    assert rows[3]["accuracy"] == rows[5]["accuracy"]  # of caches that evict nothing
+    fits = rows[1]["questions"]
+    assert f"after {fits} questions the trained context of {TRAINED}" in rows[1]["warning"]
+    assert 8 <= fits < rows[0]["questions"] == rows[2]["questions"] == 11
+
+
+@pytest.mark.parametrize("task", ["copy", "questions"])
+def test_the_command_line(task: str, tmp_path: Path) -> None:
     options = {
-        "copy": ["--segment", "3", "--distances", "5", "20", "--recompute-questions", "1"],
-        "questions": ["--text-file", str(folder / "text.txt"), "--text-tokens", "100", "--question-tokens", "4"],
-        "choices": ["--dataset", str(folder / "set")],
+        "copy": ["--segment", "3", "--distances", "5", "20", "--max-tokens", "60", "--num-samples", "1"],
+        "questions": ["--offline", "--num-samples", "3", "--text-tokens", "300", "--question-tokens", "4"],
     }
-    sizes = ["--n-sink", "2", "--capacities", "12", "--num-samples", "8", "--device", "cpu", "--output", str(tmp_path)]
-    argv = ["--task", task, "--model", str(folder / "tiny"), *sizes, *options[task]]
-    assert harness.run(recall.main, argv) == 0
-    (path,) = tmp_path.glob("recall-*.json")
+    sizes = ["--n-sink", "2", "--capacities", "12", "--device", "cpu", "--output", str(tmp_path)]
+    assert harness.run(recall.main, ["--task", task, "--random-weights", "llama-tiny", *sizes, *options[task]]) == 0
+    (path,) = tmp_path.glob(f"recall-llama-tiny-random-weights-{task}-*.json")
     rows = harness.read_json(path)["rows"]
     for row in rows:
         assert (row["task"], row["reason"]) == (task, "")
         assert row["questions"] > 0
     if task == "questions":
         assert [row["same_first_tokens"] for row in rows] == [True] * 3
-    if task == "choices":
-        assert [row["method"] for row in rows] == [asking.ALONE, "dense", "sink", "window"]
-        assert all(row["accuracy"] in [n / row["questions"] for n in range(9)] for row in rows)
-        assert "trained context of 48" in rows[1]["warning"]
 
 
 @pytest.mark.parametrize(

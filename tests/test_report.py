@@ -1,5 +1,6 @@
 """`benchmarks.report`: sums of a curve written out by hand, the right results side by side, and the README's numbers."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,57 @@ def test_a_table_has_five_columns_at_most(results: report.Results) -> None:
     assert {
         name: len(table(results).columns) for name, table in report.TABLES.items() if len(table(results).columns) > 5
     } == {}
+
+
+def recall_row(method: str, asked: int, accuracy: float, capacity: int | None, **more: Any) -> dict[str, Any]:
+    numbers = {"distance_tokens": asked, "accuracy": accuracy, "accuracy_low": accuracy / 2, "accuracy_high": 1.0}
+    row = {"task": "copy", "method": method, "n_sink": 4, "capacity": capacity, "asked": asked, "reason": ""}
+    return row | numbers | more
+
+
+def test_recall_is_shown_by_distance_at_one_capacity() -> None:
+    rows = [recall_row("dense", 64, 0.6, None), recall_row("dense", 2048, 0.5, None)]
+    rows += [recall_row("sink", 64, 0.5, 1024), recall_row("sink", 2048, 0.0, 1024), recall_row("sink", 64, 0.1, 256)]
+    rows += [
+        recall_row("window", 64, 0.2, 1024, accuracy_low=None),
+        recall_row("window", 2048, 0.0, 1024, reason="none"),
+    ]
+    pinned = [recall_row("sink", 10_000, 0.4, 2024, task="pinned", n_sink=1000)]
+    one = report.Results([])
+    one += [result("recall", rows=rows, protocol={}), result("recall", rows=pinned, protocol={}, file="pinned")]
+    (near, far), (of_pinned,) = (report.TABLES[name](one).to_dict("records") for name in ("recall", "pinned"))
+    assert near == {"distance_tokens": 64, "dense": "0.60 (0.30–1.00)", "sink": "0.50 (0.25–1.00)", "window": "0.20"}
+    assert far["sink"] == "0.00 (0.00–1.00)"
+    assert pd.isna(far["window"])
+    assert of_pinned == {"asked": 10_000, "sink": "0.40 (0.20–1.00)"}
+    axes = plt.figure().subplots()
+    assert "nothing beyond" in report.by_distance(one, axes)
+    assert [list(one.get_ydata()) for one in axes.lines[:3]] == [[0.6, 0.5], [0.5, 0.0], [0.2]]
+
+
+def test_numbers_of_sinks_stand_beside_those_of_the_paper() -> None:
+    numbers = itertools.product([("sink", 0), ("sink", 4), ("line-breaks", 4)], [512, 1024])
+    rows = [
+        {"arm": arm, "n_sink": n_sink, "capacity": capacity, "perplexity": n_sink + capacity / 1000, "reason": ""}
+        for (arm, n_sink), capacity in numbers
+    ]
+    rows[-1]["perplexity"] = 9.0
+    one = report.Results([])
+    one.append(result("ppl", rows=rows, protocol={"n_sinks": [0, 4]}, data={"name": "a book"}))
+    sinks, sizes, breaks = (
+        report.TABLES[name](one) for name in ("the paper's sinks", "the paper's sizes", "line breaks")
+    )
+    assert list(sinks["n_sink"]) == [0, 1, 2, 4, 8]
+    assert list(sinks["tiny, a book"].dropna()) == [0 + 1024 / 1000, 4 + 1024 / 1000]
+    assert list(sizes.set_index("capacity")["tiny, a book"].dropna()) == [4 + 512 / 1000, 4 + 1024 / 1000]
+    assert breaks.iloc[1].to_dict() == {
+        "text": "tiny, a book",
+        "no sinks": 1.024,
+        "first tokens": 5.024,
+        "line breaks": 9.0,
+    }
+    assert sinks["the paper: Llama-2-7B"].iloc[0] > 3000
+    assert breaks["line breaks"].iloc[0] == 5.60
 
 
 # --- the README, pictures, the page, the whole set ---
