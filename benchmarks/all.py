@@ -46,12 +46,12 @@ SET = """
 4 100 study-2000 ppl WIKI STUDY --max-tokens 2000 --num-samples 10 --batch-size 10
 4 110 throughput-llama-3-8b throughput steady --random-weights llama-3-8b --prefill-chunk-size 1024
 4  40 read-llama-3-8b throughput read --random-weights llama-3-8b
-5  50 recall-copy recall SMOL --capacities 1024
-5  25 recall-streameval recall --task streameval SMOL --num-samples 16 --arms dense sink window
-5  40 recall-pinned recall --task pinned SMOL --text-file {wiki} --num-samples 8 --batch-size 8 --chunk-size 512
-5  20 recall-questions recall --task questions SMOL --text-file {wiki} --num-samples 12 --chunk-size 1024
-5  40 sinks-wiki ppl WIKI SINKS
-5  40 sinks-moby ppl SMOL --text-file {moby} SINKS
+5  45 recall-copy recall SMOL --chunk-size 1024 --recompute-questions 4
+5  20 recall-streameval recall --task streameval SMOL --num-samples 8 --chunk-size 1024 --arms dense sink
+5  30 recall-pinned recall --task pinned SMOL --text-file {wiki} --num-samples 8 --batch-size 8 --chunk-size 1024
+5  20 recall-questions recall --task questions SMOL --text-file {wiki} --num-samples 6 --chunk-size 1024
+5  45 sinks-wiki ppl WIKI SINKS
+5  45 sinks-moby ppl SMOL --text-file {moby} SINKS
 6 600 cpu-steps-70m latency --device cpu EAGER --rounds 24 ALL
 6 900 cpu-run-70m ppl --device cpu --random-weights pythia-70m RUN --dtype float32 --num-samples 1 --max-tokens 4096 ALL
 6 900 study-5000 ppl WIKI STUDY --device cpu --max-tokens 5000 --num-samples 1

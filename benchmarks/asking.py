@@ -50,9 +50,10 @@ def make_row(args: argparse.Namespace, method: str, n_sink: int | None, capacity
 
 
 def accuracy(right: Sequence[float]) -> Row:
-    """Return the mean of independent answers, each between 0 and 1, and its interval."""
+    """Return the mean of independent answers, each between 0 and 1, its interval, and the answers."""
     low, high = interval(right)
-    return {"accuracy": statistics.fmean(right), "accuracy_low": low, "accuracy_high": high}
+    mean = statistics.fmean(right)
+    return {"accuracy": mean, "accuracy_low": low, "accuracy_high": high, "right": [round(one, 4) for one in right]}
 
 
 # --- many about one text ---

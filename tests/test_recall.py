@@ -20,6 +20,7 @@ from sink_cache import SinkWindowCache
 from .oracle import streamed_logits
 
 VOCAB, CODE, TRAINED = 1000, 64, 256
+CHOOSING = Path(__file__).parents[1] / "docs" / "choosing.md"
 
 
 @torch.no_grad()
@@ -194,6 +195,18 @@ def test_questions_one_after_the_other(guessing: models.LoadedModel, tmp_path: P
     fits = rows[1]["questions"]
     assert f"after {fits} questions the trained context of {TRAINED}" in rows[1]["warning"]
     assert 8 <= fits < rows[0]["questions"] == rows[2]["questions"] == 11
+
+
+def test_the_recipe_for_many_questions_answers_as_if_the_text_were_read_anew(guessing: models.LoadedModel) -> None:
+    draw = torch.Generator().manual_seed(0)
+    text, *questions = (torch.randint(256, (1, n), generator=draw) for n in (40, 5, 9))
+    (block,) = (part.partition("```")[0] for part in CHOOSING.read_text().split("```python\n")[1:])
+    block = block.replace("1020", "12").replace("=200)", "=8, do_sample=False)\n    answers.append(answer)")
+    exec(block, {"model": guessing.model, "text": text, "questions": questions, "answers": (answers := [])})
+    for question, answer in zip(questions, answers, strict=True):
+        logits = streamed_logits(guessing.model, answer[:, :-1], n_sink=40, window=12)
+        assert answer.shape[1] == 40 + question.shape[1] + 8
+        assert logits[0, -8:].argmax(-1).tolist() == answer[0, -8:].tolist()
 
 
 @pytest.mark.parametrize("task", ["copy", "questions"])
