@@ -147,7 +147,8 @@ def test_streameval_asks_for_the_line_so_many_lines_back() -> None:
     for one in questions:
         line, said = texts[one.sample][: one.again].splitlines()[-2:]
         assert one.tokens == 5
-        about = int(line.split()[4]) - one.asked  # of the line that was read last
+        about = (last := int(line.split()[4])) - one.asked
+        assert last % 10 == 0
         assert said == f"What is the REGISTER_CONTENT in line {about}? The REGISTER_CONTENT in line {about} is <"
         answer = texts[one.sample][one.again :][:6]
         assert texts[one.sample][: one.first + 6].endswith(f"The REGISTER_CONTENT in line {about} is <{answer}")
