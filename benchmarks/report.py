@@ -269,13 +269,13 @@ def recall(results: Results, task: str = "copy") -> pd.DataFrame:
 
 
 def recall_table(results: Results, task: str, index: str) -> pd.DataFrame:
-    """Return accuracies and their intervals, the methods side by side."""
+    """Return accuracies and their intervals, the methods side by side; `index` is what a reader calls that which was asked."""
     rows = recall(results, task)
     rows = rows[rows["file"] == rows["file"].iloc[-1]] if len(rows) else rows
     spans = rows[["accuracy_low", "accuracy_high"]].astype(float).itertuples(index=False)
     known = [f" ({low:.2f}–{high:.2f})" if low == low else "" for low, high in spans]
     shown = [f"{one:.2f}{span}" for one, span in zip(rows["accuracy"], known, strict=True)]
-    return pivot(rows.assign(shown=shown), [index], what="method")
+    return pivot(rows.assign(shown=shown, **{index: rows["asked"].astype(int)}), [index], what="method")
 
 
 def one_text(results: Results) -> pd.DataFrame:
@@ -429,9 +429,9 @@ TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
     "quality": quality,
     "the paper": paper,
     **{name: partial(throughput_rows, what=what, columns=columns) for name, (what, columns) in THROUGHPUT.items()},
-    "recall": partial(recall_table, task="copy", index="distance_tokens"),
-    "streameval": partial(recall_table, task="streameval", index="asked"),
-    "pinned": partial(recall_table, task="pinned", index="asked"),
+    "recall": partial(recall_table, task="copy", index="distance, tokens"),
+    "streameval": partial(recall_table, task="streameval", index="distance, lines"),
+    "pinned": partial(recall_table, task="pinned", index="tokens after the sinks"),
     "questions": one_text,
     "the paper's sinks": partial(beside_the_paper, file="paper-sinks.csv", index="n_sink", capacity=CAPACITY),
     "the paper's sizes": partial(beside_the_paper, file="paper-sizes.csv", index="capacity", n_sink=4),
@@ -561,19 +561,17 @@ def by_distance(results: Results, axes: Axes) -> str:
     """Draw what is recalled of a segment that comes back, by its distance; the dotted line is the capacity."""
     rows = recall(results)
     rows = rows[rows["file"] == rows["file"].iloc[-1]] if len(rows) else rows
+    axes.set_xscale("log", base=2)
     labels = {"dense": "dense cache", "sink": OURS, "window": "window without sinks", "recompute": "recomputation"}
     for method, label in labels.items():
         found = pick(rows, method=method).sort_values("distance_tokens")
         if len(found):
             line(axes, found["distance_tokens"], found["accuracy"].astype(float), label)
     axes.axvline(CAPACITY, color="grey", linestyle=":")
-    axes.set(
-        xlabel="distance, tokens",
-        ylabel="accuracy of what comes again (higher is better)",
-        xscale="log",
-        ylim=(0, None),
-    )
-    return "What is in the window is recalled, and nothing beyond it" if len(rows) else ""
+    axes.set(xlabel="distance, tokens", ylabel="accuracy of what comes again (higher is better)", ylim=(0, None))
+    sink = pick(rows, method="sink")
+    near, far = (sink[within]["accuracy"].max() for within in (sink["asked"] < CAPACITY, sink["asked"] >= CAPACITY))
+    return f"Within the window up to {near:.0%} are recalled, beyond it {far:.0%}" if len(sink) else ""
 
 
 PICTURES: dict[str, Sequence[Callable[[Results, Axes], str]]] = {

@@ -208,12 +208,12 @@ def test_recall_is_shown_by_distance_at_one_capacity() -> None:
     one = report.Results([])
     one += [result("recall", rows=rows, protocol={}), result("recall", rows=pinned, protocol={}, file="pinned")]
     (near, far), (of_pinned,) = (report.TABLES[name](one).to_dict("records") for name in ("recall", "pinned"))
-    assert near == {"distance_tokens": 64, "dense": "0.60 (0.30–1.00)", "sink": "0.50 (0.25–1.00)", "window": "0.20"}
+    assert near == {"distance, tokens": 64, "dense": "0.60 (0.30–1.00)", "sink": "0.50 (0.25–1.00)", "window": "0.20"}
     assert far["sink"] == "0.00 (0.00–1.00)"
     assert pd.isna(far["window"])
-    assert of_pinned == {"asked": 10_000, "sink": "0.40 (0.20–1.00)"}
+    assert of_pinned == {"tokens after the sinks": 10_000, "sink": "0.40 (0.20–1.00)"}
     axes = plt.figure().subplots()
-    assert "nothing beyond" in report.by_distance(one, axes)
+    assert report.by_distance(one, axes) == "Within the window up to 50% are recalled, beyond it 0%"
     assert [list(one.get_ydata()) for one in axes.lines[:3]] == [[0.6, 0.5], [0.5, 0.0], [0.2]]
 
 
