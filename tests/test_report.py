@@ -245,9 +245,10 @@ def test_numbers_of_sinks_stand_beside_those_of_the_paper() -> None:
 # --- the README, pictures, the page, the whole set ---
 
 
-def test_the_numbers_of_the_readme_are_those_of_the_results(results: report.Results) -> None:
-    text = (ROOT / "README.md").read_text()
-    assert report.write(text, results) == text, "run python -m benchmarks.report --write README.md"
+@pytest.mark.parametrize("name", ["README.md", "docs/choosing.md"])
+def test_the_numbers_of_texts_are_those_of_the_results(results: report.Results, name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert report.write(text, results) == text, f"run python -m benchmarks.report --write {name}"
     assert len(report.MARK.findall(text)) > 5
 
 
