@@ -46,7 +46,7 @@ SET = """
 4 100 study-2000 ppl WIKI STUDY --max-tokens 2000 --num-samples 10 --batch-size 10
 4 110 throughput-llama-3-8b throughput steady --random-weights llama-3-8b --prefill-chunk-size 1024
 4  40 read-llama-3-8b throughput read --random-weights llama-3-8b
-5  45 recall-copy recall SMOL --chunk-size 1024 --recompute-questions 4
+5  55 recall-copy recall SMOL --chunk-size 1024 --recompute-questions 12
 5  20 recall-streameval recall --task streameval SMOL --num-samples 8 --chunk-size 1024 --arms dense sink
 5  30 recall-pinned recall --task pinned SMOL --text-file {wiki} --num-samples 8 --batch-size 8 --chunk-size 1024
 5  20 recall-questions recall --task questions SMOL --text-file {wiki} --num-samples 6 --chunk-size 1024

@@ -442,7 +442,7 @@ TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
 # --- pictures: each part draws on axes and returns a title that says the finding, or nothing if there are no numbers ---
 
 OURS = "sinks + window (ours)"
-COLOURS = {"dense cache": "C0", OURS: "C1", "window without sinks": "C2"}  # the same in all panels
+COLOURS = {"dense cache": "C0", OURS: "C1", "window without sinks": "C2", "recomputation": "C3"}  # in all panels
 
 
 def line(axes: Axes, x: Any, y: Any, label: str) -> None:
