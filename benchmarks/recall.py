@@ -192,8 +192,9 @@ def measure(loaded: models.LoadedModel, args: argparse.Namespace, texts: Texts) 
     for arm in choose(args.arms, args.capacities):
         groups = {asked: [q for q in questions if q.asked == asked] for asked in sorted({q.asked for q in questions})}
         reasons = {}
+        few = {asked: some[:: -(-len(some) // args.recompute_questions)] for asked, some in groups.items()}
         if arm.name == "recompute":  # dear: some questions must do
-            groups = {a: some[:: -(-len(some) // args.recompute_questions)] for a, some in groups.items()}
+            groups = few.copy()
         if arm.name == "dense":  # beyond its training it would only show that the model breaks
             for asked, some in groups.items():
                 groups[asked] = [q for q in some if q.again + q.tokens <= trained + 1]
@@ -212,6 +213,8 @@ def measure(loaded: models.LoadedModel, args: argparse.Namespace, texts: Texts) 
             if not row["reason"]:
                 row["distance_tokens"] = round(statistics.median(q.again - q.first for q in some))
                 row |= answered(run, arm, some, whole=args.task == "streameval")
+                both = [right for q, right in zip(some, row["right"], strict=True) if q in few[asked]]
+                row["same_accuracy"] = statistics.fmean(both) if both else None
             yield row
 
 

@@ -105,6 +105,7 @@ def test_recall_ends_with_the_window_to_the_token(copying: models.LoadedModel, c
         assert row["questions"] == 3 * 4
         assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
         assert (row["nats_saved"] > 5) == bool(row["accuracy"])
+        assert row["same_accuracy"] == pytest.approx(row["accuracy"], abs=1e-3)  # recompute is asked all
         assert row["warning"] == row["reason"] == ""
 
 
@@ -156,6 +157,18 @@ def test_streameval_asks_for_the_line_so_many_lines_back() -> None:
     recall.warn(rows)
     assert all("cannot do the task" in row["warning"] for row in rows)
     assert sum(row["questions"] for row in rows if row["method"] == "sink") == len(questions)
+
+
+def test_what_recompute_is_not_asked_is_left_out_of_the_same_accuracy(
+    copying: models.LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rights = iter(
+        [[1.0, 0.0, 0.0, 1.0, 1.0, 1.0], [1.0, 1.0]]
+    )  # of sink, and of recompute, which is asked the first and fourth
+    monkeypatch.setattr(recall, "answered", lambda *_, **__: {"right": next(rights)})
+    sizes = ("--n-sink", "2", "--capacities", "18", "--segment", "5", "--max-tokens", "100", "--distances", "8")
+    rows = rows_of(copying, *sizes, "--pairs", "2", "--recompute-questions", "2", "--arms", "sink", "recompute")
+    assert [row["same_accuracy"] for row in rows] == [1.0, 1.0]
 
 
 def test_an_answer_of_several_tokens_is_right_as_a_whole() -> None:
