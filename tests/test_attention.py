@@ -1,0 +1,27 @@
+"""What docs/attention.md says of attention implementations. flex_attention is not run: it takes the compiler half a minute."""
+
+import json
+
+import pytest
+
+from .attention import PAGE, ROOT, WAYS, examine, model_with, page_with_tables
+
+RESULT = json.loads((ROOT / "results" / "attention-cpu.json").read_text())
+
+
+@pytest.mark.parametrize("row", [row for row in RESULT["rows"] if row["attention"] in ("eager", "sdpa")], ids=str)
+def test_the_table_is_what_happens(row: dict) -> None:
+    model = model_with(row["attention"], "cpu")
+    assert {way: examine(model, way, row["compileable"])["outcome"] for way in WAYS} == {
+        way: row[way]["outcome"] for way in WAYS
+    }
+
+
+def test_nothing_is_silently_wrong() -> None:
+    for path in (ROOT / "results").glob("attention-*.json"):
+        outcomes = {row[way]["outcome"] for row in json.loads(path.read_text())["rows"] for way in WAYS}
+        assert outcomes <= {"exact", "refused", "fails", "–"}
+
+
+def test_the_page_has_the_tables_of_the_files() -> None:
+    assert PAGE.read_text() == page_with_tables()
