@@ -3,10 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help .venv test test-matrix test-newest lint demo hub clean
+.PHONY: help .venv test test-matrix test-newest test-quantised lint demo hub clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "  make %-11s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "  make %-14s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .venv: .venv/installed  ## create the virtual environment, or bring it up to date
 
@@ -45,6 +45,14 @@ test-newest: .venv/installed  ## the test suite on the newest transformers that 
 	PYTHONPATH=$(CURDIR)/build/newest $(BIN)/python -c \
 		'from importlib.metadata import version; print("transformers", version("transformers"))'
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/build/newest $(BIN)/python -m pytest -n 2
+
+# In a folder of their own: where they are, transformers imports them at once, which takes a second and writes lines to stderr.
+build/quantised/installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(@D) torchao bitsandbytes -c constraints.txt
+	@touch $@
+
+test-quantised: build/quantised/installed  ## models of weights that torchao and bitsandbytes have rounded
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/build/quantised $(BIN)/python -m pytest tests/test_quantised.py
 
 lint: .venv/installed  ## ruff and mypy
 	$(BIN)/ruff check

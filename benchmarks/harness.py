@@ -38,8 +38,9 @@ from transformers import Cache
 from sink_cache import SinkWindowCache
 
 SCHEMA, SCHEMA_VERSION = "sink_cache.benchmarks", 2
+QUANTIZE = ("no", "int8", "int4")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "numpy", "sink-cache")
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "numpy", "torchao", "sink-cache")
 MIB = 2**20
 BACKENDS = ("flash", "mem_efficient", "math", "cudnn")
 SDPA_CHOICES = ("auto", "flash", "efficient", "math", "cudnn", "no-cudnn")
@@ -89,6 +90,9 @@ class Parser(argparse.ArgumentParser):
         source.add_argument("--gguf-file", help="a GGUF file in the model's folder or repository")
         source.add_argument("--random-weights", nargs="+", metavar="SHAPE", help="see docs/benchmarks.md; one run each")
         source.add_argument("--offline", action="store_true", help="ask no hub: what is named must be here")
+        source.add_argument(
+            "--quantize", nargs="+", choices=QUANTIZE, default=["no"], help="weights, one run each (no)"
+        )
         source.add_argument("--attn-implementation", help="sdpa or eager (the model's default)")
         source.add_argument("--capacities", nargs="+", type=int, metavar="N", help="of the caches, sinks included")
         source.add_argument("--n-sink", type=int, default=4, help="(%(default)s)")
@@ -133,12 +137,12 @@ class Parser(argparse.ArgumentParser):
             self.refuse({f"--{name.replace('_', '-')} must be at least {lowest}, but is {below}": below < lowest})
         args.module = self.prog.rpartition(".")[2].partition(" ")[0]
         self.check_capacities(args)
-        several = len(args.random_weights or []) > 1
+        several = len(args.random_weights or []) > 1 or len(args.quantize) > 1
         self.refuse(
             {
                 "--model has trained weights: leave out it or --random-weights": args.model and args.random_weights,
                 "--gguf-file is a file of --model: name that, too": args.gguf_file and not args.model,
-                "--name is for one result file: give one shape": args.name and several,
+                "--name is for one result file: give one shape and one --quantize": args.name and several,
                 "--profile is for one shape: what the profiler attaches to CUDA would slow down the next": several
                 and getattr(args, "profile", False),
             }

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -84,7 +85,7 @@ class LoadedModel:
             "type": self.model.config.model_type,
             "weights": "random" if self.tokenizer is None else "trained",
             "parameters": self.model.num_parameters(),
-            "weight_bytes": sum(weight.nbytes for weight in self.model.parameters()),  # tied ones once
+            "weight_bytes": sum(map(stored_bytes, self.model.parameters())),  # tied ones once
             "step_weight_bytes": step_weight_bytes(self.model),
             "trained_context": self.trained_context,
             "attn_implementation": self.model.config._attn_implementation,
@@ -96,6 +97,14 @@ def chosen(args: argparse.Namespace, dtype: torch.dtype, device: torch.device, d
 
     `default` is what is measured if nothing is named: a shape, or an id on the hub, for which SmolLM2 stands in offline.
     """
+    for to in args.quantize:
+        for loaded in _unquantized(args, dtype, device, default):
+            yield quantize(loaded, to) if to != "no" else loaded
+
+
+def _unquantized(
+    args: argparse.Namespace, dtype: torch.dtype, device: torch.device, default: str
+) -> Iterator[LoadedModel]:
     named = args.random_weights or args.model
     shapes = args.random_weights or ([default] if not named and default in {**PYTHIA, **LLAMA} else [])
     for shape in shapes:
@@ -141,10 +150,35 @@ def random_model(shape: str, dtype: torch.dtype, device: torch.device, attention
     return LoadedModel(model.eval(), None, f"{shape} (random weights)")
 
 
+def quantize(loaded: LoadedModel, to: str) -> LoadedModel:
+    """Round the weights of linear layers with torchao: to int8 with a scale for each output, to int4 for each 128 inputs."""
+    try:
+        from torchao import quantization
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig  # for the CPU
+    except ImportError as error:
+        raise BenchmarkError(f"--quantize needs torchao: {error}; pip install torchao") from error
+    if to == "int8":
+        config = quantization.Int8WeightOnlyConfig()
+    elif loaded.model.device.type == "cuda":
+        config = quantization.Int4WeightOnlyConfig(int4_packing_format="tile_packed_to_4d")  # torch's own kernel
+    else:
+        config = PrototypeInt4WeightOnlyConfig()
+    quantization.quantize_(loaded.model, config)
+    name, random, _ = loaded.name.partition(" (random weights)")
+    return replace(loaded, name=f"{name} {to}{random}")
+
+
+def stored_bytes(weight: torch.Tensor) -> int:
+    """Return the bytes of a weight; of a quantised one, those of all that it is made of."""
+    if not is_traceable_wrapper_subclass(weight):
+        return weight.nbytes
+    return sum(stored_bytes(getattr(weight, part)) for part in weight.__tensor_flatten__()[0])
+
+
 def step_weight_bytes(model: PreTrainedModel) -> int:
     """Return the bytes of weights that one token needs: of an embedding that is not also the output layer, one row."""
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    everything = sum(weight.nbytes for weight in model.parameters())
+    everything = sum(map(stored_bytes, model.parameters()))
     return everything - (0 if output.weight is embedding.weight else embedding.weight.nbytes)
 
 
