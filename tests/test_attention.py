@@ -9,7 +9,12 @@ from .attention import PAGE, ROOT, WAYS, examine, model_with, page_with_tables
 RESULT = json.loads((ROOT / "results" / "attention-cpu.json").read_text())
 
 
-@pytest.mark.parametrize("row", [row for row in RESULT["rows"] if row["attention"] in ("eager", "sdpa")], ids=str)
+ROWS = {
+    f"{row['attention']}-{row['compileable']}": row for row in RESULT["rows"] if row["attention"] in ("eager", "sdpa")
+}
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_the_table_is_what_happens(row: dict) -> None:
     model = model_with(row["attention"], "cpu")
     assert {way: examine(model, way, row["compileable"])["outcome"] for way in WAYS} == {

@@ -28,7 +28,7 @@ def outcomes(llama: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -
     llama.save_pretrained(folder / "model")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *LAUNCH.split(), folder / "model", folder]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder
 
