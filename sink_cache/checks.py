@@ -161,7 +161,9 @@ class CallChecks:
                 "generate(use_cache=False), which is the default of some models, feeds the whole text at every step. A "
                 "cache would take it for new text: pass use_cache=True."
             )
-        if self._trained_context is not None and new_tokens > self._trained_context:
+        # In an exact chunk each token sees what the cache holds, and no more.
+        dense = not self.state.exact_chunks
+        if dense and self._trained_context is not None and new_tokens > self._trained_context:
             warnings.warn(
                 f"the first call has {new_tokens:,} tokens, and the model was trained on {self._trained_context:,} "
                 "positions. A first call is dense over the whole prompt; generate(..., prefill_chunk_size=n) feeds it "
