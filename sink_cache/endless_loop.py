@@ -81,7 +81,7 @@ def endless(
 
     Raises:
         TypeError: without a `SinkWindowCache`.
-        NotImplementedError: for models with PEFT's virtual tokens, or whose keys a rebase could not move.
+        NotImplementedError: for models with PEFT's virtual tokens, or whose keys a rebase could not move; for `synced_gpus`.
         ValueError: if `input_ids` hold no new token, or may be the whole text as well as new tokens. For beams, for outputs that
             would grow with the text, and for options that count more tokens than are kept.
 
@@ -101,6 +101,11 @@ def endless(
             "generate() without custom_generate."
         )
     call = generate_call()
+    if call.get("synced_gpus"):
+        raise NotImplementedError(
+            "endless does not keep processes in step, and would wait for ever where one ends before the others. Without "
+            "synced_gpus=True it works if all processes have prompts of one length and end after the same number of tokens."
+        )
     streamer = model_kwargs.pop("streamer", None) or call.get("streamer")
     # generate() adds a MaxLengthCriteria of its own, also where nobody has asked for one.
     asked_for = call.get("stopping_criteria", stopping_criteria) or ()

@@ -517,7 +517,7 @@ def generate_call() -> dict[str, Any]:
     empty without one.
 
     Relies on: a function `generate` in a module of transformers, with local variables `generation_config`, `streamer`,
-    `stopping_criteria` and `has_default_max_length`.
+    `stopping_criteria`, `synced_gpus` and `has_default_max_length`.
     """
     for frame in _frames():
         if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__", "").startswith("transformers."):
