@@ -16,6 +16,7 @@ SHORT = {
     "EAGER": "--no-compile --arms dense dense-at-capacity sink",
     "RUN": "--mode step --arms dense sink --offline --dtype bfloat16 --num-samples 2",
     "CALLS": "--arms static-at-capacity sink endless --rounds 5 --new-tokens 96 --profile",
+    "QUANTIZED": "--arms endless --rounds 5 --new-tokens 96 --quantize",
     "SMOL": "--model {smollm2}",
     "WIKI": "--model {smollm2} --text-file {wiki}",
     "STUDY": "--mode step --capacities 256 --arms dense sink",
@@ -40,20 +41,23 @@ SET = """
 3 150 calls-410m calls steps --random-weights pythia-410m CALLS --contexts 4096
 3 200 calls-llama-3-8b calls steps --random-weights llama-3-8b CALLS
 3  60 rows-llama-3-8b throughput rows --random-weights llama-3-8b
-4  45 quality ppl WIKI --num-samples 16 --max-tokens 6000 --score-from 2048 --batch-size 16 --chunk-size 256
-4  35 moby-dick ppl --text-file {moby} SMOL --num-samples 1 --max-tokens 20000 --position-bin 2000 --capacities 1024 MOBY
-4  50 study-1000 ppl WIKI STUDY --max-tokens 1000 --num-samples 3 --batch-size 3
-4 100 study-2000 ppl WIKI STUDY --max-tokens 2000 --num-samples 10 --batch-size 10
+4 105 quality ppl WIKI --num-samples 16 --max-tokens 6000 --score-from 2048 --batch-size 16 --chunk-size 256
+4  30 moby-dick ppl --text-file {moby} SMOL --num-samples 1 --max-tokens 20000 --position-bin 2000 --capacities 1024 MOBY
 4 110 throughput-llama-3-8b throughput steady --random-weights llama-3-8b --prefill-chunk-size 1024
 4  40 read-llama-3-8b throughput read --random-weights llama-3-8b
+4  70 calls-llama-2-7b calls steps --random-weights llama-2-7b QUANTIZED no
+4  70 calls-llama-2-7b-int8 calls steps --random-weights llama-2-7b QUANTIZED int8
+4  70 calls-llama-2-7b-int4 calls steps --random-weights llama-2-7b QUANTIZED int4
 5  55 recall-copy recall SMOL --chunk-size 1024 --recompute-questions 12
 5  20 recall-streameval recall --task streameval SMOL --num-samples 8 --chunk-size 1024 --arms dense sink
-5  30 recall-pinned recall --task pinned SMOL --text-file {wiki} --num-samples 8 --batch-size 8 --chunk-size 1024
-5  20 recall-questions recall --task questions SMOL --text-file {wiki} --num-samples 6 --chunk-size 1024
-5  45 sinks-wiki ppl WIKI SINKS
-5  45 sinks-moby ppl SMOL --text-file {moby} SINKS
+5  45 recall-pinned recall --task pinned SMOL --text-file {wiki} --num-samples 8 --batch-size 8 --chunk-size 1024
+5 105 sinks-wiki ppl WIKI SINKS
+5 105 sinks-moby ppl SMOL --text-file {moby} SINKS
 6 600 cpu-steps-70m latency --device cpu EAGER --rounds 24 ALL
 6 900 cpu-run-70m ppl --device cpu --random-weights pythia-70m RUN --dtype float32 --num-samples 1 --max-tokens 4096 ALL
+6 300 study-1000 ppl WIKI STUDY --device cpu --max-tokens 1000 --num-samples 3 --batch-size 3
+6 800 study-2000 ppl WIKI STUDY --device cpu --max-tokens 2000 --num-samples 10 --batch-size 10
+6 150 recall-questions recall --task questions SMOL --text-file {wiki} --num-samples 4 --text-tokens 4000 --device cpu
 6 900 study-5000 ppl WIKI STUDY --device cpu --max-tokens 5000 --num-samples 1
 """
 
