@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks import smollm2
 from sink_cache import SinkWindowCache
@@ -59,6 +59,13 @@ def cache_for(model: PreTrainedModel, **options: Any) -> SinkWindowCache:
     except (NotImplementedError, ValueError) as reason:
         raise SystemExit(f"error: {_first_line(reason)}") from None
     return cache
+
+
+def cache_bytes(cache: Cache) -> int:
+    """The bytes of the keys and values that a cache holds."""
+    if isinstance(cache, SinkWindowCache):
+        return cache.nbytes
+    return sum(getattr(layer, name).nbytes for layer in cache.layers for name in ("keys", "values"))
 
 
 def _first_line(reason: BaseException) -> str:

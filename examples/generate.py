@@ -17,9 +17,9 @@ from tqdm import tqdm
 from transformers import Cache, DynamicCache, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from sink_cache import SinkWindowCache, cache_kwargs
+from sink_cache import cache_kwargs
 
-from .command_line import at_least, cache_for, device, load, noting_ctrl_c
+from .command_line import at_least, cache_bytes, cache_for, device, load, noting_ctrl_c
 
 PROMPT = "The keeper of the lighthouse had not spoken to anyone since the winter began. One evening, in the storm,"
 LAST = 128  # tokens at the end of a run that are timed by themselves
@@ -48,13 +48,6 @@ class Progress(BaseStreamer):
         if len(times) < 2:
             return float("nan")
         return (len(times) - 1) / (times[-1] - times[0])
-
-
-def cache_bytes(cache: Cache) -> int:
-    """Return the bytes of the tensors that a cache holds."""
-    if isinstance(cache, SinkWindowCache):
-        return cache.nbytes
-    return sum(getattr(layer, name).nbytes for layer in cache.layers for name in ("keys", "values"))
 
 
 def main() -> None:
