@@ -30,7 +30,7 @@ CONTEXTS = (4096, 16384, 32768, 65536)
 BESIDE_THE_STUDY = (4096, 8192)  # contexts: it does not say which it had
 DOUBTS = "too wide|no conclusion"
 NEW_LENGTHS_COST = 1.2  # from this ratio on, what new lengths cost is part of a prediction
-MARK = re.compile(r"(<!-- (table|figure): (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(?<!`)(<!-- (table|figure): (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
 OTHERS = ROOT / "results" / "others"  # figures of other people
 
 COLUMNS = [
@@ -70,6 +70,7 @@ class Results(list[dict[str, Any]]):
             for one in self.of(kind.removesuffix("-ratios")):
                 tags = {"shape": shape(one), "device": one["device"]["name"], "on": one["device"]["type"]}
                 tags |= {"attention": attention(one), "file": one["file"]}
+                tags |= {"max_tokens": one.get("data", {}).get("max_tokens")}
                 found += [{"note": "", "warning": "", "reason": ""} | row | tags for row in make(one["rows"])]
             rows = [row for row in found if not row["reason"]]
             self.made[kind] = pd.DataFrame(rows) if rows else pd.DataFrame(columns=COLUMNS)
@@ -142,6 +143,19 @@ def memory(results: Results) -> pd.DataFrame:
     found = pivot(rows, ["shape", "context"], ["dense", "sink"]).dropna()
     found = found.assign(ratio=found["dense"] / found["sink"])
     return found.set_axis(["shape", "tokens before", "dense, MiB", "ours, MiB", "times less"], axis=1)
+
+
+def time_and_memory(results: Results) -> pd.DataFrame:
+    """Return memory, the GPU's work in eager steps and compiled steps after the longest text, from a dense cache to ours."""
+    key = "shape, tokens before"
+    found = memory(results).drop_duplicates("shape", keep="last")
+    found[key] = found["shape"] + found["tokens before"].map(", {:,}".format)
+    found[["dense, MiB", "ours, MiB"]] = found[["dense, MiB", "ours, MiB"]].map("{:,.0f}".format)
+    for compiled in (False, True):
+        found = found.merge(single_steps(results, compiled=compiled), how="left", on=key)
+    shown = {"cache, MiB": "MiB", "GPU's work, ms": "GPU ms", "compiled step, ms": "ms"}
+    columns = {name: arrow(found, f"dense, {unit}", f"ours, {unit}") for name, unit in shown.items()}
+    return found[[key]].assign(**columns, gain=found["gain"])
 
 
 def whole_calls(results: Results) -> pd.DataFrame:
@@ -419,6 +433,7 @@ TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
     "compiled steps": partial(single_steps, compiled=True),
     "eager steps": partial(single_steps, compiled=False),
     "memory": memory,
+    "time and memory": time_and_memory,
     "whole calls": whole_calls,
     "kernels": kernels,
     "regimes": two_regimes,
@@ -603,17 +618,41 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 
 def number(results: Results, query: str) -> str:
-    """Return one figure: a frame, what its row must have, and a column, as in `latency shape=pythia-70m arm=sink median_ms`."""
+    """Return one figure: a frame, what its row must have, and a column, as in `latency shape=pythia-70m arm=sink median_ms`.
+
+    A column may lie within another (`same_tokens.perplexity`), and `_mib` stands for `_bytes` in MiB.
+    """
     kind, *wanted, column = query.split()
-    values = {"True": True, "False": False}
-    where = dict(one.split("=") for one in wanted)
-    where = {name: values.get(v, int(v) if v.isdecimal() else v) for name, v in where.items()}
-    found = pick(results.frame(kind), **where)
-    if found.empty or pd.isna(found[column].iloc[-1]):
+    found = pick(results.frame(kind), **conditions(wanted))
+    value: Any = None if found.empty else found.iloc[-1]
+    for name in column.replace("_mib", "_bytes").split("."):
+        value = value.get(name) if hasattr(value, "get") else None
+    if value is None or pd.isna(value):
         raise BenchmarkError(f"no result has the figure {query!r}")
     last = found.iloc[-1]
     doubtful = column in ("value", "median_ms") and re.search(DOUBTS, last["note"] + last["warning"])
-    return figure(found[column].iloc[-1].item(), doubtful)
+    value = value.item() if isinstance(value, np.generic) else value
+    return figure(value / MIB if column.endswith("_mib") else value, doubtful)
+
+
+def conditions(wanted: Sequence[str]) -> dict[str, Any]:
+    """Return what `context=4096`, `compiled=True` and the like ask of a row, for `pick`."""
+    values = {"True": True, "False": False}
+    pairs = dict(one.split("=") for one in wanted)
+    return {name: values.get(v, int(v) if v.isdecimal() else v) for name, v in pairs.items()}
+
+
+def some_table(results: Results, query: str) -> pd.DataFrame:
+    """Return a table by its name, and of it what is asked for after that: `eager steps; context=32768; shape; sink, ms`."""
+    name, *wanted = query.split("; ")
+    if name not in TABLES:
+        raise BenchmarkError(f"unknown table {name!r}: choose {', '.join(TABLES)}")
+    rows, columns = [one for one in wanted if "=" in one], [one for one in wanted if "=" not in one]
+    every = TABLES[name](results)
+    if missing := {one.partition("=")[0] for one in wanted} - {*every.columns} if len(every) else set():
+        raise BenchmarkError(f"the table {name!r} has {', '.join(every.columns)}, but not {', '.join(sorted(missing))}")
+    found = pick(every, **conditions(rows))
+    return found.reindex(columns=columns) if columns else found
 
 
 def write(text: str, results: Results) -> str:
@@ -622,9 +661,7 @@ def write(text: str, results: Results) -> str:
     def fill(found: re.Match[str]) -> str:
         if found[2] == "figure":
             return found[1] + number(results, found[3]) + found[5]
-        if found[3] not in TABLES:
-            raise BenchmarkError(f"unknown table {found[3]!r}: choose {', '.join(TABLES)}")
-        return f"{found[1]}\n{harness.table(TABLES[found[3]](results))}\n{found[5]}"
+        return f"{found[1]}\n{harness.table(some_table(results, found[3]))}\n{found[5]}"
 
     return MARK.sub(fill, text)
 

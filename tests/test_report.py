@@ -1,4 +1,4 @@
-"""`benchmarks.report`: sums of a curve written out by hand, the right results side by side, and the README's numbers."""
+"""`benchmarks.report`: sums of a curve written out by hand, the right results side by side, and the numbers of the pages."""
 
 import itertools
 from collections.abc import Sequence
@@ -242,14 +242,14 @@ def test_numbers_of_sinks_stand_beside_those_of_the_paper() -> None:
     assert breaks["line breaks"].iloc[0] == 5.60
 
 
-# --- the README, pictures, the page, the whole set ---
+# --- the README and docs/, pictures, the page, the whole set ---
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/choosing.md"])
-def test_the_numbers_of_texts_are_those_of_the_results(results: report.Results, name: str) -> None:
-    text = (ROOT / name).read_text()
-    assert report.write(text, results) == text, f"run python -m benchmarks.report --write {name}"
-    assert len(report.MARK.findall(text)) > 5
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+def test_the_numbers_of_a_page_are_those_of_the_results(page: str, results: report.Results) -> None:
+    text = (ROOT / page).read_text()
+    assert report.write(text, results) == text, "run python -m benchmarks.report --write README.md docs/*.md"
+    assert page != "README.md" or len(report.MARK.findall(text)) >= 4
 
 
 def test_results_that_change_change_the_text() -> None:
@@ -260,9 +260,30 @@ def test_results_that_change_change_the_text() -> None:
     written = report.write(text, one)
     assert f"It takes <!-- figure: {where} -->1.00<!-- end --> ms." in written
     assert "old" not in written
+    assert report.write(f"`<!-- figure: {where} -->` <!-- end -->", one) == f"`<!-- figure: {where} -->` <!-- end -->"
     for bad in ("<!-- figure: latency arm=none median_ms -->", "<!-- table: none -->"):
         with pytest.raises(BenchmarkError, match="none"):
             report.write(f"{bad}<!-- end -->", one)
+
+
+def test_a_marker_chooses_rows_and_columns_and_figures_within_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = pd.DataFrame({"shape": ["a", "b", "b"], "step, ms": [1.0, 2.0, 3.0], "n": [7, 8, 9]})
+    monkeypatch.setitem(report.TABLES, "some", lambda results: frame)
+    found = report.some_table(report.Results([]), "some; shape=b; n; step, ms")
+    assert found.to_dict("list") == {"n": [8, 9], "step, ms": [2.0, 3.0]}
+    assert report.some_table(report.Results([]), "some; n=7")["step, ms"].tolist() == [1.0]
+    for bad in ("some; n; m", "some; m=1"):
+        with pytest.raises(BenchmarkError, match="has shape, step, ms, n, but not m"):
+            report.some_table(report.Results([]), bad)
+
+    one = report.Results([])
+    of_ppl = ppl_result(1.0, 1.0) | {"data": {"max_tokens": 300}}
+    of_ppl["rows"][1] |= {"cache_bytes": 3 * 2**20, "same_tokens": {"perplexity": 25.0}}
+    one.append(of_ppl)
+    assert report.number(one, "ppl arm=sink max_tokens=300 cache_mib") == "3.00"
+    assert report.number(one, "ppl arm=sink same_tokens.perplexity") == "25.0"
+    with pytest.raises(BenchmarkError, match="no result has the figure"):
+        report.number(one, "ppl arm=dense same_tokens.perplexity")
 
 
 def test_pictures_and_the_page_need_nothing_but_result_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
