@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument(
         "--text", type=file, help="a text file in UTF-8 (default: Python's help topics, the longest first)"
     )
-    parser.add_argument("--tokens", type=at_least(ROW), default=14_000)
+    parser.add_argument("--tokens", type=at_least(ROW), default=13_000)
     parser.add_argument("--n-sink", type=at_least(0), default=4)
     parser.add_argument("--window", type=at_least(1), default=1020)
     parser.add_argument("--device", type=device, default="cpu")

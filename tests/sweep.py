@@ -1,6 +1,6 @@
 """`python -m tests.sweep`: every causal language model class of the installed transformers, exact or refused.
 
-Writes results/families.json and the list of families in README.md; tests/test_families.py holds every family to it.
+Writes results/families.json and the list of families in docs/models.md; tests/test_families.py holds every family to it.
 """
 
 import argparse
@@ -149,10 +149,10 @@ def _reason(family: dict[str, Any]) -> str:
     return re.sub(rf"{boilerplate}| \(its cache layers.*\)", "", str(family["reason"]), flags=re.S)
 
 
-def write_listing(result: dict[str, Any], readme: Path = ROOT / "README.md") -> None:
-    """Puts the list between the markers in the README."""
-    before, rest = readme.read_text().split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{listing(result)}\n{END}{rest.split(END)[1]}")
+def write_listing(result: dict[str, Any], page: Path = ROOT / "docs" / "models.md") -> None:
+    """Puts the list between the markers of the page."""
+    before, rest = page.read_text().split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{listing(result)}\n{END}{rest.split(END)[1]}")
 
 
 def main() -> None:
@@ -160,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.sweep",
         description="Examine SinkWindowCache on a tiny model of every causal language model class that transformers has. "
-        "Of all of them, the result is written to results/families.json and to README.md.",
+        "Of all of them, the result is written to results/families.json and to docs/models.md.",
     )
     parser.add_argument("model_types", nargs="*", metavar="MODEL_TYPE", help="only these, printed and not written")
     parser.add_argument("--workers", type=int, help="processes (default: one for each core)")

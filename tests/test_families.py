@@ -241,9 +241,27 @@ def test_full_size_models_have_small_twins(model_type: str) -> None:
     assert len(SinkWindowCache(4, 12, config=config).layers) >= 32
 
 
-def test_the_readme_shows_the_sweep() -> None:
+KNOWN = (
+    "llama",
+    "mistral",
+    "qwen3",
+    "gemma3",
+    "phi3",
+    "deepseek_v3",
+    "gpt_oss",
+    "glm4",
+    "olmo3",
+    "falcon",
+)  # in the README
+
+
+def test_the_pages_show_the_sweep() -> None:
     result = json.loads(RESULT.read_text())
-    assert listing(result) in (ROOT / "README.md").read_text()
+    assert listing(result) in (ROOT / "docs" / "models.md").read_text()
+    outcomes = {model_type: family["outcome"] for model_type, family in result["families"].items()}
+    counts = f"Of {len(outcomes)} language model classes in transformers 5.24, [{[*outcomes.values()].count('exact')} are exact]"
+    assert counts in (ROOT / "README.md").read_text()
+    assert {outcomes[model_type] for model_type in KNOWN} == {"exact"}
     families = result["families"].values()
     for outcomes, least in (
         ([family["outcome"] for family in families], 115),

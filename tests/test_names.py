@@ -274,33 +274,56 @@ def test_examples_run_without_a_warning_of_the_name(
     assert re.search(says, capsys.readouterr().out)
 
 
+# --- the code of the README and of the pages ---
+
+SHORTER = {  # sizes for a tiny model that reads 17 tokens in the quick start
+    "window=252": "window=8",
+    "window=1020": "window=30",
+    "window=1000": "window=30",
+    "tokens=5000": "tokens=50",
+    "range(5000)": "range(50)",
+    "tokens=600": "tokens=50",
+    "tokens=500": "tokens=9",
+    "tokens=200": "tokens=9",
+    "tokens=60": "tokens=6",
+    "2000 == 1999": "20 == 19",
+    "max_streams=64": "max_streams=2",
+}
+
+
+def blocks_of(page: str) -> list[str]:
+    """The Python code of a page, with shorter texts."""
+    blocks = [part.partition("```")[0] for part in (ROOT / page).read_text().split("```python\n")[1:]]
+    for written, run in SHORTER.items():
+        blocks = [block.replace(written, run) for block in blocks]
+    return blocks
+
+
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
 @TAKEN_NAMES
-def test_the_code_of_the_readme_runs(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)])
+def test_the_code_of_the_pages_runs(
+    page: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    # As it stands there, but with a tiny model, and lengths in proportion.
+    # As it stands there, after the quick start of the README.
+    monkeypatch.chdir(folder)
     for auto in (AutoModelForCausalLM, AutoTokenizer):
         load = auto.from_pretrained
         monkeypatch.setattr(auto, "from_pretrained", lambda _, load=load: load(folder))
-    readme = (ROOT / "README.md").read_text()
-    blocks = [part.partition("```")[0] for part in readme.split("```python\n")[1:]]
-    assert len(blocks) == 6
-    state: dict[str, Any] = {}
-    kept = []
-    for block in blocks:
-        for written, run in (
-            ("window=1020", "window=8"),
-            ("5000", "50"),
-            ("tokens=500,", "tokens=9,"),
-            ("2000 == 1999", "20 == 19"),
-        ):
-            block = block.replace(written, run)
+    quick_start, *recipes = blocks_of("README.md")
+    state: dict[str, Any] = {"text": tokens(30), "questions": [tokens(5, seed=1), tokens(6, seed=2)]}
+    for block in [quick_start, *(recipes if page == "README.md" else blocks_of(page))]:
         if name == "cache":
             block = block.replace("past_key_values=", "cache=")
         with no_renaming_is_shown() if name == "cache" else contextlib.nullcontext():
-            exec(compile(block, "README.md", "exec"), state)
-        kept.append(state.get("cache"))
-    assert state["tokens"].shape == (1, 5 + 50)
-    _, of_endless, _, of_stream, of_loop, _ = kept
-    assert [cache.get_seq_length() for cache in (of_endless, of_stream, of_loop)] == [54, 5, 54]
-    assert "w" in capsys.readouterr().out
+            exec(compile(block, page, "exec"), state)
+    prompt = state["inputs"].input_ids.shape[1]
+    assert f"[{prompt + 49} tokens read, 12 held in " in capsys.readouterr().out
+    read = {  # by the last cache of the page
+        "README.md": prompt - 2,
+        "docs/semantics.md": prompt + 49,
+        "docs/speed.md": prompt + 49,
+    }
+    assert state["cache"].get_seq_length() == read.get(page, prompt + 49)

@@ -52,10 +52,10 @@ def test_tests_run_from_the_source_distribution(tmp_path: Path) -> None:
     shutil.unpack_archive(archive, tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
 
-    for folder in ("benchmarks", "examples", "hub", "tests"):
+    for folder in ("benchmarks", "docs", "examples", "hub", "tests"):
         files = {path.relative_to(source) for path in (source / folder).rglob("*") if path.is_file()}
         assert files == {path.relative_to(unpacked) for path in (unpacked / folder).rglob("*") if path.is_file()}
-    # These read the README, results and the benchmarks.
+    # These read the README, docs, results and the benchmarks.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_report.py"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(unpacked), *sys.path])}
     result = subprocess.run(command, cwd=unpacked, env=environment, capture_output=True, text=True)

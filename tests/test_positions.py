@@ -1,4 +1,4 @@
-"""What README says of very long texts: how far logits move with the position, in plain `generate()` and with rebases."""
+"""What docs/semantics.md says of long texts: how far logits move with the position, in plain `generate()` and with rebases."""
 
 import json
 
