@@ -41,6 +41,7 @@ DEFAULTS: dict[str, Any] = {
     "pairs": 3,
     "recompute_questions": 8,
     "text_tokens": 30_000,
+    "question_tokens": 32,
 }
 # Two CPU cores should need less than a minute for this.
 OFFLINE_DEFAULTS: dict[str, Any] = {
@@ -53,14 +54,21 @@ OFFLINE_DEFAULTS: dict[str, Any] = {
     "pairs": 1,
     "recompute_questions": 1,
     "text_tokens": 500,
+    "question_tokens": 32,
 }
 OF_TASKS = {  # options that do nothing in others
+    "arms": "copy, streameval, pinned, choices",
     "max_tokens": "copy, streameval",
     "distances": "copy",
     "pairs": "copy",
+    "segment": "copy, pinned",
+    "recompute_questions": "copy, streameval, pinned",
     "line_distances": "streameval",
     "further": "pinned",
+    "text_file": "pinned, questions",
+    "dataset": "pinned, questions, choices",
     "text_tokens": "questions",
+    "question_tokens": "questions",
 }
 PINNED, PINNED_OFFLINE, WINDOW, WINDOW_OFFLINE = 1000, 120, 1020, 124
 DENSE_FAILS = 0.1  # accuracy of the best distance
@@ -255,7 +263,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         pairs=(None, "segments of copy for each distance in a text (3)"),
         recompute_questions=(None, "for each distance, with recompute (8)"),
         text_tokens=(None, "of the text of questions (30000)"),
-        question_tokens=(32, "of each of its questions"),
+        question_tokens=(None, "of each of its questions (32)"),
         chunk_size=(256, "tokens per forward"),
         batch_size=(16, "texts read together"),
     )
@@ -266,6 +274,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, tasks in OF_TASKS.items():
         idle = getattr(args, name) is not None and args.task not in tasks.split(", ")
         parser.refuse({f"--{name.replace('_', '-')} is for --task {tasks}": idle})
+    several = args.task == "questions" and len(args.capacities or []) > 1
+    parser.refuse({"--task questions has one cache: give one of --capacities": several})
     # Small only if everything is left to this module.
     small = args.offline and not (args.model or args.text_file or args.dataset)
     if args.task == "pinned" and args.n_sink == parser.get_default("n_sink"):  # which hold no segment

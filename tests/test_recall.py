@@ -244,6 +244,11 @@ def test_the_command_line(task: str, tmp_path: Path) -> None:
     "argv, complaint",
     [
         (["--further", "5"], "--further is for --task pinned"),
+        (["--text-file", "a.txt"], "--text-file is for --task pinned, questions"),
+        (["--task", "questions", "--arms", "sink"], "--arms is for --task copy"),
+        (["--task", "streameval", "--segment", "9"], "--segment is for --task copy, pinned"),
+        (["--task", "pinned", "--question-tokens", "9"], "--question-tokens is for --task questions"),
+        (["--task", "questions", "--capacities", "512", "1024"], "has one cache"),
         (["--distances", "9", "--segment", "10"], "distance 9 is less than"),
         (["--task", "pinned", "--n-sink", "70"], "at least 180"),
         (["--task", "streameval", "--random-weights", "llama-tiny"], "made of words"),
