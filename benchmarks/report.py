@@ -269,7 +269,7 @@ THROUGHPUT = {
             "time_to_first_token_s.p95": "95% of them, s",
         },
     ),
-    "soak": ("soak", {"steps": "steps", "added": "streams", "checked": "checked", "the_same_alone": "the same alone"}),
+    "soak": ("soak", {"steps": "steps", "streams_finished": "streams", "checked": "checked", "the_same_alone": "the same alone"}),
     "reading": ("read", {"chunk_size": "tokens a forward", "tokens_per_second": "tokens/s"}),
     "rows": ("rows", {"rows": "lengths of rows", "median_ms": "step, ms", "p5_ms": "5%", "p95_ms": "95%"}),
 }
@@ -373,10 +373,11 @@ def attention(result: dict[str, Any]) -> str:
 
 
 def setting(result: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what two results must share to be compared. Times do not depend on the values of weights."""
+    """Return what two results must share to be compared. Times depend on how weights are stored, and not on their values."""
     device, model = result["device"], result["model"]
     threads = result["threads"] if device["type"] == "cpu" else None
-    return model["type"], model["parameters"], device["name"], result["dtype"], threads, attention(result)
+    weights = model["type"], model["parameters"], model["weight_bytes"]
+    return *weights, device["name"], result["dtype"], threads, attention(result)
 
 
 def regimes(results: Results) -> pd.DataFrame:
@@ -409,7 +410,7 @@ def regimes(results: Results) -> pd.DataFrame:
             tokens, ms = int(some["tokens_processed"].iloc[0]), price if name == "first" else 0.0
             times = (
                 sum_ms(dense.ms, tokens, range(known, tokens), ms),
-                sum_ms(of_sink, tokens, range(known, capacity), ms),
+                sum_ms(of_sink, tokens, range(known, min(capacity, tokens)), ms),
             )
             last = max((n for n in dense.ms if n in sink.ms and n <= tokens), default=min(sink.ms))
             measured = some["seconds"].sum() / some["sink_seconds"].sum()
