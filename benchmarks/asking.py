@@ -29,13 +29,25 @@ Row = dict[str, Any]
 # --- rows ---
 
 
-def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Return the 95% interval of the mean of independent numbers: Wilson's for right or wrong, else by resampling."""
+def interval(values: Sequence[float], texts: Sequence[int]) -> tuple[float | None, float | None]:
+    """Return the 95% interval of a mean: Wilson's if all are right or wrong, else by resampling texts; none of fewer than five.
+
+    Values of one text are not independent, because they share what was read before. `texts` has the text of each value.
+    """
     if set(values) <= {0.0, 1.0}:
         found = binomtest(int(sum(values)), len(values)).proportion_ci(method="wilson")
-    elif len(values) > 1:
+    elif len(set(texts)) >= harness.FEWEST_ROUNDS:
+        _, of_text = np.unique(texts, return_inverse=True)
+        sums, counts = np.bincount(of_text, values), np.bincount(of_text)
         rng = np.random.default_rng(0)
-        resampled = bootstrap((values,), np.mean, n_resamples=harness.RESAMPLES, method="percentile", rng=rng)
+        resampled = bootstrap(
+            (sums, counts),
+            lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis),
+            n_resamples=harness.RESAMPLES,
+            method="percentile",
+            paired=True,
+            rng=rng,
+        )
         found = resampled.confidence_interval
     else:
         return None, None
@@ -49,9 +61,9 @@ def make_row(args: argparse.Namespace, method: str, n_sink: int | None, capacity
     return row | dict.fromkeys(numbers) | {"reason": "", "warning": ""} | more
 
 
-def accuracy(right: Sequence[float]) -> Row:
-    """Return the mean of independent answers, each between 0 and 1, its interval, and the answers."""
-    low, high = interval(right)
+def accuracy(right: Sequence[float], texts: Sequence[int]) -> Row:
+    """Return the mean of answers, each between 0 and 1 and about one of the `texts`, its interval, and the answers."""
+    low, high = interval(right, texts)
     mean = statistics.fmean(right)
     return {"accuracy": mean, "accuracy_low": low, "accuracy_high": high, "right": [round(one, 4) for one in right]}
 
@@ -170,5 +182,5 @@ def one_after_the_other(loaded: models.LoadedModel, args: argparse.Namespace) ->
             arm.capacity,
             questions=len(right),
             warning=warning,
-            **accuracy(right),
+            **accuracy(right, range(len(right))),
         )

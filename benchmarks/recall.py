@@ -189,7 +189,8 @@ def answered(run: ppl.Run, arm: Arm, questions: Sequence[Question], whole: bool)
         right.append(float(correct[again].all() if whole else correct[again].mean()))
         saved.append(float(nll[first].mean() - nll[again].mean()))
     asked = len(questions) if whole else sum(one.tokens for one in questions)
-    return accuracy(right) | {"questions": asked, "nats_saved": statistics.fmean(saved)}
+    texts = [one.sample for one in questions]
+    return accuracy(right, texts) | {"questions": asked, "nats_saved": statistics.fmean(saved)}
 
 
 def measure(loaded: models.LoadedModel, args: argparse.Namespace, texts: Texts) -> Iterator[dict[str, Any]]:

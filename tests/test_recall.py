@@ -103,7 +103,10 @@ def test_recall_ends_with_the_window_to_the_token(copying: models.LoadedModel, c
     for row in rows:
         assert row["distance_tokens"] == row["asked"]
         assert row["questions"] == 3 * 4
-        assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
+        if row["accuracy"] in (0, 1):
+            assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
+        else:  # of three texts
+            assert row["accuracy_low"] is row["accuracy_high"] is None
         assert (row["nats_saved"] > 5) == bool(row["accuracy"])
         assert row["same_accuracy"] == pytest.approx(row["accuracy"], abs=1e-3)  # recompute is asked all
         assert row["warning"] == row["reason"] == ""
@@ -178,6 +181,19 @@ def test_an_answer_of_several_tokens_is_right_as_a_whole() -> None:
     run, question = SimpleNamespace(scored=np.ones((1, 39), bool), scores=scores), recall.Question(0, 10, 30, 4, 20)
     assert recall.answered(run, "arm", [question], whole=False)["accuracy"] == 0.75
     assert recall.answered(run, "arm", [question], whole=True)["accuracy"] == 0.0
+    assert recall.answered(run, "arm", [question] * 6, whole=False)["accuracy_low"] is None  # all of one text
+
+
+def test_intervals_are_of_texts() -> None:
+    # Answers that are alike within a text say no more than one of each text does.
+    rng = np.random.default_rng(1)
+    alone = rng.random(40)
+    assert asking.interval(np.repeat(alone, 3), np.repeat(range(40), 3)) == asking.interval(alone, range(40))
+    low, high = asking.interval(alone, range(40))
+    half = 1.96 * alone.std() / 40**0.5
+    assert [low, high] == pytest.approx([alone.mean() - half, alone.mean() + half], abs=0.1 * half)
+    assert asking.interval(alone[:8], [0, 0, 1, 1, 2, 2, 3, 3]) == (None, None)
+    assert asking.interval([0.0] * 96, range(96)) == pytest.approx((0, 1.96**2 / (96 + 1.96**2)), abs=1e-4)  # Wilson's
 
 
 @pytest.mark.parametrize("capacity", [64, 12])
