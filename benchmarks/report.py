@@ -269,7 +269,10 @@ THROUGHPUT = {
             "time_to_first_token_s.p95": "95% of them, s",
         },
     ),
-    "soak": ("soak", {"steps": "steps", "streams_finished": "streams", "checked": "checked", "the_same_alone": "the same alone"}),
+    "soak": (
+        "soak",
+        {"steps": "steps", "streams_finished": "streams", "checked": "checked", "the_same_alone": "the same alone"},
+    ),
     "reading": ("read", {"chunk_size": "tokens a forward", "tokens_per_second": "tokens/s"}),
     "rows": ("rows", {"rows": "lengths of rows", "median_ms": "step, ms", "p5_ms": "5%", "p95_ms": "95%"}),
 }
