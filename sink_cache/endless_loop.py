@@ -32,6 +32,7 @@ from .internals import (
     cache_kwargs,
     generate_call,
     generate_output,
+    keeps_processes_in_step,
     pad_token_of,
     stops_at_token,
     take_cache,
@@ -81,7 +82,8 @@ def endless(
 
     Raises:
         TypeError: without a `SinkWindowCache`.
-        NotImplementedError: for models with PEFT's virtual tokens, or whose keys a rebase could not move; for `synced_gpus`.
+        NotImplementedError: for models with PEFT's virtual tokens, or whose keys a rebase could not move; for `synced_gpus`,
+            which `generate()` sets by itself for models that processes share by FSDP or ZeRO 3.
         ValueError: if `input_ids` hold no new token, or may be the whole text as well as new tokens. For beams, for outputs that
             would grow with the text, and for options that count more tokens than are kept.
 
@@ -101,10 +103,10 @@ def endless(
             "generate() without custom_generate."
         )
     call = generate_call()
-    if call.get("synced_gpus"):
+    if keeps_processes_in_step(model):
         raise NotImplementedError(
-            "endless does not keep processes in step, and would wait for ever where one ends before the others. Without "
-            "synced_gpus=True it works if all processes have prompts of one length and end after the same number of tokens."
+            "endless does not keep processes in step, and would wait for ever where one ends before the others. With "
+            "synced_gpus=False it works if all processes have prompts of one length and end after the same number of tokens."
         )
     streamer = model_kwargs.pop("streamer", None) or call.get("streamer")
     # generate() adds a MaxLengthCriteria of its own, also where nobody has asked for one.

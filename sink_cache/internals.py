@@ -45,6 +45,8 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # Relies on: these map a config to the model class that transformers builds for it.
@@ -517,12 +519,26 @@ def generate_call() -> dict[str, Any]:
     empty without one.
 
     Relies on: a function `generate` in a module of transformers, with local variables `generation_config`, `streamer`,
-    `stopping_criteria`, `synced_gpus` and `has_default_max_length`.
+    `stopping_criteria` and `has_default_max_length`.
     """
     for frame in _frames():
         if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__", "").startswith("transformers."):
             return frame.f_locals
     return {}
+
+
+def keeps_processes_in_step(model: PreTrainedModel) -> bool:
+    """Whether the `generate()` in which we are goes on in each process until all have ended.
+
+    Relies on: `generate()` has a local variable `synced_gpus`. If that is None, it does so where several processes share a model
+    by FSDP or DeepSpeed's ZeRO 3.
+    """
+    asked_for = generate_call().get("synced_gpus")
+    if asked_for is not None:
+        return bool(asked_for)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    several = distributed and torch.distributed.get_world_size() > 1
+    return several and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
 
 
 def prompt_length() -> int:

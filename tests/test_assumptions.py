@@ -406,7 +406,7 @@ def mask_makers(frames: list[Any]) -> list[Any]:
     return frames[first : first + [*names[first:], False].index(False)]
 
 
-@guards("generate_call", "pad_token_of", "by_both_names", "stops_at_token")
+@guards("generate_call", "pad_token_of", "by_both_names", "stops_at_token", "keeps_processes_in_step")
 def test_what_generate_hands_to_nobody_is_in_its_locals(llama: PreTrainedModel) -> None:
     found: dict[str, Any] = {}
 
@@ -423,7 +423,7 @@ def test_what_generate_hands_to_nobody_is_in_its_locals(llama: PreTrainedModel) 
         return input_ids
 
     streamer, criteria = Streamer(), StoppingCriteriaList()
-    options = {"pad_token_id": 0, "eos_token_id": 1, generate_name(): DynamicCache()}
+    options = {"pad_token_id": 0, "eos_token_id": 1, "synced_gpus": False, generate_name(): DynamicCache()}
     llama.generate(tokens(3), custom_generate=loop, streamer=streamer, stopping_criteria=criteria, own=1, **options)
     assert found["module"].startswith("transformers."), (
         "generate() is no longer defined in a module of transformers, by whose name internals.generate_call knows it."
@@ -439,6 +439,9 @@ def test_what_generate_hands_to_nobody_is_in_its_locals(llama: PreTrainedModel) 
     assert found.get("has_default_max_length") is True, (
         "generate() no longer has a local variable has_default_max_length: endless() cannot tell a max_length that nobody asked "
         "for, and would stop at it (internals.generate_call)."
+    )
+    assert found.get("synced_gpus") is False, (
+        "generate() no longer has a local variable synced_gpus: endless() would ignore it (internals.keeps_processes_in_step)."
     )
     config = found["kwargs"].get("generation_config")
     assert isinstance(config, GenerationConfig), (
@@ -464,6 +467,19 @@ def test_what_generate_hands_to_nobody_is_in_its_locals(llama: PreTrainedModel) 
         "The stopping criterion that generate() makes for an eos_token_id no longer has an attribute of this name: endless() "
         "would not fill rows that are finished (internals.stops_at_token)."
     )
+
+
+@guards("keeps_processes_in_step")
+def test_generate_keeps_processes_in_step_by_itself(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for processes, shared in ((1, True), (2, False), (2, True)):
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_, n=processes: n)
+        monkeypatch.setattr(llama, "_is_fsdp_managed_module", shared, raising=False)
+        found = llama._extract_generation_mode_kwargs(None, {}, None, None, None)["synced_gpus"]
+        assert found == (processes > 1 and shared), (
+            "generate() has another rule for synced_gpus that is not given: endless() would ignore it "
+            "(internals.keeps_processes_in_step)."
+        )
 
 
 @guards("warper_options")

@@ -446,6 +446,16 @@ def test_bad_input(model: PreTrainedModel, cache: Any, more: Any, error: type[Ex
         go_on(model, tokens(5), cache(), **{"max_new_tokens": 9, **more})
 
 
+def test_a_model_that_processes_share_is_refused(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    # generate() sets synced_gpus by itself for it.
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+    monkeypatch.setattr(model, "_is_fsdp_managed_module", True, raising=False)
+    with pytest.raises(NotImplementedError, match="With synced_gpus=False it works"):
+        go_on(model, tokens(5), SinkWindowCache(2, 9), max_new_tokens=9)
+    assert go_on(model, tokens(5), SinkWindowCache(2, 9), max_new_tokens=3, synced_gpus=False).shape[1] == 8
+
+
 def test_inputs_other_than_text_are_not_dropped(model: PreTrainedModel) -> None:
     cache = SinkWindowCache(2, 9)
     with pytest.raises(ValueError, match="pixel_values"):
