@@ -424,7 +424,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     harness.fill_in(args, **MODE_DEFAULTS[args.mode], **(OFFLINE_DEFAULTS if small else DEFAULTS))
     parser.check_capacities(args)
     least, most = min(args.capacities), max(args.n_sinks or [0])
-    parser.refuse({f"capacity {least} leaves no window: it includes the {most} sinks of --n-sinks": least <= most})
+    sinks, without = ", ".join(one for one in NAMES if one in WITH_SINKS), not set(WITH_SINKS) & set(args.arms)
+    parser.refuse(
+        {
+            f"capacity {least} leaves no window: it includes the {most} sinks of --n-sinks": least <= most,
+            f"--n-sinks is for the arms {sinks}, which --arms leaves out": args.n_sinks and without,
+        }
+    )
     return args
 
 

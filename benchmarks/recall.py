@@ -168,6 +168,10 @@ def pinned_texts(loaded: models.LoadedModel, args: argparse.Namespace, rng: np.r
         starts = rng.permutation(np.arange(0, args.n_sink - size + 1, size))
         real = np.resize(np.roll(filler, -sample * len(filler) // args.num_samples), args.n_sink + moments[-1])
         for further, some in zip(moments, np.array_split(starts, len(moments)), strict=True):
+            if len(ids) > args.n_sink + further:
+                raise BenchmarkError(
+                    f"--further {further:,} lies within the segments that come again before: leave more between"
+                )
             ids = np.concatenate([ids, real[len(ids) : args.n_sink + further]])
             for start in some:
                 questions.append(Question(sample, start + 1, len(ids) + 1, size - 1, further))

@@ -346,6 +346,7 @@ def test_two_processes_give_the_numbers_of_one(folder: Path, tmp_path: Path) -> 
     [
         (["--num-samples", "4"], "4 samples of 64 need 257"),
         (["--score-from", "65"], "--score-from 65 leaves nothing"),
+        (["--n-sinks", "0", "1", "--arms", "dense", "window"], "--n-sinks is for the arms sink, line-breaks"),
         (["--n-sinks", "0", "8"], "capacity 8 leaves no window: it includes the 8 sinks of --n-sinks"),
         (["--dataset", "one"], "are different texts"),
         (["--text-file", "{folder}/empty.txt"], "empty.txt is empty"),

@@ -268,6 +268,10 @@ def test_the_command_line(task: str, tmp_path: Path) -> None:
         (["--distances", "9", "--segment", "10"], "distance 9 is less than"),
         (["--task", "pinned", "--n-sink", "70"], "at least 180"),
         (["--task", "streameval", "--random-weights", "llama-tiny"], "made of words"),
+        (
+            ["--task", "pinned", "--random-weights", "llama-tiny", "--offline", "--further", "100", "120"],
+            "--further 120 lies within",
+        ),
         (["--random-weights", "llama-tiny", "--max-tokens", "200", "--distances", "300"], "no text of 200 tokens"),
     ],
 )
