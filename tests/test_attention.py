@@ -22,6 +22,17 @@ def test_the_table_is_what_happens(row: dict) -> None:
     }
 
 
+def test_a_refusal_is_an_error_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise ValueError("error: of something else")
+
+    model = model_with("flex_attention", "cpu")
+    assert examine(model, "stream()", compileable=True)["outcome"] == "refused"
+    monkeypatch.setitem(WAYS, "stream()", fails)
+    found = examine(model, "stream()", compileable=True)
+    assert found == {"outcome": "fails", "reason": "ValueError: error: of something else"}
+
+
 def test_nothing_is_silently_wrong() -> None:
     for path in (ROOT / "results").glob("attention-*.json"):
         outcomes = {row[way]["outcome"] for row in json.loads(path.read_text())["rows"] for way in WAYS}
