@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
 from benchmarks import asking, harness, models, recall
 from sink_cache import SinkWindowCache
@@ -95,6 +95,7 @@ def by_asked(rows: list[dict[str, Any]], method: str, what: str = "accuracy") ->
 def test_recall_ends_with_the_window_to_the_token(copying: models.LoadedModel, chunk_size: str) -> None:
     sizes = ("--n-sink", "2", "--capacities", "18", "--segment", "5", "--max-tokens", "200", "--chunk-size", chunk_size)
     rows = rows_of(copying, *sizes, "--distances", "8", "16", "17", "18", "19", "60", "--pairs", "1")
+    recall.warn(rows)  # of nothing: the dense cache can do it
     assert by_asked(rows, "dense") == dict.fromkeys([8, 16, 17, 18, 19, 60], 1.0)
     assert by_asked(rows, "sink") == {8: 1, 16: 1, 17: 0, 18: 0, 19: 0, 60: 0}  # a window of 16
     assert by_asked(rows, "window") == {8: 1, 16: 1, 17: 1, 18: 1, 19: 0, 60: 0}  # of 18
@@ -120,7 +121,20 @@ def test_what_is_pinned_is_recalled_at_any_distance(copying: models.LoadedModel,
     assert by_asked(rows, "window") == {50: 0, 400: 0}
     assert by_asked(rows, "dense") == {50: 1, 400: None}
     assert f"trained context of {TRAINED}" in by_asked(rows, "dense", "reason")[400]
-    assert [400 < one < 450 for one in by_asked(rows, "sink", "distance_tokens").values()] == [False, True]
+    argv = ["--task", "pinned", "--num-samples", "2", *sizes, "--further", "50", "400"]
+    samples, questions = recall.pinned_texts(copying, recall.parse(argv), np.random.default_rng(0))
+    again = [(one.asked, one.again - 1) for one in questions if one.sample == 0]
+    assert again == [(50, 74), (50, 80), (400, 424), (400, 430)]  # tokens from the start of the 24 sinks
+    for one in questions:
+        first, second = (samples[one.sample][at - 1 : at + 5] for at in (one.first, one.again))
+        assert torch.equal(first, second)
+
+
+def test_a_dense_cache_is_asked_within_the_trained_context(copying: models.LoadedModel) -> None:
+    sizes = ("--n-sink", "2", "--capacities", "18", "--segment", "5", "--max-tokens", "400", "--distances", "8")
+    dense, sink = rows_of(copying, *sizes, "--pairs", "12", "--arms", "dense", "sink")
+    assert dense["accuracy"] == sink["accuracy"] == 1
+    assert 0.4 < dense["questions"] / sink["questions"] < 0.8  # 256 of 400 tokens
 
 
 def test_numbers_are_those_of_the_oracle(guessing: models.LoadedModel) -> None:
@@ -222,6 +236,15 @@ def test_questions_one_after_the_other(guessing: models.LoadedModel, tmp_path: P
     rows = rows_of(guessing, "--task", "choices", "--dataset", str(tmp_path), *sizes)
     assert [row["method"] for row in rows] == [asking.ALONE, "dense", "sink", "sink", "window", "window"]
     assert rows[3]["accuracy"] == rows[5]["accuracy"]  # of caches that evict nothing
+    by_hand = []
+    for n in range(11):
+        prompt, *choices = (
+            torch.tensor(list(text.encode()))
+            for text in (f"Question: {n}?\nAnswer:", f" {n}", f" {n + 9} {n + 3}", " none")
+        )
+        by_hand.append(asking.choose_answer(guessing.model, DynamicCache(), prompt, choices) == n % 3)
+    assert rows[0]["right"] == by_hand
+    assert 0 < sum(by_hand) < 11
     fits = rows[1]["questions"]
     assert f"after {fits} questions the trained context of {TRAINED}" in rows[1]["warning"]
     assert 8 <= fits < rows[0]["questions"] == rows[2]["questions"] == 11
