@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -172,6 +173,12 @@ def test_what_is_not_a_result_file_is_refused(content: str, tmp_path: Path) -> N
     path.write_text(content)
     with pytest.raises(BenchmarkError, match=r"result\.json"):
         harness.read_json(path)
+
+
+def test_of_two_installed_versions_that_which_is_imported_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [SimpleNamespace(metadata={"Name": "torch"}, version=version) for version in ("2", "1")]
+    monkeypatch.setattr(harness, "distributions", lambda: iter(found))
+    assert harness.versions()["torch"] == "2"  # the first on the path
 
 
 def test_a_table() -> None:

@@ -223,6 +223,19 @@ def test_recall_is_shown_by_distance_at_one_capacity() -> None:
     assert [list(one.get_ydata()) for one in axes.lines[:3]] == [[0.6, 0.5], [0.5, 0.0], [0.2]]
 
 
+def test_of_several_runs_of_recall_the_last_is_shown() -> None:
+    one = report.Results([])
+    for file, accuracy in (("older", 0.1), ("newer", 0.7)):
+        rows = [recall_row("sink", asked, accuracy, 1024) for asked in ((64, 128) if file == "older" else (64,))]
+        one.append(result("recall", rows=rows, protocol={}, file=file))
+    (row,) = report.TABLES["recall"](one).to_dict("records")
+    assert row["sink"] == "0.70 (0.35–1.00)"
+
+
+def test_quality_is_not_of_runs_with_several_numbers_of_sinks(results: report.Results) -> None:
+    assert {"sink", "window", "recompute"} <= set(report.quality(results).columns)
+
+
 def test_numbers_of_sinks_stand_beside_those_of_the_paper() -> None:
     numbers = itertools.product([("sink", 0), ("sink", 4), ("line-breaks", 4)], [512, 1024])
     rows = [
