@@ -153,7 +153,7 @@ def time_and_memory(results: Results) -> pd.DataFrame:
     found[["dense, MiB", "ours, MiB"]] = found[["dense, MiB", "ours, MiB"]].map("{:,.0f}".format)
     for compiled in (False, True):
         found = found.merge(single_steps(results, compiled=compiled), how="left", on=key)
-    shown = {"cache, MiB": "MiB", "GPU's work, ms": "GPU ms", "compiled step, ms": "ms"}
+    shown = {"cache, MiB": "MiB", "GPU's work, eager, ms": "GPU ms", "compiled step, ms": "ms"}
     columns = {name: arrow(found, f"dense, {unit}", f"ours, {unit}") for name, unit in shown.items()}
     return found[[key]].assign(**columns, gain=found["gain"])
 

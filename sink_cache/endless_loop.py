@@ -154,7 +154,8 @@ def refuse_what_endless_has_not(
     """Refuses options and inputs of `generate()` that have no meaning for a text without end."""
     if not isinstance(cache, SinkWindowCache):
         raise TypeError(
-            f"endless needs past_key_values=SinkWindowCache(...), but got {'none' if cache is None else type(cache).__name__}"
+            f"endless needs past_key_values=SinkWindowCache(...), but got {'none' if cache is None else type(cache).__name__} "
+            "(generate() makes a DynamicCache where none is given)."
         )
     if keep_tokens is not None and (not isinstance(keep_tokens, int) or keep_tokens < 1):
         raise ValueError(f"keep_tokens must be an integer of at least 1, but is {keep_tokens!r}")
