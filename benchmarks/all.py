@@ -70,7 +70,7 @@ def is_there(path: Path) -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, one process for each command, so that each begins with lengths that it has never seen."""
     parser = harness.Parser("all", __doc__, measures=False)
-    parser.set_defaults(output="results/h200")
+    parser.set_defaults(output=None)
     parts = "1 to 5: of a GPU, under 9 minutes each; 6: of the CPU (1 to 5)"
     parser.add_argument("--part", type=int, choices=range(1, 7), help=parts)
     parser.add_argument("--list", action="store_true", help="only show what is missing, and its estimated seconds")
@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--wiki", default="build/wiki", help="WikiText-103's test split (%(default)s)")
     parser.add_argument("--moby", default="build/moby", help="Moby-Dick (%(default)s)")
     args = parser.parse_args(argv)
+    args.output = args.output or ("results/cpu" if args.part == 6 else "results/h200")
     failed = []
     for part, seconds, name, *words in map(str.split, SET.strip().splitlines()):
         if int(part) not in ([args.part] if args.part else range(1, 6)) or is_there(Path(args.output) / f"{name}.json"):

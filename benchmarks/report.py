@@ -133,7 +133,7 @@ def single_steps(results: Results, *, compiled: bool) -> pd.DataFrame:
     cells = pick(results.cells("latency"), compiled=compiled, context=CONTEXTS, capacity=[CAPACITY, None], on="cuda")
     cells = cells.assign(**{"shape, tokens before": cells["shape"] + cells["context"].map(", {:,}".format)})
     found = pivot(cells, ["shape, tokens before"], list(wanted)).rename(columns=wanted)
-    return found[found.iloc[:, 1:-1].notna().sum(axis=1) > 1]
+    return found[found.iloc[:, 1:].notna().sum(axis=1) > 1]
 
 
 def memory(results: Results) -> pd.DataFrame:
@@ -192,7 +192,8 @@ def study_runs(results: Results) -> pd.DataFrame:
     """Return the study's whole runs of Pythia-70M beside ours on the CPU."""
     theirs, found = pd.read_csv(OTHERS / "study-runs.csv"), regimes(results)
     found = pick(found, shape="pythia-70m", text="first", tokens=found["tokens"].max()).drop_duplicates("capacity")
-    return theirs.merge(found.reindex(columns=["capacity", "measured", "predicted"]), how="left")
+    found = found.reindex(columns=["capacity", "measured", "predicted"])
+    return theirs.merge(found.set_axis(["capacity", "our gain, measured", "our gain, predicted"], axis=1), how="left")
 
 
 def study_quality(results: Results) -> pd.DataFrame:
@@ -219,7 +220,7 @@ def quality(results: Results) -> pd.DataFrame:
     rows["arm"] = rows["arm"].replace("dense", "sink")  # in one column: its row says that it is dense
     same = rows[rows["arm"] == "sink"]
     same = same.assign(shown=[(one or {}).get("perplexity") for one in same["same_tokens"]])
-    return pivot(pd.concat([rows, same.assign(arm="sink, same tokens")]), ["capacity"], what="arm")
+    return pivot(pd.concat([rows, same.assign(arm="this row, same tokens")]), ["capacity"], what="arm")
 
 
 def paper(results: Results) -> pd.DataFrame:
@@ -237,7 +238,8 @@ def new_lengths(results: Results) -> pd.DataFrame:
     rows = pick(results.frame("latency"), arm="dense", attention="auto", on="cuda")
     rows = rows[rows["first_time_ms"].map(len) > 0].drop_duplicates(["shape", "context"], keep="last")
     rows = rows.assign(**{name: rows[name].map(statistics.median) for name in ("first_time_ms", "again_ms")})
-    return rows[["shape", "context", "first_time_ms", "again_ms"]]
+    rows["order"] = pd.factorize(rows["shape"])[0]
+    return rows.sort_values(["order", "context"])[["shape", "context", "first_time_ms", "again_ms"]]
 
 
 def throughput_rows(results: Results, what: str, columns: dict[str, str]) -> pd.DataFrame:

@@ -324,7 +324,8 @@ def test_lengths_are_new_only_once(loaded: models.LoadedModel, monkeypatch: pyte
         monkeypatch.setattr(arm, "step", lambda: (step(), lengths.append(arm.cache.get_seq_length())))
         new, again = latency.new_length_times(arm, 100, Clock(CPU))
         assert len(new) == len(again) == latency.NEW_LENGTHS
-        known_lengths, timed = list(range(101, 105)), list(range(105, 105 + latency.NEW_LENGTHS))
+        first = 101 + latency.NEW_LENGTHS // 2
+        known_lengths, timed = list(range(101, first)), list(range(first, first + latency.NEW_LENGTHS))
         assert lengths == [*known_lengths, *known_lengths, *known_lengths, *timed, *known_lengths, *timed]
         assert latency.new_length_times(arm, 150, Clock(CPU)) == ([], [])  # turns at 100 reach 164
         arm.rewind()

@@ -320,7 +320,7 @@ def test_the_code_of_the_pages_runs(
         with no_renaming_is_shown() if name == "cache" else contextlib.nullcontext():
             exec(compile(block, page, "exec"), state)
     prompt = state["inputs"].input_ids.shape[1]
-    assert f"[{prompt + 49} tokens read, 12 held in " in capsys.readouterr().out
+    assert f"[{prompt + 49} tokens so far, 12 held in " in capsys.readouterr().out
     read = {  # by the last cache of the page
         "README.md": prompt - 2,
         "docs/semantics.md": prompt + 49,
