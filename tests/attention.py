@@ -141,9 +141,12 @@ def tables() -> str:
     for path in sorted((ROOT / "results").glob("attention-*.json")):
         result = json.loads(path.read_text())
         versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-        lines = [["attention", "compileable", *WAYS], ["---"] * (2 + len(WAYS))]
+        alike: dict[tuple[str, ...], list[str]] = {}  # a column for those with the same outcomes
         for row in result["rows"]:
-            lines.append([row["attention"], str(row["compileable"]), *(row[way]["outcome"] for way in WAYS)])
+            name = row["attention"] + (", compileable" if row["compileable"] else "")
+            alike.setdefault(tuple(row[way]["outcome"] for way in WAYS), []).append(name)
+        lines = [["", *("; ".join(names) for names in alike.values())], ["---"] * (1 + len(alike))]
+        lines += [[way, *outcomes] for way, outcomes in zip(WAYS, zip(*alike, strict=True), strict=True)]
         parts.append(f"{result['device']}, {versions} ([reasons](../results/{path.name})):\n")
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
     return "\n".join(parts)
