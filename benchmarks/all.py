@@ -16,6 +16,8 @@ SHORT = {
     "EAGER": "--no-compile --arms dense dense-at-capacity sink",
     "RUN": "--mode step --arms dense sink --offline --dtype bfloat16 --num-samples 2",
     "CALLS": "--arms static-at-capacity sink endless --rounds 5 --new-tokens 96 --profile",
+    "LINES": "--num-samples 3 --max-tokens 4096 --line-distances 20 40 60 --arms dense sink",
+    "BOOK": "--num-samples 1 --max-tokens 4096 --score-from 2048 --chunk-size 256",
     "QUANTIZED": "--arms endless --rounds 5 --new-tokens 96 --quantize",
     "SMOL": "--model {smollm2}",
     "WIKI": "--model {smollm2} --text-file {wiki}",
@@ -49,15 +51,16 @@ SET = """
 4  70 calls-llama-2-7b-int8 calls steps --random-weights llama-2-7b QUANTIZED int8
 4  70 calls-llama-2-7b-int4 calls steps --random-weights llama-2-7b QUANTIZED int4
 5  55 recall-copy recall SMOL --chunk-size 1024 --recompute-questions 12
-5  20 recall-streameval recall --task streameval SMOL --num-samples 8 --chunk-size 1024 --arms dense sink
 5  45 recall-pinned recall --task pinned SMOL --text-file {wiki} --num-samples 8 --batch-size 8 --chunk-size 1024
 5 105 sinks-wiki ppl WIKI SINKS
-5 105 sinks-moby ppl SMOL --text-file {moby} SINKS
 6 600 cpu-steps-70m latency --device cpu EAGER --rounds 24 ALL
 6 900 cpu-run-70m ppl --device cpu --random-weights pythia-70m RUN --dtype float32 --num-samples 1 --max-tokens 4096 ALL
 6 300 study-1000 ppl WIKI STUDY --device cpu --max-tokens 1000 --num-samples 3 --batch-size 3
 6 800 study-2000 ppl WIKI STUDY --device cpu --max-tokens 2000 --num-samples 10 --batch-size 10
 6 150 recall-questions recall --task questions SMOL --text-file {wiki} --num-samples 4 --text-tokens 4000 --device cpu
+6  60 recall-streameval recall --task streameval SMOL LINES --device cpu
+6 200 sinks-moby ppl SMOL --text-file {moby} --device cpu --arms sink line-breaks --capacities 1024 --n-sinks 0 1 2 4 8 BOOK
+6  80 sizes-moby ppl SMOL --text-file {moby} --device cpu --arms sink --n-sinks 4 BOOK
 6 900 study-5000 ppl WIKI STUDY --device cpu --max-tokens 5000 --num-samples 1
 """
 

@@ -48,7 +48,7 @@ OFFLINE_DEFAULTS: dict[str, Any] = {
     "num_samples": 1,
     "max_tokens": 700,
     "distances": [30, 60, 90, 120, 150, 300],
-    "line_distances": [2, 4, 8],
+    "line_distances": [4],
     "further": [200, 500],
     "segment": 30,
     "pairs": 1,
@@ -137,15 +137,15 @@ def streameval_texts(loaded: models.LoadedModel, args: argparse.Namespace, rng: 
     for sample in range(args.num_samples):
         ids: list[int] = []
         contents, places = [""], [0]  # of each line, from 1
+        # One distance in a text: so no line is asked about twice. The first answer would be nearer than the line.
+        back = args.line_distances[sample % len(args.line_distances)]
         while len(ids) <= args.max_tokens:
             line = len(contents)
             contents.append(str(rng.integers(10_000, 100_000)))
             ids += ids_of(f"The REGISTER_CONTENT in line {line} is <")
             places.append(len(ids))
             ids += ids_of(contents[line]) + ids_of(">\n")
-            possible = [back for back in args.line_distances if back < line]
-            if line % LINES_PER_QUESTION == 0 and possible:
-                back = int(rng.choice(possible))
+            if line % LINES_PER_QUESTION == 0 and back < line:
                 about, answer = line - back, ids_of(contents[line - back])
                 what = f"REGISTER_CONTENT in line {about}"
                 ids += ids_of(f"What is the {what}? The {what} is <")
@@ -290,12 +290,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     harness.fill_in(args, arms=list(METHODS[: 3 if dear else 4]), **(OFFLINE_DEFAULTS if small else DEFAULTS))
     parser.check_capacities(args)
     least, fewest = min(args.distances), args.segment * len(args.further)
+    texts, asked = args.num_samples, len(args.line_distances)
     needs = f"--task pinned needs an --n-sink of at least {fewest}: a segment of the sinks for each of --further"
     parser.refuse(
         {
             f"distance {least} is less than --segment {args.segment}: a segment would overlap itself": least
             < args.segment,
             needs: args.task == "pinned" and args.n_sink < fewest,
+            f"--num-samples {texts} is too few for {asked} --line-distances: each text has one": args.task
+            == "streameval"
+            and texts < asked,
         }
     )
     return args

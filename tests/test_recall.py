@@ -157,11 +157,13 @@ def test_numbers_are_those_of_the_oracle(guessing: models.LoadedModel) -> None:
 
 def test_streameval_asks_for_the_line_so_many_lines_back() -> None:
     loaded = models.LoadedModel(copying_model(trained=3000), Bytes(), "bytes")
-    argv = ("--task", "streameval", "--num-samples", "2", "--max-tokens", "3000", "--line-distances", "3", "10")
+    argv = ("--task", "streameval", "--num-samples", "2", "--max-tokens", "3000", "--line-distances", "10", "20")
     args = recall.parse([*argv, "--n-sink", "2", "--capacities", "64", "--arms", "dense", "sink"])
     samples, questions = recall.streameval_texts(loaded, args, np.random.default_rng(0))
     texts = [bytes(ids.tolist()).decode() for ids in samples]
-    assert {one.asked for one in questions} == {3, 10}
+    assert {one.asked for one in questions} == {10, 20}
+    # An answer that stands in an earlier question would be nearer than its line: each line is asked about once.
+    assert len({(one.sample, one.first) for one in questions}) == len(questions) > 5
     for one in questions:
         line, said = texts[one.sample][: one.again].splitlines()[-2:]
         assert one.tokens == 5
@@ -291,6 +293,7 @@ def test_the_command_line(task: str, tmp_path: Path) -> None:
         (["--distances", "9", "--segment", "10"], "distance 9 is less than"),
         (["--task", "pinned", "--n-sink", "70"], "at least 180"),
         (["--task", "streameval", "--random-weights", "llama-tiny"], "made of words"),
+        (["--task", "streameval", "--num-samples", "1"], "--num-samples 1 is too few for 7"),
         (
             ["--task", "pinned", "--random-weights", "llama-tiny", "--offline", "--further", "100", "120"],
             "--further 120 lies within",
