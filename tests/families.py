@@ -19,6 +19,8 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM, EXPERTS, VOCAB = 64, 4, 2, 16, 4, 128
 WINDOW = 8
 MIN_POSITIONS = 512
 GAIN = 1.25  # attention scores of a spread at which the weights are neither uniform nor all on one token
+# Options of generate() for tokens that can be told in advance, to the last one.
+PLAIN: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 FIRST_WORD = 8  # pad, bos and eos lie below, so ids from here up to VOCAB are ordinary in every family
 
 # The whole name of a field -> its tiny value from the default one; the first match wins.

@@ -18,12 +18,11 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel, PreTra
 from sink_cache import SinkWindowCache, cache_kwargs, endless, stream, verify
 from sink_cache.internals import padding_mask_of_caller
 
-from .families import VOCAB, tiny_model
+from .families import PLAIN, VOCAB, tiny_model
 from .oracle import relative_error, streamed_logits
 from .test_exact import TOLERANCE, one_by_one, tokens
 
 N_SINK, WINDOW = 3, 9
-PLAIN: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 BOTH_KINDS = pytest.mark.parametrize("compileable", [False, True])
 
 

@@ -30,13 +30,12 @@ from examples import endless as endless_example
 from examples import generate as generate_example
 from sink_cache import SinkWindowCache, cache_kwargs, endless, stream, verify
 
-from .families import cache_name, tiny_model
+from .families import PLAIN, cache_name, tiny_model
 from .oracle import relative_error, streamed_logits
 from .own_calls import ROOT, warned_of_us
 from .test_exact import TOLERANCE, tokens
 
 N_SINK, WINDOW = 3, 5
-PLAIN: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 BOTH_NAMES = pytest.mark.parametrize("name", ["past_key_values", "cache"])
 TAKES_CACHE = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters

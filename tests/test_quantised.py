@@ -25,12 +25,11 @@ from transformers import (
 from benchmarks import harness, models
 from sink_cache import SinkWindowCache, StreamPool, cache_kwargs, endless, stream, verify
 
-from .families import random_model, tokens
+from .families import PLAIN, random_model, tokens
 from .oracle import relative_error, streamed_logits
 from .test_exact import TOLERANCE, one_by_one
 
 N_SINK, WINDOW = 3, 9
-PLAIN: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 def plain_llama() -> PreTrainedModel:

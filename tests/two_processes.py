@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed.fsdp import fully_shard
@@ -18,10 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sink_cache import SinkWindowCache, StreamPool, cache_kwargs, endless, stream, verify
 
-from .families import tokens
+from .families import PLAIN, tokens
 
 N_SINK, WINDOW = 3, 9
-PLAIN: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 def tensor_parallel(folder: str) -> PreTrainedModel:
