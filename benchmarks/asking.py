@@ -124,15 +124,9 @@ def about_one_text(loaded: models.LoadedModel, args: argparse.Namespace) -> Iter
 
 def load_choices(args: argparse.Namespace) -> list[Row]:
     """Return questions of a dataset with the columns of ARC: question, choices (text, label), answerKey."""
-    import datasets  # takes seconds, and only this function needs it
-
     named = {name: value for name in ARC if (value := getattr(args, name)) is not None}
     chosen = {"dataset_config": None, "split": ARC["split"]} | named if args.dataset else ARC | named
-    datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE or args.offline
-    try:
-        found = datasets.load_dataset(chosen["dataset"], chosen["dataset_config"], split=chosen["split"])
-    except (OSError, ValueError, KeyError) as error:
-        raise models.hub_error(f"the {chosen['split']} split of {chosen['dataset']}", error) from error
+    found = models.load_split(chosen["dataset"], chosen["dataset_config"], chosen["split"], offline=args.offline)
     if missing := {"question", "choices", "answerKey"} - set(found.column_names):
         raise BenchmarkError(f"{chosen['dataset']} is no multiple-choice set: it has no columns {sorted(missing)}")
     return list(found)[: args.num_samples]

@@ -225,15 +225,24 @@ def chosen_text(args: argparse.Namespace) -> Text:
     return wikitext(**WIKITEXT | named, offline=args.offline)
 
 
-def wikitext(dataset: str, dataset_config: str, split: str, *, offline: bool = False) -> Text:
-    """Load a split of WikiText (or of another dataset with a `text` column) as one running text."""
+def load_split(dataset: str, config: str | None, split: str, *, offline: bool) -> Any:
+    """Load a split of a dataset, from the hub or from what is here."""
     import datasets  # takes seconds, and only this function needs it
 
     datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE or offline
     try:
-        lines = datasets.load_dataset(dataset, dataset_config, split=split)["text"]
+        return datasets.load_dataset(dataset, config, split=split)
     except (OSError, ValueError, KeyError) as error:
-        raise hub_error(f"the {split} split of {dataset} ({dataset_config})", error) from error
+        raise hub_error(f"the {split} split of {dataset}" + (f" ({config})" if config else ""), error) from error
+
+
+def wikitext(dataset: str, dataset_config: str, split: str, *, offline: bool = False) -> Text:
+    """Load a split of WikiText (or of another dataset with a `text` column) as one running text."""
+    found = load_split(dataset, dataset_config, split, offline=offline)
+    try:
+        lines = found["text"]
+    except KeyError as error:
+        raise hub_error(f"the texts of {dataset} ({dataset_config})", error) from error
     # The dataset has the lines of the original file, except that those with a single space have become empty: undo
     # that, so that the text is the file, byte for byte. The first line is such a one.
     return Text(f"{dataset_config} {split}", "".join(line or " \n" for line in lines))

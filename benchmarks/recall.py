@@ -202,12 +202,11 @@ def measure(loaded: models.LoadedModel, args: argparse.Namespace, texts: Texts) 
     samples, questions = texts
     length, state = max(map(len, samples)) - 1, PartialState(cpu=loaded.model.device.type == "cpu")
     trained = loaded.trained_context or length
+    every = {asked: [q for q in questions if q.asked == asked] for asked in sorted({q.asked for q in questions})}
+    few = {asked: some[:: -(-len(some) // args.recompute_questions)] for asked, some in every.items()}
     for arm in choose(args.arms, args.capacities):
-        groups = {asked: [q for q in questions if q.asked == asked] for asked in sorted({q.asked for q in questions})}
-        reasons = {}
-        few = {asked: some[:: -(-len(some) // args.recompute_questions)] for asked, some in groups.items()}
-        if arm.name == "recompute":  # dear: some questions must do
-            groups = few.copy()
+        # Recomputation is dear: some questions must do.
+        groups, reasons = (few if arm.name == "recompute" else every).copy(), {}
         if arm.name == "dense":  # beyond its training it would only show that the model breaks
             for asked, some in groups.items():
                 groups[asked] = [q for q in some if q.again + q.tokens <= trained + 1]

@@ -463,7 +463,7 @@ TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
 # --- pictures: each part draws on axes and returns a title that says the finding, or nothing if there are no numbers ---
 
 OURS = "sinks + window (ours)"
-COLOURS = {"dense cache": "C0", OURS: "C1", "window without sinks": "C2", "recomputation": "C3"}  # in all panels
+COLOURS = {"dense cache": "C0", OURS: "C1", "window without sinks": "C2"}  # the same in all panels
 
 
 def line(axes: Axes, x: Any, y: Any, label: str) -> None:
@@ -529,14 +529,14 @@ def by_capacity(results: Results, axes: Axes) -> str:
 
 def by_regime(results: Results, axes: Axes) -> str:
     """Draw the gain of a step, and of whole runs as measured and as predicted from steps."""
-    rows = regimes(results)
+    rows = two_regimes(results)
     for column, label, marker in (
         ("last step", "a step at the end", "o"),
         ("measured", "whole run, measured", "s"),
         ("predicted", "whole run, predicted from steps", "x"),
     ):
         axes.plot(rows[column], range(len(rows)), marker, label=label)
-    where = two_regimes(results)["shape, device"] + "\n" + two_regimes(results)["run"] if len(rows) else []
+    where = [f"{one}\n{run}" for one, run in zip(rows["shape, device"], rows["run"], strict=True)]
     axes.set_yticks(range(len(rows)), where, fontsize="x-small")
     axes.set(xlabel="times as fast as a dense cache (higher is better)")
     axes.legend(fontsize="small")
