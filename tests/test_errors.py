@@ -429,21 +429,23 @@ def test_another_model_in_the_middle_of_a_text(
 
 
 def test_another_model_at_the_address_of_the_first() -> None:
-    # Python gives the address of an object that is gone to the next one of its size, and id() is the address.
-    cache, text = SinkWindowCache(4, 8), tiny_model("llama").model
+    # Python gives the address of an object that is gone to the next one of its size, and id() is the address. Now and then
+    # something else gets it first, so this is tried again.
     config = tiny_model("llama", **OTHER_ROPE).config
-    with torch.no_grad():
-        text(tokens(5), past_key_values=cache)
+    for _ in range(20):
+        cache, text = SinkWindowCache(4, 8), tiny_model("llama").model
+        with torch.no_grad():
+            text(tokens(5), past_key_values=cache)
         address = id(text)
         del text
         gc.collect()
-        others: list[Any] = []
-        while len(others) < 100_000 and (not others or id(others[-1]) != address):
-            others.append(LlamaModel.__new__(LlamaModel))
-        assert id(others[-1]) == address
-        others[-1].__init__(config)
-        with pytest.raises(ValueError, match="holds 5 tokens of another model than this LlamaModel"):
-            others[-1](tokens(3), past_key_values=cache)
+        others = [LlamaModel.__new__(LlamaModel) for _ in range(10_000)]
+        if other := next((other for other in others if id(other) == address), None):
+            break
+    assert other is not None, "no model got the address of the first one, so nothing was tested"
+    other.__init__(config)
+    with torch.no_grad(), pytest.raises(ValueError, match="holds 5 tokens of another model than this LlamaModel"):
+        other(tokens(3), past_key_values=cache)
     assert cache.get_seq_length() == 5
 
 
