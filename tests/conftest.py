@@ -1,3 +1,4 @@
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,8 @@ TEMPLATE = (
 )
 WORDS = ["<pad>", "<start>", "<end>", "<line>", "system", "user", "assistant", "?", "ANSWER"]
 
+# A shell's background job ignores Ctrl-C, and so would the tests of it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the models are tiny, and pytest-xdist runs one process for each core
 
 
