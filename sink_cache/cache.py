@@ -547,8 +547,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
         """How many tokens may be fed between two calls of `rebase()`, so that the model has a position for each."""
         self._need_a_model("tokens_between_rebases()")
         stack = self._stack
-        furthest = stack.largest_capacity + max(0, *stack.state.starts)
-        return stack.max_position - furthest - stack.rebase_step
+        return stack.max_position - stack.largest_capacity - max(0, *stack.state.starts) - stack.rebase_step
 
     @property
     def max_position(self) -> int:

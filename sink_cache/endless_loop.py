@@ -140,10 +140,8 @@ def endless(
                 break
     if streamer is not None:
         streamer.end()
-    if generation_config.return_dict_in_generate:
-        return generate_output(recent.tokens.clone(), cache)
     kept: torch.Tensor = recent.tokens.clone()
-    return kept
+    return generate_output(kept, cache) if generation_config.return_dict_in_generate else kept
 
 
 def refuse_unsupported(

@@ -433,7 +433,8 @@ def stops_at_token(criterion: Any) -> bool:
 
 def eos_tokens_of(criteria: Iterable[Any]) -> frozenset[int]:
     """The tokens at which these stopping criteria end a text; see `stops_at_token`."""
-    return frozenset(token for one in criteria if stops_at_token(one) for token in one.eos_token_id.flatten().tolist())
+    ending = (criterion.eos_token_id for criterion in criteria if stops_at_token(criterion))
+    return frozenset(token for tokens in ending for token in tokens.flatten().tolist())
 
 
 _WARPERS = {
@@ -451,12 +452,14 @@ def warper_options(processors: Sequence[Any]) -> dict[str, Any] | str:
     Relies on: `generate()` makes the processors of `_WARPERS` from these options, in this order. They keep the options in these
     attributes.
     """
-    order = list(_WARPERS)
-    known = [order.index(type(one)) if type(one) in _WARPERS else -1 for one in processors]
-    for one, place, before in zip(processors, known, [-1, *known], strict=False):
-        if place <= before:
-            return type(one).__name__
-    return {_WARPERS[type(one)][0]: getattr(one, _WARPERS[type(one)][1]) for one in processors}
+    order, options, last = list(_WARPERS), {}, -1
+    for processor in processors:
+        kind = type(processor)
+        if kind not in order[last + 1 :]:
+            return kind.__name__
+        option, attribute = _WARPERS[kind]
+        options[option], last = getattr(processor, attribute), order.index(kind)
+    return options
 
 
 def takes_logits_to_keep(model: PreTrainedModel) -> bool:

@@ -463,7 +463,7 @@ class StaticSinkWindowLayer(RingLayer):
         """As in the base class; for one token, all `capacity` keys and values."""
         if key_states.shape[2] == 1 and self.is_initialized:
             needs_grad = key_states.requires_grad or value_states.requires_grad
-            if needs_grad or self._kind() != _kind_of(key_states, value_states):
+            if needs_grad or _kind_of(self.keys, self.values) != _kind_of(key_states, value_states):
                 self.check(key_states, value_states)
                 self.lazy_initialization(key_states, value_states)  # of another kind than before a reset
             return self.step(key_states, value_states)
@@ -504,11 +504,8 @@ class StaticSinkWindowLayer(RingLayer):
     def check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """As in the base class. After a reset, tensors of another kind may come."""
         if self.is_initialized and self.state.fed == 0:
-            self.is_initialized = _kind_of(key_states, value_states) == self._kind()
+            self.is_initialized = _kind_of(key_states, value_states) == _kind_of(self.keys, self.values)
         super().check(key_states, value_states)
-
-    def _kind(self) -> tuple[Any, ...]:
-        return _kind_of(self.keys, self.values)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name not in ("counts", "shared")}

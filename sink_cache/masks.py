@@ -58,8 +58,7 @@ def chunk_mask(layer: RingLayer, queries: int) -> torch.Tensor:
     position = torch.arange(new.start, new.stop, device="cpu")[:, None]
     shift = position + 1 - layer.capacity
     owner = torch.arange(shifts.start, shifts.stop, device="cpu").repeat_interleave(layer.n_sink)[None]
-    tokens = [torch.arange(some.start, some.stop, device="cpu") for some in (cached, new)]
-    token = torch.cat(tokens)[None]
+    token = torch.cat([torch.arange(part.start, part.stop, device="cpu") for part in (cached, new)])[None]
     in_window = (token >= layer.n_sink) & (position - token < layer.window)
     dense = (position < layer.state.dense_tokens) & (position - token < (layer.sliding_window or len(position)))
     return torch.cat([owner == shift, (token <= position) & ((shift <= 0) | in_window | dense)], dim=1)

@@ -109,9 +109,9 @@ def load_stack(stack: LayerStack, path: str | os.PathLike[str], model: PreTraine
             if name.startswith(f"{index}.")
         }
         # Under autocast, values may have another dtype than the model.
-        others = {str(one.dtype) for name, one in held.items() if name != "values" and one.dtype != model.dtype}
+        others = [tensor.dtype for name, tensor in held.items() if name != "values" and tensor.dtype != model.dtype]
         if others:
-            raise ValueError(f"{path} holds {others.pop()} states, but this model works in {model.dtype}")
+            raise ValueError(f"{path} holds {others[0]} states, but this model works in {model.dtype}")
         try:
             if isinstance(layer, RingLayer):
                 _check_ring(layer, state)

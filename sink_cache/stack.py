@@ -202,12 +202,8 @@ class LayerStack:
     def rebase(self) -> int:
         """See `SinkWindowCache.rebase`."""
         assert self.scheme is not None
-        state, step, capacity, others = (
-            self.state,
-            self.rebase_step,
-            self.largest_capacity,
-            self.other_layers_to_move(),
-        )
+        state, step, capacity = self.state, self.rebase_step, self.largest_capacity
+        others = self.other_layers_to_move()
         by = tuple(max(0, count - capacity) // step * step for count in state.counts)
         if any(by):
             self.checks.refuse_interrupted()

@@ -71,9 +71,8 @@ def _read_turn(
     mask: torch.Tensor | None,
 ) -> Iterator[torch.Tensor]:
     """Reads further tokens of the rows, which may have been padded before and may be padded now."""
-    pads = torch.tensor((0,) if mask is None else left_padding_of(mask[:, -input_ids.shape[1] :]), device="cpu")[
-        :, None
-    ]
+    padding = (0,) if mask is None else left_padding_of(mask[:, -input_ids.shape[1] :])
+    pads = torch.tensor(padding, device="cpu")[:, None]
     cache.rebase()  # so that there are positions for the whole turn
     rows_differ = mask is not None or stack_of(cache).state.padded
     for part in pieces(input_ids.shape[1], piece_size):

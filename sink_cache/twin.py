@@ -155,7 +155,7 @@ def _learn(
             if name in buffers and buffers[name].shape == buffer.shape:
                 buffer.copy_(buffers[name])
         takes_positions = takes_argument(twin, "position_ids")
-        scheme = _probe(twin, layers, sliding_window) if takes_positions else _probe_order(twin, layers, sliding_window)
+        scheme = (_probe if takes_positions else _probe_order)(twin, layers, sliding_window)
         reason = ""
         for candidate in _candidates(scheme, takes_positions, getattr(config, "max_seq_len", None)):
             how = "keeping its keys in order" if candidate.chronological else "moving its keys"
