@@ -215,7 +215,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores the new keys and values of one layer and returns those to attend to; see `RingLayer.update`."""
+        """Stores one layer's new keys and values, and returns all keys and values to attend to; see `RingLayer.update`."""
         stack, is_static_step = self._stack, self._is_static_step(key_states, layer_idx)
         attended: tuple[torch.Tensor, torch.Tensor]
         if torch.compiler.is_compiling():
@@ -325,7 +325,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
     # --- masks ---
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Returns `(kv_length, kv_offset)` for a layer; called by the mask-building code before any layer runs."""
+        """Returns `(kv_length, kv_offset)` for a layer. transformers asks for them when it makes masks, before any layer runs."""
         if query_length == 0:
             raise ValueError(
                 f"this cache has seen {self.get_seq_length()} tokens, and the text has no token more to feed. Give generate() "
@@ -476,7 +476,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
             raise self._not_supported("crop of padded batches")
         stack.crop(tokens_to_remove)
 
-    # --- other rows ---
+    # --- choosing rows ---
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps these rows of the batch (indices, or a mask), in this order; a row may come several times."""
@@ -557,7 +557,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
 
     @property
     def rebase_step(self) -> int:
-        """The step of `rebase`, which moves by a multiple of it. Feed at least this many tokens between two calls."""
+        """`rebase` moves by a multiple of this many positions. Feed at least as many tokens between two calls."""
         self._need_a_model("rebase_step")
         return self._stack.rebase_step
 

@@ -75,7 +75,7 @@ def endless(
 
     Returns:
         `torch.Tensor`: the last `keep_tokens` tokens at most, prompt included, `[batch_size, tokens]`; or a
-            `GenerateDecoderOnlyOutput` with these and the cache, if `return_dict_in_generate`. All tokens go to the
+            `GenerateDecoderOnlyOutput` with these tokens and the cache, if `return_dict_in_generate`. All tokens go to the
             `streamer`, as they come.
 
     Raises:

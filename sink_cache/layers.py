@@ -85,7 +85,7 @@ class RingLayer(CacheLayerMixin):
         return {name: getattr(self, name) for name in NAMES} if self.is_initialized else {}
 
     def replace(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Replaces the layer's tensors by these."""
+        """Replaces the layer's tensors by `tensors`."""
         for name, tensor in tensors.items():
             setattr(self, name, tensor)
         self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
@@ -152,7 +152,7 @@ class RingLayer(CacheLayerMixin):
         return self.n_sink, self.window
 
     def _rows(self) -> list[tuple[slice, int, int]]:
-        """One entry for all rows if they are alike, else one each: the rows, their count, and how many pads to skip in a call."""
+        """One entry for all rows if they are alike, else one each: the rows, their count, and how many pads a call brings them."""
         rows = self.state.per_row(self.state.counts, self.state.new_pads or (0,))
         return [
             (slice(row, row + 1) if len(rows) > 1 else slice(None), count, skip + max(0, -count))
@@ -293,7 +293,7 @@ class RingLayer(CacheLayerMixin):
             )
 
     def refuse_unless_equal(self, names: tuple[str, ...], given: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
-        """Refuses keys and values that differ from those held in one of these properties."""
+        """Refuses keys and values if one of their properties `given` differs from the `expected` one; `names` are for messages."""
         for name, new, held in zip(names, given, expected, strict=True):
             if new != held:
                 raise ValueError(
@@ -518,7 +518,7 @@ class StaticSinkWindowLayer(RingLayer):
 
     def reset(self) -> None:
         """Forgets all tokens. The memory stays where it is, because a captured graph knows its address."""
-        with torch.inference_mode():  # in which any tensor can be written to
+        with torch.inference_mode():  # inference mode may write to any tensor
             for tensor in self.tensors().values():
                 tensor.zero_()  # a mask hides empty slots only if their values are finite
         self.sinks_complete = False

@@ -295,7 +295,7 @@ class StreamPool:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many streams there are of each `Stream.status`, and how many of the idle ones are parked."""
+        """How many streams have each active or idle `Stream.status`, and how many of the idle streams are parked."""
         with self._lock:
             statuses = [stream.status for stream in self._streams]
             parked = sum(stream.is_parked and stream.status == IDLE for stream in self._streams)
@@ -486,7 +486,7 @@ class StreamPool:
                 stream.error, self._reading = reason, None
                 if stream.status != CLOSED:
                     self._forget(stream, FAILED)
-        except BaseException:  # an interrupt: the text is read anew from its beginning
+        except BaseException:  # an interrupt: the text will be read again from its beginning
             with self._lock:
                 if self._reader.pieces_left and stream.status != CLOSED:
                     stream.status, self._reading = QUEUED, None

@@ -14,7 +14,7 @@ import torch
 
 
 def slots_of(tokens: torch.Tensor, n_sink: int, window: int) -> torch.Tensor:
-    """The slots in which these tokens lie; int64, a tensor of the same shape."""
+    """The slots in which these tokens lie; a tensor of the same shape and dtype."""
     return torch.where(tokens < n_sink, tokens, n_sink + (tokens - n_sink) % window)
 
 
@@ -41,7 +41,7 @@ def tokens_seen(count: int, n_sink: int, window: int, device: torch.device) -> t
 
 
 def tokens_kept(count: int, new_tokens: int, n_sink: int, window: int, device: torch.device) -> torch.Tensor:
-    """The new tokens that stay after a call: sinks, and those among the last `window` tokens; int64 `[kept]`."""
+    """The new tokens that stay after a call, int64 `[kept]`: sinks, and tokens among the last `window`."""
     end = count + new_tokens
     first = max(count, n_sink, end - window)
     sinks = torch.arange(count, max(count, min(n_sink, end)), device=device)

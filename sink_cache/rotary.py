@@ -97,7 +97,7 @@ def fit_rotation(keys: dict[int, torch.Tensor], tolerance: float = 1e-3) -> Rota
 
 
 def first_unexplained(keys: dict[int, torch.Tensor], rotation: Rotation, tolerance: float = 1e-3) -> int | None:
-    """The first position at which `keys` (see `fit_rotation`) are not the rotated keys of position 0; None without one."""
+    """Finds the first position whose `keys` (see `fit_rotation`) are not those of position 0 rotated; None if all are."""
     start = keys[0].double()
     scale = start.abs().amax().item()
     for position in sorted(keys):

@@ -50,7 +50,7 @@ class Row:
         return replace(self, tensors=load_file(path))
 
 
-@torch.inference_mode()  # in which any tensor can be written to
+@torch.inference_mode()  # inference mode may write to any tensor
 def copy_row(source: SinkWindowCache, row: int, target: SinkWindowCache, target_row: int) -> None:
     """Copies the stream of a row, with its length and positions, over the stream of another cache's row.
 
@@ -83,7 +83,7 @@ def take_row(cache: SinkWindowCache, row: int) -> Row:
     return Row(tensors, *stack.state.row(row))
 
 
-@torch.inference_mode()  # in which any tensor can be written to
+@torch.inference_mode()  # inference mode may write to any tensor
 def put_row(row: Row, cache: SinkWindowCache, index: int) -> None:
     """Replaces a row of a cache by this row, which must fit; `copy_row` checks that."""
     stack = stack_of(cache)

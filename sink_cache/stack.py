@@ -196,7 +196,7 @@ class LayerStack:
 
     @property
     def rebase_step(self) -> int:
-        """The number of positions of which `rebase` moves by a multiple."""
+        """`rebase` moves by a multiple of this many positions."""
         return math.lcm(*{ring.window for ring in self.rings})
 
     def rebase(self) -> int:
@@ -211,7 +211,7 @@ class LayerStack:
             windows += [(self.layers[index].keys, self.scheme.sliding[index]) for index in others]
             state.unfinished = True  # until all layers have moved
             rotations = ForwardRotations()
-            with torch.inference_mode():  # in which any tensor can be written to
+            with torch.inference_mode():  # inference mode may write to any tensor
                 # One layer at a time, because float32 copies of all keys would be large.
                 for keys, rotation in windows:
                     if not rotation.is_identity:
@@ -277,7 +277,7 @@ class LayerStack:
         recurrent = [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
         return all(map(can_take_back, recurrent))
 
-    # --- other rows ---
+    # --- choosing rows ---
 
     @property
     def rows(self) -> int:

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 PerRow = tuple[int, ...]  # one number for each row, or one number for all rows
 
-# With the tensors of the layers, these describe a stream completely.
+# With the tensors of the layers, these attributes describe a stream completely.
 _NUMBERS = ("fed", "pads", "rebased", "starts", "begun", "unfinished")
-# These say how the next calls are treated. Saved files do not hold them.
+# These attributes say how the next calls are treated. Saved files do not hold them.
 _MODES = ("exact_chunks", "recording", "prompt_length", "new_pads", "recheck_positions")
 
 
@@ -83,12 +83,12 @@ class StreamState:
 
     @property
     def padded(self) -> bool:
-        """Whether any row has seen padding, or has paused."""
+        """Whether any row has pads."""
         return any(self.pads)
 
     @property
     def chunks_are_exact(self) -> bool:
-        """Whether the queries of a call with several tokens see each other's evictions."""
+        """Whether calls with several tokens are exact chunks."""
         return self.exact_chunks or self.recording
 
     @property
@@ -315,7 +315,7 @@ def static(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _write(counts: torch.Tensor, per_row: PerRow) -> None:
-    with torch.inference_mode():  # in which any tensor can be written to
+    with torch.inference_mode():  # inference mode may write to any tensor
         if len(per_row) == 1:
             counts.fill_(per_row[0])
         else:

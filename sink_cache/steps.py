@@ -188,5 +188,5 @@ class Step:
 
 
 def _up_to_now(mask: torch.Tensor, cache: SinkWindowCache) -> torch.Tensor:
-    """The padding mask of the prompt, `[batch_size, length]`, with ones for the tokens since and the next one."""
+    """Extends the prompt's padding mask `[batch_size, length]` by ones for all tokens since, and for the next token."""
     return torch.nn.functional.pad(mask, (0, cache.get_seq_length() + 1 - mask.shape[1]), value=1)

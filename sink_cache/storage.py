@@ -49,7 +49,7 @@ class SharedStorage:
             self.hold(*(torch.stack([layer.tensors()[name] for layer in layers]) for name in NAMES))
 
     def hold(self, keys: torch.Tensor, values: torch.Tensor, sink_keys: torch.Tensor) -> None:
-        """Replaces the tensors of the storage, and makes those of the layers views of them."""
+        """Holds these tensors from now on, and gives each layer views of them."""
         self.keys, self.values, self.sink_keys = keys, values, sink_keys
         for index, layer in enumerate(self.layers):
             layer.replace({name: getattr(self, name)[index] for name in NAMES})
@@ -100,7 +100,7 @@ class SharedStorage:
         return True
 
     def takes(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
-        """Whether a layer may store these. PyTorch would broadcast a wrong shape, and gradients would keep an endless graph."""
+        """Whether a layer may store these tensors. PyTorch would broadcast a wrong shape, and gradients keep an endless graph."""
         return key_states.shape == self.token_shapes[0] and not (key_states.requires_grad or value_states.requires_grad)
 
     def _place_rows(self, counts: tuple[int, ...]) -> None:
@@ -151,7 +151,7 @@ class SharedStorage:
     def record(self, new_tokens: int) -> None:
         """Keeps what the next `new_tokens` tokens are about to overwrite, and what the last `window` tokens overwrote.
 
-        Keeps nothing if the tokens are more than `window`: some would overwrite each other.
+        Keeps nothing if there are more than `window` tokens, because some would overwrite each other.
         """
         fed, (count,) = self.state.fed, self.state.counts
         if not self.has_recorded_until(fed) or new_tokens > self.window:

@@ -48,8 +48,8 @@ class PositionScheme:
 
     Attributes:
         rotations (`dict[int, Rotation]`): how the keys of each layer rotate that a sink window replaces.
-        sliding_window (`int`, *optional*): how many tokens these layers attend to, if all layers are natively sliding (as in
-            Mistral 7B v0.1).
+        sliding_window (`int`, *optional*): how many tokens these layers attend to, if they are natively sliding (as in Mistral 7B
+            v0.1, where no layer attends to everything).
         max_position (`int`, *optional*): the length of the model's table of positions, if it has one.
         sliding (`dict[int, Rotation]`): how the keys of each natively sliding layer rotate, if other layers attend to everything.
         swapped (`frozenset[int]`): layers that cache what rotates as values, and a latent that does not rotate as keys
@@ -71,7 +71,7 @@ class PositionScheme:
     plain: bool = False
 
     def agrees_with(self, other: PositionScheme | None) -> bool:
-        """Whether both say the same, up to the rounding with which frequencies were learned."""
+        """Whether both schemes are equal, up to the rounding with which frequencies were learned."""
         return (
             other is not None
             and (self.sliding_window, self.max_position, self.max_keys)
@@ -308,7 +308,7 @@ def build_twin(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> 
     """Builds a float32 CPU model of this class with random weights, narrow where `config` is wide."""
     failures = []
     own = attention_of(config)
-    implementations = (own,) if own in ("sdpa", "eager") else ("sdpa", "eager")  # others may need a GPU
+    implementations = (own,) if own in ("sdpa", "eager") else ("sdpa", "eager")  # other implementations may need a GPU
     for variant, attention in itertools.product(range(1 + _NARROWINGS), implementations):
         try:
             candidate = copy.deepcopy(config) if variant == 0 else _narrow(config, variant)
@@ -355,7 +355,7 @@ def _narrow(config: PreTrainedConfig, variant: int) -> PreTrainedConfig:
     for name, value in config.to_dict().items():
         if isinstance(value, int) and ("intermediate_size" in name or "ffn_hidden_size" in name):
             changes[name] = 64
-        if name in ("chunk_size", "mamba_chunk_size"):  # to which a scan pads even a single token
+        if name in ("chunk_size", "mamba_chunk_size"):  # a scan pads even a single token to this size
             changes[name] = 8
         if isinstance(value, int) and name.endswith(("d_state", "state_size")):
             changes[name] = min(value, 16)

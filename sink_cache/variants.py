@@ -144,7 +144,7 @@ def layers_for(
 
 
 def _ring_class(theirs: Any, swapped: bool, chronological: bool, is_static: bool) -> type[RingLayer]:
-    # A layer that is two of these at once does not pass the check of the twin.
+    # A model with a layer of two of these kinds does not pass the check on its twin.
     if isinstance(theirs, LinearAttentionAndFullAttentionLayer):
         return HybridStaticSinkWindowLayer if is_static else HybridSinkWindowLayer
     if chronological:
