@@ -152,7 +152,7 @@ class Batch:
         return found
 
     def _choose(self, logits: torch.Tensor) -> None:
-        is_greedy = all(one.is_greedy for one, runs in zip(self._sampling, self._run_on_device, strict=True) if runs)
+        is_greedy = all(row.is_greedy for row, runs in zip(self._sampling, self._run_on_device, strict=True) if runs)
         if self._compiles_choice and self._warm_up:
             is_greedy = False  # compiles sampling in the first steps, and not when the first stream samples
             self._warm_up -= self._step.is_settled

@@ -281,7 +281,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
             else:
                 self._refuse_another_model(call.model)
             offsets, self._chunk_offsets = self._chunk_offsets, {}
-            stack.checks.begin(call, new_tokens, offsets)
+            stack.checks.begin(call, new_tokens, offsets)  # `_begin_text` may have made new checks
         if not stack.compileable and state.fed:
             if any(ring.storage is None for ring in stack.rings):
                 share_storage(stack.rings)

@@ -135,7 +135,7 @@ class RingLayer(CacheLayerMixin):
             attended = self._with_sinks_per_query(key_states, value_states)
         elif self.state.fed:
             self.rotate_sinks()
-            shown = self._once_per_call(self._shown_slots, key_states.shape[2])
+            shown = self._once_per_call(self._shown_slots)
             attended = (
                 torch.cat([take(self.keys, shown), key_states], dim=2),
                 torch.cat([take(self.values, shown), value_states], dim=2),
@@ -152,7 +152,7 @@ class RingLayer(CacheLayerMixin):
         return self.n_sink, self.window
 
     def _rows(self) -> list[tuple[slice, int, int]]:
-        """One entry for all rows if they are alike, else one each: the rows, their count, and how many pads a call brings them."""
+        """One entry for all rows if they are alike, else one each: rows, their count, and how many pads the call brings them."""
         rows = self.state.per_row(self.state.counts, self.state.new_pads or (0,))
         return [
             (slice(row, row + 1) if len(rows) > 1 else slice(None), count, skip + max(0, -count))
@@ -166,7 +166,7 @@ class RingLayer(CacheLayerMixin):
             self.state.call_indices[key] = compute(*numbers)
         return self.state.call_indices[key]
 
-    def _shown_slots(self, new_tokens: int) -> torch.Tensor:
+    def _shown_slots(self) -> torch.Tensor:
         """The slots that several new tokens see, `[1 or batch, length]`, in the order of the text. Shorter rows end in step."""
         cached = [
             slots_of(tokens_seen(max(0, count), *self._ring, self.device), *self._ring) for _, count, _ in self._rows()
@@ -293,7 +293,7 @@ class RingLayer(CacheLayerMixin):
             )
 
     def refuse_unless_equal(self, names: tuple[str, ...], given: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
-        """Refuses keys and values if one of their properties `given` differs from the `expected` one; `names` are for messages."""
+        """Refuses keys and values if a property in `given` differs from that in `expected`; `names` are for messages."""
         for name, new, held in zip(names, given, expected, strict=True):
             if new != held:
                 raise ValueError(

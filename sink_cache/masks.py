@@ -148,10 +148,10 @@ class _MaskFunction:
         self.wrapped_by_sink_cache, self.additive = build, additive
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        offset, queries = kwargs.get("q_offset"), kwargs.get("q_length")
+        offset = kwargs.get("q_offset")
         if not isinstance(offset, (LayerOffset, StepOffset)):
             return self.wrapped_by_sink_cache(*args, **kwargs)
-        layer = offset.layer
+        layer, queries = offset.layer, kwargs["q_length"]
         if queries == 1 and isinstance(layer, StaticSinkWindowLayer) and layer.is_initialized:
             # Some models add eager attention's mask to their scores even if there is none.
             if isinstance(offset, StepOffset) and offset.all_full and not self.additive:
@@ -159,12 +159,12 @@ class _MaskFunction:
             dtype = kwargs.get("dtype", layer.keys.dtype)
             return step_mask(layer, kwargs["batch_size"], kwargs["kv_length"], dtype, kwargs["device"])
         if layer.state.new_pads is not None:
-            mask = rows_mask(layer, kwargs["q_length"])
-        elif isinstance(offset, ChunkOffset) and layer.needs_sinks_per_query(kwargs["q_length"]):
+            mask = rows_mask(layer, queries)
+        elif isinstance(offset, ChunkOffset) and layer.needs_sinks_per_query(queries):
             offset.used = True
-            if layer.attention_merges_sinks(kwargs["q_length"]):
+            if layer.attention_merges_sinks(queries):
                 return None
-            mask = chunk_mask(layer, kwargs["q_length"])
+            mask = chunk_mask(layer, queries)
         else:
             return self.wrapped_by_sink_cache(*args, **kwargs | {"q_offset": layer.state.fed})
         mask = mask.to(kwargs["device"]).expand(kwargs["batch_size"], 1, -1, -1)

@@ -382,9 +382,8 @@ class StreamPool:
 
     def _close(self, stream: Stream) -> None:
         with self._lock:
-            if stream.status in (CLOSED, FAILED):
-                return
-            self._forget(stream, CLOSED)
+            if stream.status not in (CLOSED, FAILED):
+                self._forget(stream, CLOSED)
 
     def _forget(self, stream: Stream, status: str) -> None:
         """Frees all that the pool holds of a stream, which is then "closed" or "failed"."""

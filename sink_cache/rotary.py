@@ -176,8 +176,7 @@ class ForwardRotation:
             every_shift = torch.arange(shifts.start, shifts.stop, device="cpu")[:, None]
             self._shifts, self._table = shifts, self._cos_sin(every_shift, self._frequency[0])
         cos, sin = self._table  # [shifts, 1, head_dim]
-        copies = pristine[:, :, None] * cos + pristine[:, :, None].index_select(-1, self._partner) * sin
-        return copies.flatten(2, 3).to(pristine.dtype)
+        return self._moved(pristine[:, :, None], cos, sin).flatten(2, 3).to(pristine.dtype)
 
     def turns(self, pristine: torch.Tensor, first: int, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Prepares products of queries with the first layer's keys, which move by `max(0, first + i)` for query `i`.

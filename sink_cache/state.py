@@ -248,7 +248,8 @@ class DeviceStreamState(StreamState):
             fed = self.fed
             with torch.inference_mode(False):
                 found = static(torch.zeros(rows, dtype=torch.int64, device=device))
-            self._counts = {place: one for place, one in self._counts.items() if len(one) == rows} | {device: found}
+            kept = {place: counts for place, counts in self._counts.items() if len(counts) == rows}
+            self._counts = kept | {device: found}
             held, self.fed = self._fed_in_call, fed
             self._fed_in_call = held
         return found

@@ -200,6 +200,6 @@ def share_storage(layers: list[Any]) -> None:
     for group in groups.values():
         partners = {layer.rotation.partner for layer in group if not layer.rotation.is_identity}
         for partner in partners or {group[0].rotation.partner}:
-            together = [one for one in group if one.rotation.partner == partner or one.rotation.is_identity]
+            together = [layer for layer in group if layer.rotation.partner == partner or layer.rotation.is_identity]
             if free := [layer for layer in together if layer.storage is None]:
                 SharedStorage(free)

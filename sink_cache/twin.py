@@ -213,13 +213,11 @@ def _probe(twin: PreTrainedModel, layers: list[int], sliding_window: int | None)
     for position in [0, *powers, 3, 11, 777]:
         try:
             cached = _one_token_alone(twin, position)
-        except (IndexError, RuntimeError) as failure:
-            if position < trained:
+        except Exception as failure:
+            if position < trained or not isinstance(failure, (IndexError, RuntimeError)):
                 raise CannotStream(f"its twin does not run ({_short(failure)})") from failure
             max_position = trained  # a table of positions ends here
             continue
-        except Exception as failure:
-            raise CannotStream(f"its twin does not run ({_short(failure)})") from failure
         for layer in keys:
             _check_cached(cached, layer)
             keys[layer][position] = cached[layer].keys.flatten(0, 2)
