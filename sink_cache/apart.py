@@ -99,7 +99,7 @@ def _takes_generator_beside(func: Any, overload: Any) -> bool:
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Runs its body on the CPU in float32 without gradients, and leaves the process's defaults and log alone.
+    """Makes new tensors in its body float32, on the CPU, without gradients; leaves the process's defaults and log alone.
 
     Random numbers also need `OwnRandomNumbers`. That mode is separate because it slows down every operation.
     """

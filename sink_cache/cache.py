@@ -297,8 +297,8 @@ class SinkWindowCache(GivenToGenerate, Cache):
             self.prepare_for(call.model)
         if stack.layers is not prepared and stack.has_recurrent_layers(stack.first_attention):
             raise ValueError(
-                "this cache was made for another model, and recurrent layers of this one have used it already. Make a new "
-                "SinkWindowCache for each model."
+                "this cache was made for another model, and recurrent layers of the calling model have used it already. Make a "
+                "new SinkWindowCache for each model."
             )
 
     def _end_call(self, new_tokens: int, is_step: bool) -> None:
@@ -389,8 +389,8 @@ class SinkWindowCache(GivenToGenerate, Cache):
             )
         if not peft_finds_cache(model):
             raise NotImplementedError(
-                f"this PEFT does not find the cache of this transformers, and so in {method} it would feed its virtual tokens at "
-                "every step. Use a newer PEFT, or transformers before 5.24."
+                f"the installed PEFT does not find the cache of the installed transformers. With {method}, it would feed its "
+                "virtual tokens at every step. Use a newer PEFT, or transformers before 5.24."
             )
 
     # A decorator on each method would cost more per call than the method itself.

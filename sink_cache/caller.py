@@ -21,7 +21,8 @@ class Call:
     Attributes:
         model (`PreTrainedModel`, *optional*): the innermost model that was called.
         padding_mask (`torch.Tensor`, *optional*): the model's `attention_mask`, `[batch_size, length]`.
-        position_ids (`torch.Tensor`, *optional*): the model's positions, `[1 or batch_size, new_tokens]`, or `[axes, …]` of that.
+        position_ids (`torch.Tensor`, *optional*): the model's positions, `[1 or batch_size, new_tokens]` or
+            `[axes, 1 or batch_size, new_tokens]`.
         generates_without_cache (`bool`): the call comes from `generate(use_cache=False)`.
     """
 

@@ -33,7 +33,7 @@ def left_padding_of(mask: torch.Tensor) -> PerRow:
     """How many zeros each row of a mask `[batch_size, length]` begins with.
 
     Raises:
-        NotImplementedError: if there are zeros after the first one of a row.
+        NotImplementedError: if a row has zeros after its first 1.
     """
     real = mask.bool().cpu()
     zeros = (~real).sum(dim=1)
@@ -216,9 +216,9 @@ class CallChecks:
         if has_axes:
             if ((given != given[:1]) & ~skipped).any():
                 raise NotImplementedError(
-                    "SinkWindowCache does not support images in this model: it gives the tokens of an image or a video positions "
-                    "on several axes (M-RoPE), which do not count tokens, and this cache moves its sinks by a number of tokens. "
-                    "Nothing of this call was stored. Texts without images are exact; use DynamicCache for those with images."
+                    "SinkWindowCache does not support images in this model. The tokens of an image or a video get positions on "
+                    "several axes (M-RoPE). They do not count tokens, but this cache moves its sinks by counting tokens. Nothing "
+                    "of this call was stored. Texts without images are exact. Use DynamicCache for texts with images."
                 )
             given = given[0]
         # A row may begin at any position, because only distances matter.

@@ -124,7 +124,7 @@ def window_attention(
             of the exponentials of each query's scores, `[batch_size, heads, queries]`, float32.
     """
     if flash_attention_takes(query, values):
-        # PyTorch's public functions for windows want a compiler, or a newer PyTorch.
+        # PyTorch's public functions for windows need the compiler, or a newer PyTorch.
         output, total, *_ = torch.ops.aten._flash_attention_forward(
             *(states.transpose(1, 2) for states in (query, keys, values)),
             None,

@@ -103,7 +103,7 @@ def endless(
     call = generate_call()
     if keeps_processes_in_step(model):
         raise NotImplementedError(
-            "endless does not keep processes in step, and would wait for ever where one ends before the others. With "
+            "endless does not keep processes in step. If one process ended first, the others would wait for ever. With "
             "synced_gpus=False it works if all processes have prompts of one length and end after the same number of tokens."
         )
     streamer = model_kwargs.pop("streamer", None) or call.get("streamer")

@@ -69,7 +69,7 @@ def first_new_token(stack: LayerStack, input_ids: torch.Tensor) -> int:
     if seen and known is None and length > seen:
         raise ValueError(
             f"endless cannot tell whether these {length} tokens are the whole text or new ones. The cache has seen {seen}, and "
-            "not all of them through stream() or endless. Feed all new tokens but the last by stream(), and pass the last here."
+            "not all of them through stream() or endless. Feed new tokens by stream(), and give only the last one to generate()."
         )
     if not seen or known is None:
         return 0

@@ -138,7 +138,7 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
     decoder without a head. Wrappers of a model (torch.compile, PEFT) are other classes, but have these attributes.
 
     Raises:
-        TypeError: if it is no transformers model.
+        TypeError: if `model` is no transformers model.
         NotImplementedError: if it is an encoder-decoder.
     """
     if not (isinstance(model, torch.nn.Module) and hasattr(model, "config")):

@@ -167,7 +167,7 @@ class RingLayer(CacheLayerMixin):
         return self.state.call_indices[key]
 
     def _shown_slots(self) -> torch.Tensor:
-        """The slots that several new tokens see, `[1 or batch, length]`, in the order of the text. Shorter rows end in step."""
+        """The slots that several new tokens see, `[1 or batch, length]`, in the order of the text; padded on the left."""
         cached = [
             slots_of(tokens_seen(max(0, count), *self._ring, self.device), *self._ring) for _, count, _ in self._rows()
         ]
@@ -288,8 +288,8 @@ class RingLayer(CacheLayerMixin):
         """Refuses tensors that need gradients, because their graph would grow with the stream."""
         if key_states.requires_grad or value_states.requires_grad:
             raise NotImplementedError(
-                "SinkWindowCache is for inference only: it writes in place, and an endless stream would be an endless "
-                "graph. Call the model under torch.no_grad() or torch.inference_mode()."
+                "SinkWindowCache is for inference only: it writes in place, and the graph of an endless stream would be "
+                "endless. Call the model under torch.no_grad() or torch.inference_mode()."
             )
 
     def refuse_unless_equal(self, names: tuple[str, ...], given: tuple[Any, ...], expected: tuple[Any, ...]) -> None:

@@ -175,7 +175,7 @@ class _MaskFunction:
 
 
 class _RingAttention:
-    """SDPA that merges the sinks of exact chunks. Unlike transformers', it never copies a static ring for each query head."""
+    """SDPA that merges the sinks of exact chunks. Unlike transformers' SDPA, it needs no copy of a static ring per query head."""
 
     def __init__(self, attend: Callable[..., Any]) -> None:
         self.wrapped_by_sink_cache = attend

@@ -327,7 +327,7 @@ class StreamPool:
         else:
             raise TypeError(f"input_ids must be a tensor or a list of integers, but is {type(input_ids).__name__}")
         if len(new) < least:
-            raise ValueError("input_ids have no token: a text needs one at least")
+            raise ValueError("input_ids have no token: a text needs at least one")
         for token in new:
             if not isinstance(token, int) or isinstance(token, bool):
                 raise TypeError(f"input_ids must hold integers, but hold {token!r}")

@@ -140,7 +140,7 @@ def _fill_sliding(layer: Any, state: dict[str, Any], held: dict[str, torch.Tenso
 def _check_ring(layer: RingLayer, state: dict[str, Any]) -> None:
     if state["kind"] != "sinks and window" or (state["n_sink"], state["window"]) != (layer.n_sink, layer.window):
         raise TypeError(
-            f"it holds a layer of kind {state['kind']!r} and other sizes; compileable may have to be the same"
+            f"it holds a layer of kind {state['kind']!r} and other sizes; perhaps it was saved with another compileable"
         )
     rotation = type(layer.rotation)(tuple(state["partner"]), tuple(state["frequency"]))
     if not layer.rotation.is_close_to(rotation):

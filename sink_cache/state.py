@@ -39,7 +39,7 @@ class StreamState:
         begun (`bool`): every row has a token, so that the next calls of one token are steps.
         unfinished (`bool`): a call has begun and has not reached its last layer. If this is so when the next call begins, a
             forward was interrupted.
-        exact_chunks (`bool`): each query of a call with several tokens gets its own copy of the sinks.
+        exact_chunks (`bool`): calls with several tokens are exact chunks; see `LayerStack.exact_chunks`.
         unmerged (`set[ExactChunk]`, *optional*): while attention merges the sinks of exact chunks, the chunks that it has not
             merged yet; otherwise None.
         recording (`bool`): overwritten keys and values are kept, so that `crop` can bring them back.
@@ -138,7 +138,7 @@ class StreamState:
         self.pads = compact(pads)
 
     def rebase(self, by: PerRow) -> None:
-        """Takes these numbers off the counts of the rows."""
+        """Takes the numbers `by` off the counts of the rows."""
         self.rebased = compact(tuple(before + more for before, more in self.per_row(self.rebased, by)))
 
     def select(self, rows: list[int]) -> None:

@@ -69,7 +69,7 @@ def turn_options(
     ) -> torch.Tensor:
         refuse_unsupported(cache, generation_config, input_ids, model_kwargs, None)
         if len(input_ids) > 1:
-            raise ValueError("a stream is one text: add one for each of num_return_sequences, with a seed each")
+            raise ValueError("a stream is one text: instead of num_return_sequences, add several streams")
         if generation_config.return_dict_in_generate:
             raise NotImplementedError("return_dict_in_generate is not possible in a StreamPool, which hands out tokens")
         if generation_config.prefill_chunk_size not in (None, piece_size):

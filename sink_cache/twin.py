@@ -47,11 +47,11 @@ class PositionScheme:
     """How a model uses positions, layer by layer.
 
     Attributes:
-        rotations (`dict[int, Rotation]`): how the keys of each layer rotate that a sink window replaces.
+        rotations (`dict[int, Rotation]`): for each layer that a sink window replaces, how its keys rotate.
         sliding_window (`int`, *optional*): how many tokens these layers attend to, if they are natively sliding (as in Mistral 7B
             v0.1, where no layer attends to everything).
         max_position (`int`, *optional*): the length of the model's table of positions, if it has one.
-        sliding (`dict[int, Rotation]`): how the keys of each natively sliding layer rotate, if other layers attend to everything.
+        sliding (`dict[int, Rotation]`): for each natively sliding layer beside these, how its keys rotate.
         swapped (`frozenset[int]`): layers that cache what rotates as values, and a latent that does not rotate as keys
             (multi-head latent attention).
         chronological (`bool`): positions are not in the keys but in their order (ALiBi).

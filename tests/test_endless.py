@@ -300,7 +300,7 @@ def test_a_text_of_which_endless_has_not_been_told(model: PreTrainedModel, tmp_p
         cache = SinkWindowCache(2, 60)
         fed(cache)
         with pytest.raises(
-            ValueError, match=r"14 tokens.*has seen 13.*not all of them through stream\(\) or endless.*by stream"
+            ValueError, match=r"14 tokens.*has seen 13.*not all of them through stream\(\) or endless.*by stream\(\)"
         ):
             go_on(model, tokens(14), cache, max_new_tokens=4)
         go_on(model, tokens(13, seed=1), cache, max_new_tokens=4)
