@@ -142,8 +142,8 @@ class LayerStack:
             if state.unmerged:
                 state.unfinished = True
                 raise NotImplementedError(
-                    f"the attention of {len(state.unmerged)} layers was not called with the keys that the cache gave them, and "
-                    "has not seen the sinks. Call reset(), and use chunk_size=1."
+                    f"the attention of {len(state.unmerged)} layers was not called with the keys that the cache gave them. These "
+                    "layers have not seen the sinks. Call reset(), and use chunk_size=1."
                 )
         finally:
             state.exact_chunks, state.unmerged = False, None
