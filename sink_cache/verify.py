@@ -53,7 +53,7 @@ def verify(
     text_model(model)  # or a TypeError
     if method := virtual_tokens(model):
         raise NotImplementedError(
-            f"PEFT adds virtual tokens from {method} to every call of this model. Verify the base model instead."
+            f"this model has virtual tokens from {method}, which PEFT adds to every call. Verify the base model instead."
         )
     model = without_compiler(model)  # a compiled model does not say what its forward takes
     limit = _TOLERANCE.get(model.dtype, 1e-1) if tolerance is None else tolerance
