@@ -4,7 +4,7 @@ The way of a token, and where each step lies:
 
     a model calls SinkWindowCache.update         cache.py: speaks transformers' interface; begins and ends a call
       one look at the calling frames             caller.py, internals.py: the model, its padding mask, its positions
-      what would go wrong is refused             checks.py
+      calls that would go wrong are refused      checks.py
       LayerStack                                 stack.py: the layers that a cache has for one model
         StreamState                              state.py: how far each row is; the only thing that advances
         RingLayer                                layers.py, storage.py, variants.py: tensors and a rotation
@@ -12,7 +12,7 @@ The way of a token, and where each step lies:
       masks that say what a ring shows           masks.py
     what positions mean to a model               twin.py asks a small copy of it; reference.py checks the answer;
                                                  model_scheme.py compares the live model with the copy
-    what users call beside the cache             streaming.py reads texts exactly; chunk_attention.py is how it is fast;
+    what users call beside the cache             streaming.py reads texts exactly; chunk_attention.py makes that fast;
                                                  endless_loop.py, steps.py generate without end;
                                                  pool.py, batch.py, turns.py, sampling.py, rows.py run many streams at once;
                                                  verify.py; saving.py; fed.py notes what a cache was fed
@@ -23,9 +23,9 @@ Terms of our own:
     window        the last tokens of a text, the current one included
     capacity      n_sink + window: how many tokens a layer holds
     ring          the slots of a layer; a new token takes the slot of the oldest token of the window
-    count         how many of its own tokens a row has seen since its last rebase, without padding
+    count         how many tokens a row has seen, padding excluded, less what rebases took off
     step          a call of the model with one token for each row
-    exact chunk   a call with several tokens, of which each sees what it would see in a step
+    exact chunk   a call with several tokens, in which each token sees what it would see in a step
     rebase        to move the whole ring to lower positions, so that positions stay small for ever
     twin          a small model of the same class, with random weights, that shows how the class uses positions
     scheme        what a twin has shown: how the keys of each layer rotate

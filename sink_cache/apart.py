@@ -1,7 +1,7 @@
-"""Running a model in this thread as if it were alone: nothing that other threads or the caller can see changes.
+"""Running a model without side effects that other threads or the caller could see.
 
-`torch.set_default_dtype`, `torch.manual_seed` and the level of a logger belong to the process. The modes here belong to a
-thread: they fill in what a call leaves to these defaults.
+`torch.set_default_dtype`, `torch.manual_seed` and a logger's level change the whole process. The modes here change one thread:
+they fill in what a call leaves to the process's defaults.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# What makes a tensor from no tensor, and can be told where. Of these, the dtype of the first does not depend on the arguments.
+# Functions that create tensors and take a `device`. The dtype that `_FLOATING` functions give does not depend on the arguments.
 _FLOATING = (torch.empty, torch.zeros, torch.ones, torch.eye, torch.linspace, torch.logspace, torch.rand, torch.randn)
 _BY_ARGUMENTS = (torch.full, torch.arange, torch.tensor, torch.as_tensor, torch.scalar_tensor)
 _INTEGERS = (torch.randint, torch.randperm, torch.tril_indices, torch.triu_indices)
@@ -24,7 +24,7 @@ _MAKERS = frozenset((*_FLOATING, *_BY_ARGUMENTS, *_INTEGERS))
 
 
 class Defaults(TorchFunctionMode):
-    """Makes tensors on this device, and floating ones in float32, where a call says neither."""
+    """Creates tensors on this device, and floating-point tensors in float32, unless a call says otherwise."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Defaults(TorchFunctionMode):
         return result
 
 
-# Quotients and powers of integers are of the default dtype.
+# Quotients and powers of integers have the default dtype.
 _ARITHMETIC = frozenset(
     getattr(owner, name)
     for owner in (torch, torch.Tensor)
@@ -54,7 +54,7 @@ _ARITHMETIC = frozenset(
 
 
 def _has_default_dtype(result: Any, arguments: Any) -> bool:
-    """Whether it is a floating tensor that was made from none."""
+    """Whether `result` is a tensor of the default dtype, computed from no floating-point tensor."""
     made_of = any(isinstance(argument, torch.Tensor) and argument.is_floating_point() for argument in arguments)
     return isinstance(result, torch.Tensor) and result.dtype is torch.get_default_dtype() and not made_of
 
@@ -68,7 +68,7 @@ def _holds_floats(arguments: Any) -> bool:
 
 
 class OwnRandomNumbers(TorchDispatchMode):
-    """Draws random numbers from a generator of its own, and not from the one of the process."""
+    """Draws random numbers from its own generator instead of the process's."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -92,16 +92,16 @@ def _overloads(func: Any) -> list[Any]:
 
 
 def _takes_generator_beside(func: Any, overload: Any) -> bool:
-    """Whether it is the same function with a generator: `torch.rand(3)` and `torch.rand(3, generator=...)` are two."""
+    """Whether `overload` is `func` with a generator: `torch.rand(3)` and `torch.rand(3, generator=...)` are two overloads."""
     names = _arguments(overload)
     return "generator" in names and [name for name in names if name != "generator"] == _arguments(func)
 
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Makes float32 tensors on the CPU, without gradients; leaves the process's defaults and log alone.
+    """Makes new tensors in its body float32, on the CPU, without gradients; leaves the process's defaults and log alone.
 
-    Random numbers want `OwnRandomNumbers`. It is not part of this, because it slows every operation down.
+    Random numbers also need `OwnRandomNumbers`. That mode is separate because it slows down every operation.
     """
     with (
         _without_log(),

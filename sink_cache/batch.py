@@ -1,7 +1,7 @@
-"""The rows of a pool on their device: one step for all of them, and the choice of their next tokens.
+"""The rows of a pool on their device: one step for all rows, and the choice of their next tokens.
 
-On CUDA both are captured in graphs. Meanwhile texts are read on a CUDA stream of their own: a step waits for memory, and reading
-for arithmetic.
+On CUDA, graphs capture the step and the choice. Texts are read at the same time, on a second CUDA stream: memory limits a step,
+and arithmetic limits reading.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from .rows import Row, note_pauses, put_row, take_row
 from .sampling import BLOCK, GREEDY, Draws, SamplingOptions, choose
 from .steps import Step, pieces, read, steps_between_rebases
 
-_WARM_UP = 2  # runs of a choice before it is captured
+_WARM_UP = 2  # how often a choice runs before it is captured
 
 
 class Batch:
-    """A cache with a fixed number of rows, which run, or pause and stay as they are.
+    """A cache with a fixed number of rows. Each row runs, or pauses and stays as it is.
 
     Args:
         model (`PreTrainedModel`): the model of all rows.
         cache (`SinkWindowCache`): compileable and unused.
-        rows (`int`): how many.
+        rows (`int`): how many rows there are.
         keep_tokens (`int`): how many tokens a repetition penalty sees.
         config (`GenerationConfig`): says whether and how steps are compiled.
-        kwargs (`dict[str, Any]`): what every call of the model gets.
+        kwargs (`dict[str, Any]`): keyword arguments of every call of the model.
 
     Attributes:
         vocab_size (`int`): how many tokens the model knows.
-        runs (`list[bool]`): the rows that run.
+        runs (`list[bool]`): which rows run.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class Batch:
         self.vocab_size: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
         self.device, self.cache = model.device, cache
         kwargs = {**kwargs, **cache_kwargs(cache, model)}
-        with torch.no_grad():  # each row begins with a token, so that all steps are alike
+        with torch.no_grad():  # every row gets a first token here, so that all steps are alike
             first = torch.zeros(rows, 1, dtype=torch.long, device=self.device)
             model(first, position_ids=torch.zeros_like(first), **kwargs)
         self.runs = [False] * rows
         self._run_on_device = self.runs
         self._sampling = [GREEDY] * rows
-        self._changed = True  # since these were last written to the device
-        self._paused = [0] * rows  # steps since the host last looked
+        self._changed = True  # `runs` or `_sampling`, since they were last written to the device
+        self._paused = [0] * rows  # for how many steps each row has paused since `_settle`
 
         def numbers(*shape: int) -> torch.Tensor:
             return torch.zeros(*shape, dtype=torch.long, device=self.device)
@@ -65,7 +65,7 @@ class Batch:
         with torch.inference_mode(False):
             self._running = numbers(rows)
             self._options = torch.tensor([GREEDY.numbers(self.vocab_size)] * rows, device=self.device)
-            self._recent, self._place = numbers(rows, keep_tokens), numbers(rows, 1)  # a ring, and where it goes on
+            self._recent, self._place = numbers(rows, keep_tokens), numbers(rows, 1)  # a ring, and its next index
             self._draws, self._drawn = numbers(rows, BLOCK), numbers(rows, 1)
         self._step = Step(model, cache, rows, self.device, config, kwargs, self._running)
         self._tokens = self._step.tokens  # each row's last one
@@ -73,23 +73,23 @@ class Batch:
         self._launched = torch.cuda.Event() if self.device.type == "cuda" else None
         self._every = self._until_rebase = steps_between_rebases(cache)
         self._compiles_choice = self._step.is_compiled and self.device.type == "cuda"
-        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # of choices, by whether all rows are greedy
+        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # of the choice, by whether all rows are greedy
         self._warm_up = _WARM_UP
 
     @property
     def is_ready(self) -> bool:
-        """Whether all is compiled that will be."""
+        """Whether nothing is left to be compiled."""
         return self._step.is_settled
 
     # --- rows, between steps ---
 
     def take(self, row: int) -> Row:
-        """The stream of a row, as views."""
+        """Returns the stream of a row; its tensors are views."""
         self._settle()
         return take_row(self.cache, row)
 
     def put(self, stream: Row, row: int, last_token: int) -> None:
-        """Puts a stream into a row, which pauses; `last_token` is the one that it will be fed first."""
+        """Puts a stream into a row, which then pauses. `last_token` is the first token that the row will be fed."""
         self._settle()
         put_row(stream, self.cache, row)
         self._step.positions[row] = stream.next_position
@@ -100,7 +100,7 @@ class Batch:
         self.runs[row], self._sampling[row], self._changed = True, sampling, True
         if not sampling.is_greedy:
             size = self._recent.shape[1]
-            # What is missing is a token that is there already, for which the penalty counts once.
+            # A repeated token fills what is missing, because the penalty counts each token once.
             filled = recent + recent[:1] * (size - len(recent))
             self._recent[row] = torch.tensor(filled, device=self.device)
             self._place[row] = len(recent) % size
@@ -116,7 +116,7 @@ class Batch:
         self.runs[row], self._changed = False, True
 
     def _settle(self) -> None:
-        """Brings the host up to date, before it looks at rows."""
+        """Tells the host which rows have paused. Needed before it looks at rows."""
         note_pauses(self.cache, self._paused)
         self._paused = [0] * len(self._paused)
 
@@ -125,9 +125,9 @@ class Batch:
     def launch(self) -> None:
         """Begins a step of all rows; `tokens` waits for its end."""
         if not self._step.is_compiled:
-            self._settle()  # as every call looks at the positions
+            self._settle()  # because every uncompiled call reads the positions
         if self._changed:
-            self._changed = False  # first, because another thread may pause a row meanwhile
+            self._changed = False  # before `runs` is read, because another thread may pause a row meanwhile
             self._run_on_device = list(self.runs)
             self._running.copy_(torch.tensor(self._run_on_device, device="cpu"))
             options = [sampling.numbers(self.vocab_size) for sampling in self._sampling]
@@ -145,16 +145,16 @@ class Batch:
             self._launched.record()
 
     def tokens(self) -> list[int]:
-        """The tokens of the step that was launched, one for each row, also for those that pause."""
+        """Waits for the launched step, and returns the token of each row, paused rows included."""
         if self._launched is not None:
             self._launched.synchronize()
         found: list[int] = self._on_host.tolist()
         return found
 
     def _choose(self, logits: torch.Tensor) -> None:
-        is_greedy = all(one.is_greedy for one, runs in zip(self._sampling, self._run_on_device, strict=True) if runs)
+        is_greedy = all(row.is_greedy for row, runs in zip(self._sampling, self._run_on_device, strict=True) if runs)
         if self._compiles_choice and self._warm_up:
-            is_greedy = False  # all is compiled in the first steps, and not when the first stream samples
+            is_greedy = False  # compiles sampling in the first steps, and not when the first stream samples
             self._warm_up -= self._step.is_settled
         elif self._step.graph is not None:
             if is_greedy not in self._graphs:
@@ -179,28 +179,28 @@ class Batch:
 
 
 class Reader:
-    """Reads one text after another, each in pieces, into a cache with one row.
+    """Reads one text after another, piece by piece, into a cache with one row.
 
     Args:
-        model (`PreTrainedModel`): reads.
+        model (`PreTrainedModel`): the model that reads.
         cache (`SinkWindowCache`): compileable and unused.
-        piece_size (`int`): tokens of a piece.
-        kwargs (`dict[str, Any]`): what every call of the model gets.
+        piece_size (`int`): how many tokens a piece has.
+        kwargs (`dict[str, Any]`): keyword arguments of every call of the model.
 
     Attributes:
-        pieces_left (`int`): of the text that is read.
+        pieces_left (`int`): how many pieces of the current text are unread.
     """
 
     def __init__(self, model: PreTrainedModel, cache: SinkWindowCache, piece_size: int, kwargs: dict[str, Any]) -> None:
         self.model, self.cache, self.piece_size = model, cache, piece_size
         self.device = model.device
         self._kwargs = kwargs
-        self._beside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._cuda_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._pieces: Iterator[torch.Tensor] = iter(())
         self.pieces_left = 0
 
     def begin(self, unread: list[int], before: Row | None) -> None:
-        """Begins with these tokens, of a new text or after the row of one."""
+        """Begins to read the tokens `unread`: a new text, or the continuation of the row `before`."""
         self.pieces_left = len(pieces(len(unread), self.piece_size))
         with self._reading(after_all=True):
             self.cache.reset()
@@ -211,7 +211,7 @@ class Reader:
             self._pieces = read(self.model, self.cache, ids, self.piece_size, kwargs)
 
     def read_piece(self, sampling: SamplingOptions, recent: list[int], draws: Draws) -> int | None:
-        """Reads the next piece; after the last one, returns the token that follows."""
+        """Reads the next piece. After the last piece, returns the token that follows the text."""
         with self._reading():
             logits = next(self._pieces)
             self.pieces_left -= 1
@@ -226,24 +226,24 @@ class Reader:
             return int(choose(logits, options, seen, draws.next().to(self.device)))
 
     def row(self) -> Row:
-        """The stream that was read, as views."""
-        if self._beside is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._beside)
+        """Returns the stream that was read; its tensors are views."""
+        if self._cuda_stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._cuda_stream)
         return take_row(self.cache, 0)
 
     @contextmanager
     def _reading(self, after_all: bool = False) -> Iterator[None]:
-        """Within, work goes to a CUDA stream of its own, after all that the present one has to do if need be."""
-        if self._beside is None:
+        """Runs its body on the reader's CUDA stream. With `after_all`, that stream first waits for the current one."""
+        if self._cuda_stream is None:
             yield
             return
         if after_all:
-            self._beside.wait_stream(torch.cuda.current_stream(self.device))
-        # cuDNN's attention makes a plan for each length that it meets: this takes longer than a step, and memory for each.
+            self._cuda_stream.wait_stream(torch.cuda.current_stream(self.device))
+        # cuDNN's attention makes a plan for each new length. A plan takes longer than a step, and keeps memory.
         plans = torch.backends.cuda.cudnn_sdp_enabled()
         torch.backends.cuda.enable_cudnn_sdp(False)
         try:
-            with torch.cuda.stream(self._beside):
+            with torch.cuda.stream(self._cuda_stream):
                 yield
         finally:
             torch.backends.cuda.enable_cudnn_sdp(plans)

@@ -20,9 +20,9 @@ from .internals import (
     calling_model_with_virtual_tokens,
     can_take_back,
     class_for_config,
-    finds_cache,
     generate_call,
     padding_mask_of_caller,
+    peft_finds_cache,
     prompt_length,
     shows_blocks_of_tokens,
     text_model,
@@ -30,7 +30,7 @@ from .internals import (
     virtual_tokens_in_cache,
 )
 from .layers import RingLayer
-from .masks import KNOWN_TO, ChunkOffset, RowsOffset, StepOffset, register_mask_functions
+from .masks import SUPPORTED_ATTENTION, ChunkOffset, RowsOffset, StepOffset, register_mask_functions
 from .model_scheme import scheme_of, scheme_of_class
 from .reference import streaming_error
 from .saving import load_stack, save_stack
@@ -46,28 +46,27 @@ class SinkWindowCache(GivenToGenerate, Cache):
     """Attention sinks and a sliding window: a key-value cache of constant size for streams of any length.
 
     StreamingLLM (Xiao et al., arXiv 2309.17453). Each token attends to the first `n_sink` tokens and to the last `window`
-    tokens, itself included, and rotary distances are those inside the cache: kept tokens count as contiguous. While no
-    more than `n_sink + window` tokens have been seen, everything equals `DynamicCache`. A call with several new tokens
-    lets them see the sinks, the last `window - 1` cached tokens and each other causally, and drops what does not fit after
-    attention; so a prompt longer than the cache is dense over the prompt.
+    tokens, itself included. Rotary distances are those inside the cache: kept tokens count as contiguous. Up to
+    `n_sink + window` tokens, everything equals `DynamicCache`. In a call with several new tokens, each of them sees the sinks,
+    the last `window - 1` cached tokens and the new tokens before it. Tokens that do not fit are dropped after attention. So a
+    prompt longer than the cache is dense over the prompt.
 
     Plain `generate()` numbers tokens for ever, and models compute angles in float32, with any cache. So logits move as positions
     rise: by some 0.2% at 100,000 tokens and 4% at a million. For longer texts use `endless`, or call `rebase()`.
 
-    The model's rotary embedding is found and checked by itself at the first use; a model on which the cache would not be
-    exact is refused. Departures from the paper's code: nothing in the model is patched, and instead of rotating all cached
-    keys at every step, only the sinks are.
+    At the first use, the cache finds and checks the model's rotary embedding. It refuses a model on which it would not be
+    exact. Departures from the paper's code: nothing in the model is patched, and a step rotates only the sinks, not all keys.
 
     Args:
         n_sink (`int`): how many of the first tokens to keep for ever; 0 gives a plain sliding window.
         window (`int`): how many of the last tokens to keep, at least 1. It does *not* include the sinks: the cache holds
             `capacity = n_sink + window` tokens.
-        compileable (`bool`): keep all shapes constant and positions on the device, so that decoding steps can be compiled;
-            `generate()` then does so by itself on CUDA. Where a prompt (or another call with several tokens) fills the
-            cache, the steps that follow have no masks (with `sdpa`), and a graph of their own, as those have that follow a
-            prompt of less than `n_sink` tokens. Each pair of sizes, batch size and dtype is compiled by itself, too, and
-            torch keeps eight graphs for a model (`torch._dynamo.config.recompile_limit`); what is beyond runs uncompiled.
-            Left-padded rows share one graph, whenever each of them fills up. No `crop`.
+        compileable (`bool`): keep all shapes constant and positions on the device, so that decoding steps can be compiled. On
+            CUDA, `generate()` then compiles them. Steps have no masks (with `sdpa`) if a prompt, or another call with several
+            tokens, has filled the cache. Such steps have their own graph. So have steps after a prompt of fewer than `n_sink`
+            tokens, and each combination of sizes, batch size and dtype. Left-padded rows share a graph, whenever each fills up.
+            Torch keeps eight graphs for a model (`torch._dynamo.config.recompile_limit`), and runs further ones uncompiled.
+            `crop` is not possible.
         config (`PreTrainedConfig`, *optional*): the model's config. Only needed where the calling model cannot be
             seen, as in a compiled first call.
 
@@ -98,11 +97,11 @@ class SinkWindowCache(GivenToGenerate, Cache):
         if not isinstance(compileable, bool):
             raise TypeError(f"compileable must be True or False, but is {compileable!r}")
         self._stack = LayerStack(n_sink, window, compileable)
-        self._finds_model = True  # at the caller, for the model
-        self._accepts_changed_model = False  # for `verify`, which measures whether the cache is exact on it
-        self._model: weakref.ref[PreTrainedModel] | None = None  # the text model that last was looked at
-        self._chunk_offsets: dict[bool, ChunkOffset] = {}  # of layers that are sliding, and that are not
-        self._is_step = False  # the call that is under way is a step of a static ring
+        self._finds_model = True  # by looking at the callers
+        self._accepts_changed_model = False  # True for `verify`, which measures whether the cache is exact on the model
+        self._model: weakref.ref[PreTrainedModel] | None = None  # the text model that was last seen
+        self._chunk_offsets: dict[bool, ChunkOffset] = {}  # by whether the layer is sliding
+        self._is_step = False  # whether the call that is under way is a step of a static ring
         super().__init__(layers=[])
         if config is not None:
             if not isinstance(config, PreTrainedConfig):
@@ -130,7 +129,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
         """Whether all shapes are constant."""
         return self._stack.compileable
 
-    # --- layers: they depend on the model, and the model shows itself only when it first uses the cache ---
+    # --- layers: they depend on the model, which the cache first sees when it is used ---
 
     @property
     def layers(self) -> list[Any]:
@@ -155,8 +154,8 @@ class SinkWindowCache(GivenToGenerate, Cache):
             calling_model()  # or a refusal
 
     def _look_if_not_begun(self) -> None:
-        # The cache may have been prepared for another model: by config=, or in its life before a reset. What a forward asks
-        # first is asked before masks are made, and before recurrent layers keep anything.
+        # The cache may have been prepared for another model, by config= or before a reset. A forward asks for this before it
+        # makes masks, and before its recurrent layers keep anything.
         if not torch.compiler.is_compiling() and not self._stack.state.begun:
             self._look_for_the_model()
 
@@ -173,7 +172,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
         return bool(super().has_previous_state(layer_idx, *args, **kwargs))
 
     def prepare_for(self, model: PreTrainedModel) -> None:
-        """Makes the layers for this model, unless they are there; what happens by itself when the model first uses the cache.
+        """Makes the layers for this model, unless they are there. The first call of a model does this by itself.
 
         Raises:
             TypeError: if it is no model.
@@ -184,22 +183,23 @@ class SinkWindowCache(GivenToGenerate, Cache):
         if self._stack.state.fed:
             return self._refuse_another_model(text)
         attention = attention_of(text.config)
-        if self.compileable and attention not in KNOWN_TO:
+        if self.compileable and attention not in SUPPORTED_ATTENTION:
             raise NotImplementedError(
-                f"compileable=True is not possible with attn_implementation {attention!r}: a cache that is not full has empty "
-                f"slots, which the masks of {' and '.join(KNOWN_TO)} attention hide. Use one of these, or leave compileable out."
+                f"compileable=True is not possible with attn_implementation {attention!r}. A cache that is not full has empty "
+                f"slots, which only the masks of {' and '.join(SUPPORTED_ATTENTION)} attention hide. Use one of these "
+                "implementations, or leave compileable out."
             )
         if (scheme := self._scheme_if_other(text)) is not None:
             self._stack.make_layers(text.config, scheme)
         self._model = weakref.ref(text)
 
     def _scheme_if_other(self, text: PreTrainedModel) -> PositionScheme | None:
-        """How this model uses positions, if the layers are not right for it; None if they are."""
+        """Returns how this model uses positions if the layers do not fit it, and None if they do."""
         scheme = scheme_of(text, error_of, may_be_changed=self._accepts_changed_model)
         return None if self._stack.fits(text.config, scheme) else scheme
 
     def _refuse_another_model(self, model: PreTrainedModel | None) -> None:
-        """In the middle of a text: its keys rotate in the way of the model that made them."""
+        """Refuses another model in the middle of a text, because its keys may rotate differently from the cached ones."""
         text = None if model is None else text_model(model)
         if text is None or (self._model is not None and self._model() is text):
             return
@@ -215,7 +215,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores the new keys and values of one layer and returns those to attend to; see `RingLayer.update`."""
+        """Stores one layer's new keys and values, and returns all keys and values to attend to; see `RingLayer.update`."""
         stack, is_static_step = self._stack, self._is_static_step(key_states, layer_idx)
         attended: tuple[torch.Tensor, torch.Tensor]
         if torch.compiler.is_compiling():
@@ -233,7 +233,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
                 attended = stack.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
             except BaseException as reason:
                 is_refusal = isinstance(reason, (IndexError, NotImplementedError, TypeError, ValueError))
-                # What came in the middle of a layer's work may have left it half-changed. A step may be repeated.
+                # Other exceptions may come in the middle of a layer's work and leave it half-changed. A step may be repeated.
                 stack.state.unfinished |= not is_refusal and not is_static_step
                 self._end_refused_call(layer_idx)
                 raise
@@ -251,7 +251,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
         return stack.state.begun and not stack.state.unfinished and bool(stack.layers[layer_idx].is_initialized)
 
     def _begin_call(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """All that has to be right before the first layer takes in the tokens of a call."""
+        """Checks a call and prepares the layers, before the first layer takes in its tokens."""
         if not self.layers:
             raise ValueError(
                 "this SinkWindowCache cannot see a transformers model among its callers. Pass "
@@ -264,24 +264,24 @@ class SinkWindowCache(GivenToGenerate, Cache):
             raise NotImplementedError(NO_PADDED_CHUNKS)
         state.remember_fed()
         goes_on = state.begun and new_tokens == 1 and min(state.counts) > 0
-        # A ring that is the first to see them checks the tensors of a step itself.
+        # If the first attention layer is a ring, it checks the tensors of a step itself.
         if not goes_on or stack.rings[0] is not stack.layers[stack.first_attention]:
             checks.refuse_other_tensors(key_states, value_states)
         self._is_step = stack.compileable and new_tokens == 1 and stack.rings[0].is_initialized
-        if not goes_on or stack.compileable or checks.must_read_positions():  # a static step was asked before
+        if not goes_on or stack.compileable or checks.must_read_positions():  # for a static step, `update` has asked
             call = look_at_caller(for_model=self._finds_model)
             if state.fed == 0:
-                if state.recording and new_tokens > self.capacity and not state.prompt:
+                if state.recording and new_tokens > self.capacity and not state.prompt_length:
                     raise NotImplementedError(
                         f"the first call after activate_past_recording() has {new_tokens} tokens, and the cache holds "
-                        f"{self.capacity}. It cannot know which of them may have to be taken back: feed the prompt before you "
+                        f"{self.capacity}. It cannot know which tokens may have to be taken back. Feed the prompt before you "
                         "activate recording, or use a larger window."
                     )
                 self._begin_text(call)
             else:
                 self._refuse_another_model(call.model)
             offsets, self._chunk_offsets = self._chunk_offsets, {}
-            stack.checks.begin(call, new_tokens, offsets)
+            stack.checks.begin(call, new_tokens, offsets)  # `_begin_text` may have made new checks
         if not stack.compileable and state.fed:
             if any(ring.storage is None for ring in stack.rings):
                 share_storage(stack.rings)
@@ -297,13 +297,13 @@ class SinkWindowCache(GivenToGenerate, Cache):
             self.prepare_for(call.model)
         if stack.layers is not prepared and stack.has_recurrent_layers(stack.first_attention):
             raise ValueError(
-                "this cache was made for another model, and recurrent layers of this one have used it already. Make a new "
-                "SinkWindowCache for each model."
+                "this cache was made for another model, and recurrent layers of the calling model have used it already. Make a "
+                "new SinkWindowCache for each model."
             )
 
     def _end_call(self, new_tokens: int, is_step: bool) -> None:
         state = self._stack.state
-        if is_step and not any(state.skips or ()):
+        if is_step and not any(state.new_pads or ()):
             state.step()
         else:
             state.advance(new_tokens)
@@ -318,18 +318,18 @@ class SinkWindowCache(GivenToGenerate, Cache):
         if not state.fed:
             state.forget_start()
         if self._stack.has_recurrent_layers(layer_idx):
-            state.unfinished = True  # these have taken in the tokens already
+            state.unfinished = True  # recurrent layers have taken in the tokens already
         if self._finds_model and generate_call():
-            state.recording = False  # which generate() begins anew in each call that needs it
+            state.recording = False  # generate() activates it again whenever it needs it
 
     # --- masks ---
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Returns `(kv_length, kv_offset)` for a layer; called by the mask-building code before any layer runs."""
+        """Returns `(kv_length, kv_offset)` for a layer. transformers asks for them when it makes masks, before any layer runs."""
         if query_length == 0:
             raise ValueError(
-                f"this cache has seen {self.get_seq_length()} tokens, and the text has no token more to feed. generate() needs "
-                "the whole text so far and at least one new token; for another text, call reset()."
+                f"this cache has seen {self.get_seq_length()} tokens, and the text has no token more to feed. Give generate() "
+                "the whole text so far and at least one new token. For another text, call reset()."
             )
         if torch.compiler.is_compiling() and not (self.compileable and query_length == 1):
             sizes: tuple[int, int] = self._outside_of_graphs(self.get_mask_sizes, query_length, layer_idx)
@@ -338,28 +338,28 @@ class SinkWindowCache(GivenToGenerate, Cache):
             stack = self._stack
             stack.checks.before_masks(padding_mask_of_caller(), query_length)
             if query_length > 1 and not self.compileable:
-                self._expect_prompt(query_length)
+                self._note_prompt(query_length)
             if self.compileable and shows_blocks_of_tokens():
                 raise NotImplementedError(
                     "compileable=True is not possible for models that mask images by blocks: transformers looks the tokens of a "
                     "block up by their index in the whole text. Leave compileable out."
                 )
-            if query_length == 1 and stack.state.may_pass(stack.rings[0].max_position):
+            if query_length == 1 and stack.state.next_step_may_pass(stack.rings[0].max_position):
                 stack.rings[0].check_positions(1)
         return super().get_mask_sizes(query_length, layer_idx)
 
-    def _expect_prompt(self, new_tokens: int) -> None:
-        """Notes which tokens of a first call are its prompt, where what comes after it is recorded."""
+    def _note_prompt(self, new_tokens: int) -> None:
+        """Notes how many tokens of a recorded first call are its prompt. Draft candidates follow the prompt."""
         state = self._stack.state
         recorded = state.recording and not state.fed and new_tokens > self.capacity
-        state.prompt = min(prompt_length(), new_tokens) if recorded else 0
+        state.prompt_length = min(prompt_length(), new_tokens) if recorded else 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int | StepOffset:  # type: ignore[override]
         """The index of the next token in masks."""
         layer, stack = self.layers[layer_idx] if self.layers else None, self._stack
-        if isinstance(layer, RingLayer) and stack.state.skips is not None:
+        if isinstance(layer, RingLayer) and stack.state.new_pads is not None:
             return RowsOffset.of(layer)
-        if isinstance(layer, RingLayer) and stack.state.chunked:
+        if isinstance(layer, RingLayer) and stack.state.chunks_are_exact:
             if torch.compiler.is_compiling():
                 offset: int = self._outside_of_graphs(self.get_query_offset, layer_idx)
                 return offset
@@ -379,7 +379,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
         return super().get_seq_length(layer_idx)
 
     def _refuse_virtual_tokens(self) -> None:
-        """Where PEFT would use another cache, or feed its virtual tokens again and again; it asks for the length before."""
+        """Refuses PEFT models that would use another cache, or feed virtual tokens at every step. PEFT asks for this length."""
         if (model := calling_model_with_virtual_tokens()) is None:
             return
         if virtual_tokens_in_cache(method := virtual_tokens(model)):
@@ -387,13 +387,13 @@ class SinkWindowCache(GivenToGenerate, Cache):
                 f"SinkWindowCache does not support {method}: PEFT puts the virtual tokens into a cache of its own. "
                 "Use DynamicCache with this model."
             )
-        if not finds_cache(model):
+        if not peft_finds_cache(model):
             raise NotImplementedError(
-                f"this PEFT does not find the cache of this transformers, and so in {method} it would feed its virtual tokens at "
-                "every step. Use a newer PEFT, or transformers before 5.24."
+                f"the installed PEFT does not find the cache of the installed transformers. With {method}, it would feed its "
+                "virtual tokens at every step. Use a newer PEFT, or transformers before 5.24."
             )
 
-    # Applied to the methods themselves, the decorator would cost more at every call than all else that they do.
+    # A decorator on each method would cost more per call than the method itself.
     @torch.compiler.disable(reason=_NOT_IN_GRAPHS)  # type: ignore[untyped-decorator]
     def _outside_of_graphs(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return method(*args, **kwargs)
@@ -401,7 +401,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
     # --- copies ---
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_model": None}  # which is looked at again
+        return vars(self) | {"_model": None}  # a copy looks for its model again
 
     def __copy__(self) -> SinkWindowCache:
         copied = type(self).__new__(type(self))
@@ -430,11 +430,11 @@ class SinkWindowCache(GivenToGenerate, Cache):
     # --- going back ---
 
     def activate_past_recording(self) -> None:
-        """From now on keeps what each call overwrites until the next `crop`, and makes calls with several tokens exact.
+        """Keeps what each call overwrites, until the next `crop`, and makes calls with several tokens exact.
 
-        For assisted decoding: candidates are checked as if they had been fed one at a time. Its first call has the prompt and
-        the first candidates. There each token of the prompt sees the whole prompt before it, as in plain `generate()`, and
-        each candidate sees the sinks and its own window. So greedy decoding gives the same text with and without help.
+        Assisted decoding uses this to check candidates as if they were fed one at a time. Its first call has the prompt and the
+        first candidates. Each prompt token sees the whole prompt before it, as in plain `generate()`. Each candidate sees the
+        sinks and its own window. So greedy decoding gives the same text with and without help.
         """
         if self.compileable:
             raise self._not_supported("assisted decoding with compileable=True", _NOT_COMPILEABLE)
@@ -452,11 +452,11 @@ class SinkWindowCache(GivenToGenerate, Cache):
         return all(map(can_take_back, self.layers))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last tokens (a number <= 0), as if they had never been fed; and what was recorded is forgotten.
+        """Takes back the last `-tokens_to_remove` tokens, as if they had never been fed, and forgets what was recorded.
 
         Raises:
-            ValueError: for a positive number; or if tokens were evicted for those to be taken back, and the cache was not
-                recording (`activate_past_recording`) when they came.
+            ValueError: for a positive number; or if these tokens evicted others while the cache was not recording (see
+                `activate_past_recording`).
             NotImplementedError: for padded rows, for recurrent states, and with `compileable=True`.
         """
         try:
@@ -476,7 +476,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
             raise self._not_supported("crop of padded batches")
         stack.crop(tokens_to_remove)
 
-    # --- other rows ---
+    # --- choosing rows ---
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps these rows of the batch (indices, or a mask), in this order; a row may come several times."""
@@ -485,12 +485,12 @@ class SinkWindowCache(GivenToGenerate, Cache):
             stack.select(torch.arange(stack.rows, device=indices.device)[indices])
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Rows in the order `beam_idx` `[batch_size]`, for beam search."""
+        """Puts the rows in the order `beam_idx` `[batch_size]`, for beam search."""
         if len(beam_idx) and self.get_seq_length():
             self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
+        """Repeats each row `repeats` times."""
         rows = torch.arange(self._stack.rows, device="cpu")
         self.batch_select_indices(rows.repeat_interleave(repeats))
 
@@ -507,15 +507,15 @@ class SinkWindowCache(GivenToGenerate, Cache):
         save_stack(self._stack, path)
 
     def load(self, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
-        """Takes the state of a file that `save` wrote, in place of its own; the text goes on as if nothing had happened.
+        """Replaces the cache's state by that of a file from `save`. The text then goes on as if nothing had happened.
 
         Args:
-            path: the file.
-            model (`PreTrainedModel`): the model that will use the cache; its states are put where its layers are.
+            path (`str` or `os.PathLike`): the file.
+            model (`PreTrainedModel`): the model that will use the cache. Each state is put on the device of its layer.
 
         Raises:
-            FileNotFoundError, ValueError: if the file is not there, is damaged or foreign, or is of a cache of other sizes,
-                of another model or dtype. The cache is then as it was.
+            FileNotFoundError, ValueError: if the file is missing, damaged or foreign, or is of a cache of other sizes, of another
+                model or of another dtype. The cache then stays as it was.
             NotImplementedError: if the model is refused.
         """
         fresh = type(self)(self.n_sink, self.window, compileable=self.compileable)
@@ -533,7 +533,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
         positions, rings = self._stack.state.next_positions(), self._stack.rings
         device = rings[0].device if rings and rings[0].is_initialized else torch.device("cpu")
         if len(positions) == 1:
-            # Made on the device: to copy them there would be to wait for it.
+            # Made on the device, because a copy would wait for it.
             return torch.arange(positions[0], positions[0] + new_tokens, device=device)[None]
         starts = torch.tensor(positions, device="cpu")[:, None]
         return (starts + torch.arange(new_tokens, device="cpu")).to(device)
@@ -544,11 +544,10 @@ class SinkWindowCache(GivenToGenerate, Cache):
         return self._stack.checks.tokens_until_full()
 
     def tokens_between_rebases(self) -> int:
-        """How many tokens may at most be fed from one `rebase()` to the next, before positions go beyond the model's last one."""
+        """How many tokens may be fed between two calls of `rebase()`, so that the model has a position for each."""
         self._need_a_model("tokens_between_rebases()")
         stack = self._stack
-        furthest = stack.furthest_capacity + max(0, *stack.state.starts)
-        return stack.max_position - furthest - stack.rebase_step
+        return stack.max_position - stack.largest_capacity - max(0, *stack.state.starts) - stack.rebase_step
 
     @property
     def max_position(self) -> int:
@@ -558,20 +557,20 @@ class SinkWindowCache(GivenToGenerate, Cache):
 
     @property
     def rebase_step(self) -> int:
-        """By a multiple of this many positions `rebase` moves; and that many tokens should lie between two calls."""
+        """`rebase` moves by a multiple of this many positions. Feed at least as many tokens between two calls."""
         self._need_a_model("rebase_step")
         return self._stack.rebase_step
 
     def rebase(self) -> int:
-        """Moves the stream back to a lower position, as far as it goes; for loops that pass `position_ids` of their own.
+        """Moves the stream back to the lowest position that it can have, for loops that pass their own `position_ids`.
 
-        Rotary attention sees differences of positions only, so the window's keys can be rotated back by any number, and the
-        text goes on from there. Each row moves by a multiple of `window`, by as much as its own length allows. Call this at
-        least `window` tokens after the last time, and each key is rotated once in its life.
+        Rotary attention sees only differences of positions, so the window's keys can be rotated back by any number. Each row
+        moves by a multiple of `rebase_step`, as far as its own length allows. If at least `rebase_step` tokens lie between two
+        calls, each key is rotated once in its life.
 
         Returns:
-            `int`: by how much, in the row that moved furthest. The next tokens' positions are `next_position_ids()`, and the
-                positions that `generate()` or `forward()` would count by themselves are wrong from now on.
+            `int`: by how many positions the furthest row moved. From now on pass `next_position_ids()`, because `generate()`
+                and `forward()` would count wrong positions by themselves.
 
         Raises:
             ValueError: before a model has used the cache.
@@ -610,7 +609,7 @@ def stack_of(cache: SinkWindowCache) -> LayerStack:
 
 
 def cache_to_measure(model: PreTrainedModel, n_sink: int, window: int) -> SinkWindowCache:
-    """A cache for a model that may have been changed on its instance: whether the cache is exact on it will be seen."""
+    """Makes a cache for `verify`, which also measures models that were changed on their instance."""
     cache = SinkWindowCache(n_sink, window)
     cache._accepts_changed_model = True
     cache.prepare_for(model)
@@ -618,7 +617,7 @@ def cache_to_measure(model: PreTrainedModel, n_sink: int, window: int) -> SinkWi
 
 
 def prepare_as(cache: SinkWindowCache, config: PreTrainedConfig, scheme: PositionScheme) -> None:
-    """Makes the layers for models of this config whose positions work as `scheme` says, whoever calls later."""
+    """Makes the layers for this config and scheme. From then on the cache does not look for its model."""
     cache._finds_model = False
     cache._stack.make_layers(config, scheme)
 

@@ -1,7 +1,7 @@
-"""The one look at the caller: which model uses the cache, and with what.
+"""The one look at the caller: which model uses the cache, and with which mask and positions.
 
-`generate()` and `forward()` pass a cache neither their model, nor their padding mask, nor their positions. All of these are local
-variables of the calling frames, where `internals.py` finds them. Everything else in the library is arguments.
+`generate()` and `forward()` pass a cache neither their model, nor their padding mask, nor their positions. These three are local
+variables of the calling frames, where `internals.py` finds them. The rest of the library works with arguments only.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ class Call:
 
     Attributes:
         model (`PreTrainedModel`, *optional*): the innermost model that was called.
-        padding_mask (`torch.Tensor`, *optional*): its `attention_mask`, `[batch_size, length]`.
-        position_ids (`torch.Tensor`, *optional*): its positions, `[1 or batch_size, new_tokens]` or with a dimension before.
-        generates_without_cache (`bool`): it is a call of `generate(use_cache=False)`.
+        padding_mask (`torch.Tensor`, *optional*): the model's `attention_mask`, `[batch_size, length]`.
+        position_ids (`torch.Tensor`, *optional*): the model's positions, `[1 or batch_size, new_tokens]` or
+            `[axes, 1 or batch_size, new_tokens]`.
+        generates_without_cache (`bool`): the call comes from `generate(use_cache=False)`.
     """
 
     model: PreTrainedModel | None
@@ -35,7 +36,7 @@ def look_at_caller(*, for_model: bool = True) -> Call:
     """Reads the calling frames.
 
     Args:
-        for_model (`bool`): also who calls. A cache that was prepared for a model by hand does not ask.
+        for_model (`bool`): also look for the model. A cache that was prepared for a model by hand does not need it.
     """
     config = generate_call().get("generation_config") if for_model else None
     return Call(

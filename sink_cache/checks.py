@@ -1,9 +1,8 @@
-"""What a call of a model is refused for, before its tokens go into the layers.
+"""Refusing a call of a model before its tokens go into the layers.
 
-The cache holds a few tokens of a text and moves them by counting. A call that does not go on where the last one ended would give
-wrong text and no error. So it is refused here: after a forward that was interrupted, with gaps in positions, with padding that is
-not on the left or that is forgotten, and with masks that do not show the sinks. Positions of single tokens are read at the first
-step of a loop and then at every 64th.
+The cache moves its tokens by counting, so a call that does not continue the text would give wrong text and no error. Such a call
+is refused here: after an interrupted forward, with gaps in positions, with padding that is forgotten or not on the left, and with
+masks that do not show the sinks. Positions of single tokens are read at the first step of a loop and then at every 64th.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from .internals import (
 from .layers import POSITION_LIMIT, RingLayer
 from .masks import ChunkOffset
 from .ring import evicted_before
-from .state import PerRow, StreamState, alike
+from .state import PerRow, StreamState, compact
 
 _READ_EVERY = 64  # steps
 NO_PADDED_CHUNKS = "stream() and assisted decoding do not support padded batches."
@@ -34,7 +33,7 @@ def left_padding_of(mask: torch.Tensor) -> PerRow:
     """How many zeros each row of a mask `[batch_size, length]` begins with.
 
     Raises:
-        NotImplementedError: if there are zeros after the first one of a row.
+        NotImplementedError: if a row has zeros after its first 1.
     """
     real = mask.bool().cpu()
     zeros = (~real).sum(dim=1)
@@ -46,7 +45,7 @@ def left_padding_of(mask: torch.Tensor) -> PerRow:
             "the pads, and rows must begin with their pads. Generate one row at a time."
         )
     raise NotImplementedError(
-        "SinkWindowCache supports left padding only, and attention_mask has zeros after the first token of a row. "
+        "SinkWindowCache supports left padding only, but attention_mask has zeros after the first token of a row. "
         "Set tokenizer.padding_side = 'left'. If generate() made the mask from a pad token within the text, pass attention_mask."
     )
 
@@ -74,17 +73,17 @@ class CallChecks:
         self._takes_masks, self._trained_context, self._in_chunks = takes_masks, trained_context, in_chunks
         self._rings = [layer for layer in layers if isinstance(layer, RingLayer)]
         self._sliding = [layer for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
-        # Of the first layer's keys and values; under autocast, those of other layers may differ.
+        # The dtypes of the first layer's keys and values. Under autocast, those of other layers may differ.
         self._dtypes: tuple[torch.dtype, ...] = ()
         self._masks_unread = self._positions_unread = 0
 
     # --- when masks are made, before any layer ---
 
     def before_masks(self, mask: torch.Tensor | None, new_tokens: int) -> None:
-        """A call begins, and its masks are made first; `mask` is the caller's `attention_mask` `[batch_size, length]`."""
-        # To read the mask means to wait for a GPU, and steps only add a one to what was read before.
+        """Checks a call when its masks are made; `mask` is the caller's `attention_mask` `[batch_size, length]`."""
+        # Reading a mask waits for the GPU, and a step only adds a one to a mask that was read before.
         state, is_step = self.state, new_tokens == 1 and self.state.begun
-        if state.skips is not None:
+        if state.new_pads is not None:
             return self.refuse_interrupted()
         self._masks_unread += int(is_step)
         if not is_step or mask is None or mask.device.type == "cpu" or self._masks_unread >= _READ_EVERY:
@@ -95,12 +94,12 @@ class CallChecks:
         if not is_step or self._positions_unread + 1 >= _READ_EVERY:  # now, before recurrent layers take anything in
             self._refuse_images(new_tokens)
         if self._rings[0].is_compileable and new_tokens == 1:
-            return  # a static ring hides by itself what a row does not have
+            return  # a static ring hides the empty slots of each row by itself
         self.refuse_interrupted()
         if mask is None and state.padded and self.tokens_until_full():
             raise ValueError(
-                "rows of this cache began with padding that is not yet out of sight, so that every call needs the "
-                "attention_mask of the whole text, as the first one did."
+                "rows of this cache began with padding that is not yet out of sight. Until then every call needs the "
+                "attention_mask of the whole text, as the first call did."
             )
 
     def note_padding(self, mask: torch.Tensor | None) -> None:
@@ -108,15 +107,15 @@ class CallChecks:
         state = self.state
         if mask is not None and not self._takes_masks:
             raise NotImplementedError(
-                "this model makes its attention biases (ALiBi) for all that its attention_mask covers, and not for what this "
-                "cache shows. Leave attention_mask out; padded batches are not possible."
+                "this model makes its attention biases (ALiBi) for all tokens of its attention_mask, and this cache shows fewer. "
+                "Leave attention_mask out; padded batches are not possible."
             )
         if mask is None or (not state.padded and mask.all()):
             return
         zeros = left_padding_of(mask)
-        if alike(zeros) == state.pads or (not any(zeros) and not self.tokens_until_full()):
+        if compact(zeros) == state.pads or (not any(zeros) and not self.tokens_until_full()):
             return
-        if state.chunked:
+        if state.chunks_are_exact:
             raise NotImplementedError(NO_PADDED_CHUNKS)
         # A refused first call may have left the padding of another batch behind.
         for row, (now, before) in enumerate(state.per_row(zeros, state.pads) if state.fed else ()):
@@ -130,23 +129,22 @@ class CallChecks:
     # --- when the first layer takes in tokens ---
 
     def begin(self, call: Call, new_tokens: int, offsets: dict[bool, ChunkOffset]) -> None:
-        """Tokens are about to go into the first layer.
+        """Checks a call when its tokens are about to go into the first layer.
 
         Args:
-            call (`Call`): who calls, and with what.
-            new_tokens (`int`): how many tokens.
-            offsets (`dict[bool, ChunkOffset]`): with which masks were made for layers that are sliding, and that are not.
+            call (`Call`): the model, its mask and its positions.
+            new_tokens (`int`): how many tokens the call has for each row.
+            offsets (`dict[bool, ChunkOffset]`): the offsets from which masks were made, by whether a layer is sliding.
         """
         state = self.state
         self.note_padding(call.padding_mask)
         if state.fed == 0:
             self._begin_text(call, new_tokens)
         self._refuse_gaps(call.position_ids, new_tokens)
-        self._positions_unread = (
-            _READ_EVERY if state.fed == 0 or new_tokens > 1 else 0
-        )  # the first step of a loop is read
-        state.moved, state.begun = False, state.least_after(new_tokens) > 0
-        if kinds := {ring.is_sliding for ring in self._rings if ring.evicts_within(new_tokens)}:
+        # After this call, the first step of a loop is read.
+        self._positions_unread = _READ_EVERY if state.fed == 0 or new_tokens > 1 else 0
+        state.recheck_positions, state.begun = False, state.least_after(new_tokens) > 0
+        if kinds := {ring.is_sliding for ring in self._rings if ring.needs_sinks_per_query(new_tokens)}:
             if state.padded:
                 raise NotImplementedError(NO_PADDED_CHUNKS)
             if not all(kind in offsets and offsets[kind].used for kind in kinds):
@@ -172,7 +170,7 @@ class CallChecks:
             )
 
     def refuse_interrupted(self) -> None:
-        """Refuses every call after one that did not get through all layers, until `reset`."""
+        """Refuses a call if the call before did not get through all layers. Only `reset` helps then."""
         if self.state.unfinished:
             raise ValueError(
                 "the layers of this cache have seen different numbers of tokens: a forward was interrupted. Call reset()."
@@ -189,19 +187,19 @@ class CallChecks:
         first.refuse_unless_equal(("batch size", "dtype", "value dtype"), given, expected)
 
     def must_read_positions(self) -> bool:
-        """Counts a step, and says whether to look at its positions. That means to walk up the stack, and to wait for a GPU."""
+        """Counts a step, and returns whether to read its positions. Reading walks up the frames, and waits for the GPU."""
         self._positions_unread += 1
-        # After a rebase the caller has to know of it.
+        # After a rebase, a caller might go on with the old positions.
         rebased_on_cpu = any(self.state.rebased) and self._rings[0].device.type == "cpu"
-        return self.state.moved or self._positions_unread >= _READ_EVERY or rebased_on_cpu
+        return self.state.recheck_positions or self._positions_unread >= _READ_EVERY or rebased_on_cpu
 
     def _refuse_gaps(self, position_ids: torch.Tensor | None, new_tokens: int) -> None:
-        """Sinks move by the number of evicted tokens, so positions must count tokens."""
+        """Refuses positions that do not count tokens, because sinks move by the number of evicted tokens."""
         if position_ids is None:
             return
         if position_ids.shape[-1] == 1 < new_tokens:
             raise ValueError(
-                f"position_ids has one position for {new_tokens} tokens, and models would give it to all of them: pass "
+                f"position_ids has one position for {new_tokens} tokens, and models would give it to every token. Pass "
                 f"next_position_ids({new_tokens})."
             )
         has_axes = position_ids.ndim == 3
@@ -209,25 +207,25 @@ class CallChecks:
         if position_ids.shape[-1] != new_tokens or (position_ids.is_floating_point() and not has_axes):
             return
         state = self.state
-        rows = state.per_row(state.counts, state.skips or (0,))
+        rows = state.per_row(state.counts, state.new_pads or (0,))
         first = torch.tensor([[count - skip] for count, skip in rows], device="cpu")
         index = torch.arange(new_tokens, device="cpu")
-        number = first + index  # of each token in its row, from the last rebase on
+        number = first + index  # the count before each token
         skipped = (number < 0) | (index < torch.tensor([[skip] for _, skip in rows], device="cpu"))
         given = position_ids.cpu()
         if has_axes:
             if ((given != given[:1]) & ~skipped).any():
                 raise NotImplementedError(
-                    "SinkWindowCache does not support images in this model: it gives the tokens of an image or a video positions "
-                    "on several axes (M-RoPE), which do not count tokens, and this cache moves its sinks by a number of tokens. "
-                    "Nothing of this call was stored. Texts without images are exact; use DynamicCache for those with images."
+                    "SinkWindowCache does not support images in this model. The tokens of an image or a video get positions on "
+                    "several axes (M-RoPE). They do not count tokens, but this cache moves its sinks by counting tokens. Nothing "
+                    "of this call was stored. Texts without images are exact. Use DynamicCache for texts with images."
                 )
             given = given[0]
-        # Rows may begin anywhere: what counts are distances.
+        # A row may begin at any position, because only distances matter.
         now = (given - number).reshape(-1, new_tokens)[:, -1].tolist()
         known = state.starts * (len(now) // len(state.starts) or 1)
         begins = [pads >= state.fed for pads in state.pads] * (len(now) // len(state.pads) or 1)
-        starts = alike(tuple(n if begin else k for n, begin, k in zip(now, begins, known, strict=False)))
+        starts = compact(tuple(n if begin else k for n, begin, k in zip(now, begins, known, strict=False)))
         counted = number + torch.tensor(starts, device="cpu")[:, None]
         if not ((given == counted) | skipped).all():
             if has_axes:
@@ -246,7 +244,7 @@ class CallChecks:
         state.starts = starts
 
     def _refuse_images(self, new_tokens: int) -> None:
-        """Where the model has positions on several axes. Others are refused when the first layer of attention is called."""
+        """Refuses positions on several axes that do not count tokens. Other positions are read at the first attention layer."""
         position_ids = positions_of_caller()
         if position_ids is not None and position_ids.ndim == 3:
             self._refuse_gaps(position_ids, new_tokens)
@@ -254,7 +252,7 @@ class CallChecks:
     # --- how far ---
 
     def tokens_until_full(self) -> int:
-        """How many more tokens until every row of every ring is full, and no layer shows pads any more."""
+        """How many more tokens are needed until every row of every ring is full, and no layer shows pads."""
         least = min(self.state.counts)
         until_full = [-evicted_before(least, capacity) for capacity in {ring.capacity for ring in self._rings}]
         # transformers' own sliding layers may be longer than ours.

@@ -1,8 +1,8 @@
 """Attention of an exact chunk in two parts: each query's sinks, and its window.
 
-Queries of a chunk have different distances to the sinks. Instead of copies of the sinks, a query gets scores of its own with
-`n_sink` keys, and ordinary sliding-window attention over all other tokens. The two results are merged by the logarithm of
-the sum of their exponentials, as the blocks of flash attention are. The result is that of one softmax over both.
+Queries of a chunk have different distances to the sinks. Here the sinks are not copied for each query. Each query gets its own
+scores with the `n_sink` keys, and ordinary sliding-window attention over all other tokens. The two results are merged by their
+log-sum-exp, as flash attention merges its blocks. This equals one softmax over both.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from .ring import evicted_before
 from .rotary import ForwardRotation
 
-_BLOCK = 128  # queries that are multiplied with the keys of all their windows at once, where no kernel knows windows
+_BLOCK = 128  # how many queries are computed at once where no kernel knows windows
 
 
 class ExactChunk:
-    """The sinks of one layer, for the queries of one exact chunk. The keys that the layer returns carry it to attention.
+    """The sinks of one layer, for the queries of one exact chunk. The layer's keys and values carry this object to attention.
 
     Args:
         sink_keys (`torch.Tensor`): `[batch_size, kv_heads, n_sink, head_dim]`, as the model made them.
@@ -28,7 +28,7 @@ class ExactChunk:
         rotation (`ForwardRotation`): how keys of the layer move forward.
         count (`int`): how many tokens came before the chunk.
         window (`int`): how many tokens a query sees beside the sinks, itself included.
-        unmerged (`set[ExactChunk]`): has the chunk until attention has merged its sinks.
+        unmerged (`set[ExactChunk]`): holds the chunk until attention has merged its sinks.
     """
 
     def __init__(
@@ -45,37 +45,37 @@ class ExactChunk:
         unmerged.add(self)
 
     def carried_by(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The window's keys and values, which know this chunk as long as nothing is computed from them."""
+        """Attaches this chunk to the window's keys and values. Tensors that are computed from them do not carry it."""
         keys.exact_chunk = values.exact_chunk = self  # type: ignore[attr-defined]
         return keys, values
 
     @torch.compiler.disable(reason="chunks are read outside of graphs")  # type: ignore[untyped-decorator]
     def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
-        """What the queries see, sinks and window.
+        """Computes the attention of each query to its sinks and its window.
 
         Args:
             query (`torch.Tensor`): `[batch_size, heads, queries, head_dim]`.
-            keys, values (`torch.Tensor`): `[batch_size, kv_heads, tokens, head_dim or value_dim]`, all tokens that are in the
-                window of a query and no sinks, in the order of the text up to the last query's own.
-            scale (`float`): of the scores.
+            keys, values (`torch.Tensor`): `[batch_size, kv_heads, tokens, head_dim or value_dim]`, the tokens in the window of
+                any query, without sinks. They are in the order of the text and end with the last query's own.
+            scale (`float`): the factor of the scores.
 
         Returns:
             `torch.Tensor`: `[batch_size, queries, heads, value_dim]`, in the dtype of the query.
         """
         self.unmerged.discard(self)
         n_sink = self.sink_keys.shape[2]
-        alone = max(0, n_sink - self.count)  # queries that are sinks themselves, and see no window
-        windowed, window_total = window_attention(query[:, :, alone:], keys, values, self.window, scale)
+        are_sinks = max(0, n_sink - self.count)  # how many queries are sinks themselves, and see no window
+        windowed, window_total = window_attention(query[:, :, are_sinks:], keys, values, self.window, scale)
         if not n_sink:
             return windowed
-        if alone:
-            windowed = torch.nn.functional.pad(windowed, (0, 0, 0, 0, alone, 0))
-            window_total = torch.nn.functional.pad(window_total, (alone, 0), value=-torch.inf)
+        if are_sinks:
+            windowed = torch.nn.functional.pad(windowed, (0, 0, 0, 0, are_sinks, 0))
+            window_total = torch.nn.functional.pad(window_total, (are_sinks, 0), value=-torch.inf)
         evicted = evicted_before(self.count, n_sink + self.window)
         sink_keys, turns = self.rotation.turns(self.sink_keys, evicted, query.shape[2])
         merge = merge_sinks
-        if has_kernel(query, values) and importlib.util.find_spec("triton"):
-            # An import statement would make the hub's loader ask for triton, which the code there does without.
+        if flash_attention_takes(query, values) and importlib.util.find_spec("triton"):
+            # The hub's loader would take an import statement for a requirement, and triton is none.
             merge = importlib.import_module(".merge_kernel", __package__).merge_sinks
         return merge(query, sink_keys, self.sink_values, turns, windowed, window_total, scale, self.count)
 
@@ -90,14 +90,14 @@ def merge_sinks(
     scale: float,
     count: int,
 ) -> torch.Tensor:
-    """Attention to the sinks and to the window, from the sinks and from what attention to the window has given.
+    """Adds attention to the sinks to a finished attention to the window.
 
     Args:
         query (`torch.Tensor`): `[batch_size, heads, queries, head_dim]`.
         sink_keys, turns (`torch.Tensor`): see `ForwardRotation.turns`.
         sink_values (`torch.Tensor`): `[batch_size, kv_heads, n_sink, value_dim]`.
-        windowed, window_total (`torch.Tensor`): what `window_attention` returns; `-inf` for queries that see no window.
-        scale (`float`): of the scores.
+        windowed, window_total (`torch.Tensor`): see `window_attention`. The total is `-inf` for queries that see no window.
+        scale (`float`): the factor of the scores.
         count (`int`): how many tokens came before the first query.
 
     Returns:
@@ -117,14 +117,14 @@ def merge_sinks(
 def window_attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention of each query to the last `window` keys up to its own; the last query's own key is the last one.
+    """Computes causal attention of each query to the last `window` keys up to its own. The last key is the last query's own.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: the output `[batch_size, queries, heads, value_dim]`, and the logarithm of the sum
             of the exponentials of each query's scores, `[batch_size, heads, queries]`, float32.
     """
-    if has_kernel(query, values):
-        # PyTorch's public functions for windows want a compiler, or a newer PyTorch.
+    if flash_attention_takes(query, values):
+        # PyTorch's public functions for windows need the compiler, or a newer PyTorch.
         output, total, *_ = torch.ops.aten._flash_attention_forward(
             *(states.transpose(1, 2) for states in (query, keys, values)),
             None,
@@ -147,8 +147,8 @@ def window_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), torch.cat(totals, dim=2)
 
 
-def has_kernel(query: torch.Tensor, values: torch.Tensor) -> bool:
-    """Whether flash attention takes these `[batch_size, heads, tokens, head_dim]`."""
+def flash_attention_takes(query: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether PyTorch's flash attention takes this query and these values, `[batch_size, heads, tokens, head_dim]` each."""
     if not query.is_cuda or torch.version.hip or query.dtype not in (torch.float16, torch.bfloat16):
         return False
     head_dim = query.shape[-1]
@@ -162,7 +162,7 @@ def has_kernel(query: torch.Tensor, values: torch.Tensor) -> bool:
 def _window_block(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int, scale: float, block: slice
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`window_attention` of a block of queries; the output is `[batch_size, heads, queries, value_dim]`."""
+    """Computes `window_attention` of a block of queries; the output is `[batch_size, heads, queries, value_dim]`."""
     before = keys.shape[2] - query.shape[2]
     query = query[:, :, block]
     first = before + block.start
@@ -183,7 +183,7 @@ def _window_block(
 
 
 def chunk_of_attention(key: torch.Tensor, value: torch.Tensor, mask: Any, kwargs: dict[str, Any]) -> ExactChunk | None:
-    """The chunk whose sinks attention has to merge, if it was called with just what the layer returned and no more."""
+    """Returns the chunk whose sinks attention has to merge; None if attention was not called with just the layer's tensors."""
     chunk: ExactChunk | None = getattr(key, "exact_chunk", None)
     more = mask, kwargs.get("position_bias"), kwargs.get("softcap")
     if chunk is None or getattr(value, "exact_chunk", None) is not chunk or kwargs.get("dropout"):

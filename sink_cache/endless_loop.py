@@ -1,11 +1,10 @@
 """Generation without end: positions stay bounded, and nothing grows with the text.
 
-`generate()` numbers tokens for ever, keeps every one, and builds a mask of all of them. This decoding loop goes in through
-transformers' own extension point for one, `custom_generate`. When a full cache has moved far enough, it is rebased, so
-positions never exceed a few times the capacity; of the text only the recent tokens are kept; and once the cache is full a
-compiled step needs no mask, because every slot is visible to the one query.
+`generate()` numbers tokens for ever, keeps every token, and builds a mask over all of them. The decoding loop here uses
+transformers' own extension point, `custom_generate`. It rebases the cache from time to time, so that positions stay low. It keeps
+only the recent tokens of the text. Once the cache is full, a compiled step needs no mask, because its query sees every slot.
 
-Low positions are exact ones, too: with a position of 100,000 the logits of plain `generate()` have moved by some 0.2%.
+Low positions are also more exact: at position 100,000, the logits of plain `generate()` have moved by some 0.2%.
 """
 
 from __future__ import annotations
@@ -55,36 +54,35 @@ def endless(
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """A decoding loop for `model.generate(..., custom_generate=endless)` that runs until it is told to stop.
 
-    Greedy decoding and sampling, with all of `generate()`'s logits processors and stopping criteria, and a `streamer`. It stops
-    at an `eos_token_id` (if the model or the call has one), when a stopping criterion says so, after `max_new_tokens` or
-    at `max_length`, if given; otherwise never. With `SinkWindowCache(..., compileable=True)`, steps of a full cache are
-    compiled where `generate()` would compile them, and run without masks (with `sdpa` attention).
+    It does greedy decoding and sampling, with all of `generate()`'s logits processors and stopping criteria, and a `streamer`. It
+    stops at an `eos_token_id` (if the model or the call has one), when a stopping criterion says so, and after `max_new_tokens`
+    or at `max_length`, if given. Otherwise it never stops. With `SinkWindowCache(..., compileable=True)`, steps of a full cache
+    are compiled where `generate()` would compile them, and run without masks (with `sdpa` attention).
 
     Args:
-        keep_tokens (`int`, *optional*): how many of the last tokens logits processors and stopping criteria see, and are
-            returned; by default the cache's capacity. Pass it to `generate()`, like all else.
+        keep_tokens (`int`, *optional*): how many of the last tokens are returned, and are seen by logits processors and stopping
+            criteria. By default the cache's capacity. Pass it to `generate()`.
         past_key_values (`SinkWindowCache`): in `model_kwargs` (`cache` from transformers 5.24 on).
 
     If the cache has seen tokens already, `input_ids` may be one of these:
 
-    * The new tokens alone. The first of them is the last token of the answer before, which no forward has seen.
-    * The whole text, as `generate()`'s own loops want it: `input_ids` that begin with all tokens that the cache has seen. Of
-      these the last 256 are compared.
-    * What the last call returned, and the new tokens after it, also where not all of the text was returned.
+    * The new tokens alone. The first is the last token of the previous answer, which no forward has seen.
+    * The whole text, as `generate()`'s own loops want it. The last 256 tokens that the cache has seen are compared.
+    * What the last call returned, followed by new tokens. The last call need not have returned the whole text.
 
-    Only what `stream` or `endless` fed last can be compared. If the cache was fed in another way and `input_ids` are longer
-    than what it has seen, they are refused.
+    Only tokens that `stream` or `endless` fed last can be compared. If something else fed the cache, `input_ids` that are longer
+    than what it has seen are refused.
 
     Returns:
         `torch.Tensor`: the last `keep_tokens` tokens at most, prompt included, `[batch_size, tokens]`; or a
-            `GenerateDecoderOnlyOutput` with these and the cache, if `return_dict_in_generate`. All tokens go to the
+            `GenerateDecoderOnlyOutput` with these tokens and the cache, if `return_dict_in_generate`. All tokens go to the
             `streamer`, as they come.
 
     Raises:
         TypeError: without a `SinkWindowCache`.
         NotImplementedError: for models with PEFT's virtual tokens, or whose keys a rebase could not move; for `synced_gpus`,
             which `generate()` sets by itself for models that processes share by FSDP or ZeRO 3.
-        ValueError: if `input_ids` hold no new token, or may be the whole text as well as new tokens. For beams, for outputs that
+        ValueError: if `input_ids` hold no new token, or could be the whole text or new tokens. For beams, for outputs that
             would grow with the text, and for options that count more tokens than are kept.
 
     Example:
@@ -96,23 +94,23 @@ def endless(
     ```
     """
     cache = take_cache(model_kwargs)
-    refuse_what_endless_has_not(cache, generation_config, input_ids, model_kwargs, keep_tokens)
+    refuse_unsupported(cache, generation_config, input_ids, model_kwargs, keep_tokens)
     if method := virtual_tokens(model):
         raise NotImplementedError(
-            f"endless feeds the tokens of the text, and would leave out the virtual tokens of {method}. Use DynamicCache and "
-            "generate() without custom_generate."
+            f"endless feeds only the tokens of the text, and would leave out the virtual tokens of {method}. Use DynamicCache "
+            "and generate() without custom_generate."
         )
     call = generate_call()
     if keeps_processes_in_step(model):
         raise NotImplementedError(
-            "endless does not keep processes in step, and would wait for ever where one ends before the others. With "
+            "endless does not keep processes in step. If one process ended first, the others would wait for ever. With "
             "synced_gpus=False it works if all processes have prompts of one length and end after the same number of tokens."
         )
     streamer = model_kwargs.pop("streamer", None) or call.get("streamer")
-    # generate() adds a MaxLengthCriteria of its own, also where nobody has asked for one.
+    # generate() adds its own MaxLengthCriteria, even if nobody has asked for one.
     asked_for = call.get("stopping_criteria", stopping_criteria) or ()
     left = _steps_left(generation_config, input_ids, call.get("has_default_max_length", False), asked_for)
-    _check_what_counts_tokens(generation_config, input_ids.shape[1], left, keep_tokens or cache.capacity)
+    _refuse_long_counts(generation_config, input_ids.shape[1], left, keep_tokens or cache.capacity)
     criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria))
     has_eos = any(map(stops_at_token, criteria))
     pad_token = pad_token_of(generation_config)
@@ -142,13 +140,11 @@ def endless(
                 break
     if streamer is not None:
         streamer.end()
-    if generation_config.return_dict_in_generate:
-        return generate_output(recent.tokens.clone(), cache)
     kept: torch.Tensor = recent.tokens.clone()
-    return kept
+    return generate_output(kept, cache) if generation_config.return_dict_in_generate else kept
 
 
-def refuse_what_endless_has_not(
+def refuse_unsupported(
     cache: Any, config: GenerationConfig, input_ids: torch.Tensor, model_kwargs: dict[str, Any], keep_tokens: Any
 ) -> None:
     """Refuses options and inputs of `generate()` that have no meaning for a text without end."""
@@ -173,11 +169,11 @@ def refuse_what_endless_has_not(
             raise ValueError(f"endless reads text only, and would not pass {name} to the model")
 
 
-def _check_what_counts_tokens(config: GenerationConfig, prompt: int, steps_left: int, keep_tokens: int) -> None:
-    """Some logits processors compare the length of what they see with that of the text; they must see all of it till then."""
+def _refuse_long_counts(config: GenerationConfig, prompt: int, steps_left: int, keep_tokens: int) -> None:
+    """Refuses logits processors that would have to count more tokens of the text than are kept for them."""
     end = prompt + steps_left if steps_left >= 0 else math.inf
     needed = {
-        "min_new_tokens or min_length": config.min_length or 0,  # generate() makes the second of the first
+        "min_new_tokens or min_length": config.min_length or 0,  # generate() turns min_new_tokens into min_length
         "begin_suppress_tokens": prompt + 1 if config.begin_suppress_tokens else 0,
         "forced_bos_token_id": 2 if config.forced_bos_token_id is not None else 0,
         "forced_eos_token_id": end if config.forced_eos_token_id is not None else 0,
@@ -186,7 +182,7 @@ def _check_what_counts_tokens(config: GenerationConfig, prompt: int, steps_left:
     for name, tokens in needed.items():
         if tokens > keep_tokens:
             raise ValueError(
-                f"{name} counts the tokens of the text up to {tokens}, and endless keeps only the last {keep_tokens}. "
+                f"{name} counts the tokens of the text up to {tokens}, but endless keeps only the last {keep_tokens}. "
                 + (f"Pass keep_tokens={tokens}." if tokens < math.inf else "Pass max_new_tokens, or leave it out.")
             )
 
@@ -194,13 +190,13 @@ def _check_what_counts_tokens(config: GenerationConfig, prompt: int, steps_left:
 def _steps_left(
     config: GenerationConfig, input_ids: torch.Tensor, has_default_max_length: bool, asked_for: Sequence[Any]
 ) -> int:
-    """How many tokens to generate; negative for no end."""
+    """Returns how many tokens to generate; negative for no end."""
     lengths = [criterion.max_length for criterion in asked_for if isinstance(criterion, MaxLengthCriteria)]
     if config.max_new_tokens is not None:
         lengths.append(input_ids.shape[1] + config.max_new_tokens)
     elif not has_default_max_length and config.max_length is not None:
         lengths.append(config.max_length)
-    # As generate() does, at least one.
+    # generate() makes at least one token, too.
     return max(1, min(lengths) - input_ids.shape[1]) if lengths else -1
 
 
@@ -208,7 +204,7 @@ class _RecentTokens:
     """The last tokens of a text without end, in memory that does not grow.
 
     Attributes:
-        appended (`int`): how many.
+        appended (`int`): how many tokens have been appended.
     """
 
     def __init__(self, input_ids: torch.Tensor, shown: int) -> None:
@@ -220,11 +216,11 @@ class _RecentTokens:
 
     @property
     def tokens(self) -> torch.Tensor:
-        """`[batch_size, <= shown]`."""
+        """The last tokens, `[batch_size, <= shown]`."""
         return self.last(self.shown)
 
     def last(self, number: int) -> torch.Tensor:
-        """`[batch_size, <= number]`."""
+        """The last tokens, `[batch_size, <= number]`."""
         return self._buffer[:, max(0, self._end - min(number, self.length)) : self._end]
 
     def append(self, tokens: torch.Tensor) -> None:
@@ -238,7 +234,7 @@ class _RecentTokens:
 
 @contextmanager
 def _noting_what_is_fed(cache: SinkWindowCache, recent: _RecentTokens, prompt: torch.Tensor) -> Iterator[None]:
-    """Leaves the end of the text with the cache, for the next turn, also if something stops the loop."""
+    """Leaves the end of the text with the cache for the next turn, even if an exception stops the loop."""
     before, seen = text_fed_to(stack_of(cache)), cache.get_seq_length()
     try:
         yield
@@ -259,7 +255,7 @@ def _next_logits(
     model_kwargs: dict[str, Any],
     recent: _RecentTokens,
 ) -> Generator[torch.Tensor, None, None]:
-    """Logits `[batch_size, vocab_size]` of the next token, after the prompt and then after each token that was appended."""
+    """Yields logits `[batch_size, vocab_size]` after the prompt, and then after each token that is appended to `recent`."""
     kwargs = {**cache_kwargs(cache, model), "use_cache": True, "return_dict": True}
     if "logits_to_keep" in model_kwargs:
         kwargs["logits_to_keep"] = model_kwargs["logits_to_keep"]
@@ -286,4 +282,4 @@ def _next_logits(
             for _ in range(every):
                 yield step(recent.tokens[:, -1:])
     finally:
-        stack_of(cache).state.moved = True  # and others may not know
+        stack_of(cache).state.recheck_positions = True  # another loop may count other positions

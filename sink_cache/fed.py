@@ -1,7 +1,7 @@
-"""What a cache was fed last, so that a text that is given once more is told from new tokens.
+"""What a cache was fed last, so that `endless` can tell new tokens from the whole text given once more.
 
-`generate()` wants the whole text in every turn, while a text without end can only be gone on with. A cache knows how many
-tokens it has seen, and not which. So `stream` and `endless` leave the last of them with the cache.
+`generate()` wants the whole text in every turn, but nobody keeps a text without end. A cache knows how many tokens it has seen,
+but not which tokens. So `stream` and `endless` leave the last tokens with the cache.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class FedText:
     """The end of the text that a cache has been fed.
 
     Attributes:
-        seen (`int`): tokens that the cache had seen. If it has seen another number, others have fed it since.
-        fed (`torch.Tensor`): `[batch_size, <= KEPT]`, the last of these tokens.
+        seen (`int`): how many tokens the cache had seen. If the cache now has another number, something else has fed it.
+        fed (`torch.Tensor`): `[batch_size, <= KEPT]`, the last tokens that the cache had seen.
         returned (`torch.Tensor`, *optional*): `[batch_size, tokens]`, what `endless` returned: the end of the text, whose last
             token no forward has seen. None after `stream`.
     """
@@ -32,14 +32,14 @@ class FedText:
     fed: torch.Tensor
     returned: torch.Tensor | None = None
 
-    def begins(self, input_ids: torch.Tensor) -> bool:
-        """Whether the tokens at the place of those that are known are equal to them."""
+    def is_in(self, input_ids: torch.Tensor) -> bool:
+        """Whether `input_ids` `[batch_size, tokens]` hold the known tokens at the same place of the text."""
         stop = self.seen
         return torch.equal(input_ids[:, stop - self.fed.shape[1] : stop], self.fed.to(input_ids.device))
 
 
 def text_fed_to(stack: LayerStack) -> FedText | None:
-    """What is known of the text of this cache; None if it has been fed otherwise."""
+    """Returns what is known of the cache's text; None if something else has fed the cache."""
     known = stack.fed_text
     return known if known is not None and known.seen == stack.state.fed else None
 
@@ -47,10 +47,10 @@ def text_fed_to(stack: LayerStack) -> FedText | None:
 def note_fed(
     stack: LayerStack, before: FedText | None, tokens: torch.Tensor, returned: torch.Tensor | None = None
 ) -> None:
-    """Leaves with the cache that it has been fed these tokens `[batch_size, tokens]`.
+    """Notes that the cache was fed the tokens `[batch_size, tokens]`, unless too few of the text's last tokens are known.
 
     Args:
-        before (`FedText`, *optional*): what was known before that; if None, and the cache had seen tokens, nothing is known.
+        before (`FedText`, *optional*): what was known of the text before these tokens.
     """
     seen = stack.state.fed
     if before is not None:
@@ -63,26 +63,26 @@ def first_new_token(stack: LayerStack, input_ids: torch.Tensor) -> int:
     """The index in `input_ids` `[batch_size, tokens]` of the first token that the cache has not seen.
 
     Raises:
-        ValueError: if no token is new, or if nobody can say whether `input_ids` are new or the whole text.
+        ValueError: if no token is new, or if `input_ids` could be new tokens or the whole text.
     """
     seen, length, known = stack.state.fed, input_ids.shape[1], text_fed_to(stack)
     if seen and known is None and length > seen:
         raise ValueError(
-            f"endless cannot tell whether these {length} tokens are the whole text or new ones: the cache has seen {seen}, some "
-            "of them otherwise than by stream() or endless. Pass new ones only, all but the last of them by stream()."
+            f"endless cannot tell whether these {length} tokens are the whole text or new ones. The cache has seen {seen}, and "
+            "not all of them through stream() or endless. Feed new tokens by stream(), and give only the last one to generate()."
         )
     if not seen or known is None:
         return 0
-    if length >= seen and known.begins(input_ids):
+    if length >= seen and known.is_in(input_ids):
         last = None if known.returned is None else known.returned[:, -1].to(input_ids.device)
         if length == seen:
             raise ValueError(
-                f"input_ids are the {seen} tokens that this cache has seen, and no new one. Pass at least one token more."
+                f"input_ids are the {seen} tokens that this cache has seen, and no new one. Pass at least one more token."
             )
         if last is not None and not torch.equal(input_ids[:, seen], last):
             raise ValueError(
-                f"input_ids begin with the {seen} tokens that this cache has seen, and then differ from the last token of the "
-                "answer, which it has not. Pass the whole text with that token, or that token and the new ones only."
+                f"input_ids begin with the {seen} tokens that this cache has seen, but leave out the last token of the answer, "
+                "which no forward has seen. Pass the whole text with that token, or only that token and the new ones."
             )
         return seen
     if known.returned is not None and torch.equal(

@@ -138,7 +138,7 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
     decoder without a head. Wrappers of a model (torch.compile, PEFT) are other classes, but have these attributes.
 
     Raises:
-        TypeError: if it is no transformers model.
+        TypeError: if `model` is no transformers model.
         NotImplementedError: if it is an encoder-decoder.
     """
     if not (isinstance(model, torch.nn.Module) and hasattr(model, "config")):
@@ -146,13 +146,13 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
     refuse_encoder_decoder(model.config, type(model))
     config = model.config.get_text_config(decoder=True)
     parts = (module for module in model.modules() if isinstance(module, PreTrainedModel) and module.config is config)
-    # Without its head, so that generate(), called on the whole, and forward(), running in the part, show the same.
+    # The head is left out, because generate() shows the whole model and forward() only the part: both have this decoder.
     decoder = next(parts, model).base_model
     return decoder if isinstance(decoder, PreTrainedModel) else model
 
 
 def refuse_encoder_decoder(config: PreTrainedConfig, model_class: type) -> None:
-    """Refuses what a sink window is not for; `model_class` is for the message.
+    """Refuses encoder-decoders; `model_class` is for the message.
 
     Relies on: `config.is_encoder_decoder`, which is False in a decoder that is taken out of such a model.
 
@@ -167,15 +167,15 @@ def refuse_encoder_decoder(config: PreTrainedConfig, model_class: type) -> None:
 
 
 def without_compiler(model: PreTrainedModel) -> PreTrainedModel:
-    """The model inside what `torch.compile(model)` returned; any other model as it is.
+    """Returns the model that `torch.compile` has wrapped, and any other model as it is.
 
-    Relies on: PyTorch keeps it as `_orig_mod`.
+    Relies on: PyTorch keeps the wrapped model as `_orig_mod`.
     """
     return cast(PreTrainedModel, getattr(model, "_orig_mod", model))
 
 
 def without_wrappers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
-    """All modules of a model by their path, as if no library had wrapped any of them.
+    """Returns all modules of a model by their path, as if no library had wrapped any of them.
 
     Relies on: torch.compile keeps a module as `_orig_mod`, FSDP as `_fsdp_wrapped_module`, activation checkpointing as
     `_checkpoint_wrapped_module`.
@@ -207,8 +207,8 @@ def is_of_library(function: Any) -> bool:
 def forward_before_libraries(module: torch.nn.Module) -> Any:
     """The `forward` that a module would have if libraries had not wrapped it on the instance.
 
-    Relies on: accelerate puts a partial function of its own there, and keeps the one before as `_old_forward`. A compiled
-    function has the one before as `_torchdynamo_orig_callable`, perhaps in a function that has it as `__wrapped__`.
+    Relies on: accelerate puts its own partial function there, and keeps the earlier function as `_old_forward`. A compiled
+    function keeps the earlier one as `_torchdynamo_orig_callable`. A function around the compiled one has it as `__wrapped__`.
     """
     forward: Any = module.forward
     while not inspect.ismethod(forward):
@@ -223,7 +223,7 @@ def forward_before_libraries(module: torch.nn.Module) -> Any:
 
 
 def modules_that_use_a_cache(model: PreTrainedModel, call: Callable[[Cache], Any]) -> list[torch.nn.Module]:
-    """The modules that put keys into a cache, while `call` calls the model with the cache that it is given.
+    """Returns the modules that put keys into a cache. `call` must call the model with the cache that it is given.
 
     Relies on: the innermost module among the callers of `Cache.update` is the attention.
     """
@@ -273,8 +273,7 @@ def set_attention(config: PreTrainedConfig, attention: str) -> None:
 def leave_dtype_open(config: PreTrainedConfig) -> None:
     """Lets a model that will be made from this config, and its parts, have the default dtype.
 
-    Relies on: a part that is made by `AutoModel.from_config` sets the default dtype of the process to `config.dtype`, if it
-    is not None.
+    Relies on: `AutoModel.from_config`, which makes parts, sets the process's default dtype to a `config.dtype` that is not None.
     """
     for name in config.sub_configs:
         if isinstance(part := getattr(config, name, None), PreTrainedConfig):
@@ -323,16 +322,16 @@ def can_take_back(layer: Any) -> bool:
 
 
 def layer_index(module: torch.nn.Module) -> int | None:
-    """Which layer of the model this module of attention belongs to; None for other modules.
+    """The index of the layer to which this attention module belongs; None for other modules.
 
-    Relies on: modules of attention have it as `layer_idx`.
+    Relies on: attention modules have it as `layer_idx`.
     """
     index = getattr(module, "layer_idx", None)
     return index if isinstance(index, int) else None
 
 
 def virtual_tokens(model: torch.nn.Module) -> str:
-    """By which method PEFT gives this model virtual tokens ("prefix tuning", "prompt tuning", …); empty if it does not.
+    """The method by which PEFT gives this model virtual tokens ("prefix tuning", "prompt tuning", …); empty without them.
 
     Relies on: PEFT's wrapper has `active_peft_config`, with `is_prompt_learning` and `peft_type`. While it generates, the model
     has the wrapper's method `prepare_inputs_for_generation`, unless the adapter is disabled.
@@ -349,8 +348,8 @@ def virtual_tokens_in_cache(method: str) -> bool:
     return method in ("prefix tuning", "cartridge")
 
 
-def finds_cache(model: torch.nn.Module) -> bool:
-    """Whether PEFT, which puts virtual tokens before a text whose cache is empty, knows the name of `generate()`'s cache.
+def peft_finds_cache(model: torch.nn.Module) -> bool:
+    """Whether PEFT knows the name of `generate()`'s cache. While PEFT sees no tokens in a cache, it adds virtual tokens.
 
     Relies on: PEFT looks the cache up by its name in `prepare_inputs_for_generation`.
     """
@@ -403,8 +402,7 @@ def is_own_sdpa(function: Any) -> bool:
     """Whether an attention function is the one that transformers has for "sdpa".
 
     Relies on: that function computes softmax(query · key * scaling + mask) · value of its arguments, with a dropout. It adds
-    `position_bias` to the mask and refuses a `softcap`. Other keywords change nothing, but for `is_causal`, which says what no
-    mask means.
+    `position_bias` to the mask and refuses a `softcap`. Of the other keywords only `is_causal` matters, if there is no mask.
     """
     return function is sdpa_attention_forward
 
@@ -435,7 +433,8 @@ def stops_at_token(criterion: Any) -> bool:
 
 def eos_tokens_of(criteria: Iterable[Any]) -> frozenset[int]:
     """The tokens at which these stopping criteria end a text; see `stops_at_token`."""
-    return frozenset(token for one in criteria if stops_at_token(one) for token in one.eos_token_id.flatten().tolist())
+    ending = (criterion.eos_token_id for criterion in criteria if stops_at_token(criterion))
+    return frozenset(token for tokens in ending for token in tokens.flatten().tolist())
 
 
 _WARPERS = {
@@ -448,17 +447,19 @@ _WARPERS = {
 
 
 def warper_options(processors: Sequence[Any]) -> dict[str, Any] | str:
-    """The numbers by which these processors change logits, by the name of the option; or what else is among them.
+    """The options of these processors by name, or the class name of a processor that is unknown or out of order.
 
-    Relies on: `generate()` makes the processors of `_WARPERS` of these options, in this order, and they keep the options in these
+    Relies on: `generate()` makes the processors of `_WARPERS` from these options, in this order. They keep the options in these
     attributes.
     """
-    order = list(_WARPERS)
-    known = [order.index(type(one)) if type(one) in _WARPERS else -1 for one in processors]
-    for one, place, before in zip(processors, known, [-1, *known], strict=False):
-        if place <= before:
-            return type(one).__name__
-    return {_WARPERS[type(one)][0]: getattr(one, _WARPERS[type(one)][1]) for one in processors}
+    order, options, last = list(_WARPERS), {}, -1
+    for processor in processors:
+        kind = type(processor)
+        if kind not in order[last + 1 :]:
+            return kind.__name__
+        option, attribute = _WARPERS[kind]
+        options[option], last = getattr(processor, attribute), order.index(kind)
+    return options
 
 
 def takes_logits_to_keep(model: PreTrainedModel) -> bool:
@@ -494,7 +495,7 @@ def generate_output(sequences: torch.Tensor, cache: Cache) -> GenerateDecoderOnl
 
 
 class GivenToGenerate:
-    """A cache that hears that `generate()` was given it, before encoder-decoders can refuse it in other words than its own.
+    """A cache that learns that it was given to `generate()`, so that it can refuse an encoder-decoder first, in its own words.
 
     Relies on: `generate()` sets `_is_user_defined` on a cache that it was given, before it does anything else with it.
     """
@@ -515,8 +516,7 @@ class GivenToGenerate:
 
 
 def generate_call() -> dict[str, Any]:
-    """The local variables of the `generate()` in which we are, for what it hands on neither to a model nor to a decoding loop;
-    empty without one.
+    """The local variables of the `generate()` that is running; empty without one.
 
     Relies on: a function `generate` in a module of transformers, with local variables `generation_config`, `streamer`,
     `stopping_criteria` and `has_default_max_length`.
@@ -528,10 +528,10 @@ def generate_call() -> dict[str, Any]:
 
 
 def keeps_processes_in_step(model: PreTrainedModel) -> bool:
-    """Whether the `generate()` in which we are goes on in each process until all have ended.
+    """Whether the running `generate()` goes on in each process until all processes have ended.
 
-    Relies on: `generate()` has a local variable `synced_gpus`. If that is None, it does so where several processes share a model
-    by FSDP or DeepSpeed's ZeRO 3.
+    Relies on: `generate()` has a local variable `synced_gpus`. None means true where several processes share a model by FSDP or
+    DeepSpeed's ZeRO 3.
     """
     asked_for = generate_call().get("synced_gpus")
     if asked_for is not None:
@@ -542,9 +542,9 @@ def keeps_processes_in_step(model: PreTrainedModel) -> bool:
 
 
 def prompt_length() -> int:
-    """How many tokens the prompt has of the `generate()` in which we are; 0 outside of one.
+    """How many tokens the prompt of the running `generate()` has; 0 without one.
 
-    Relies on: `generate()` has the prompt in a local variable `input_ids` to its end, and hands decoding loops a reference.
+    Relies on: `generate()` keeps the prompt in a local variable `input_ids` to its end. It hands decoding loops a reference.
     """
     prompt = generate_call().get("input_ids")
     return prompt.shape[1] if isinstance(prompt, torch.Tensor) and prompt.ndim == 2 else 0
@@ -552,17 +552,17 @@ def prompt_length() -> int:
 
 # --- frames: `generate()` and `forward()` pass a cache neither their model nor their padding mask ---
 
-# Their frames may lie between a model and the code that called it.
+# Packages whose frames may lie between a model and the code that called it.
 _LIBRARIES = {"torch", "transformers", "transformers_modules", "accelerate", "peft"}
 
 
 def calling_model() -> PreTrainedModel | None:
-    """The innermost transformers model in whose `forward()` or `generate()` we are, or None.
+    """The innermost transformers model whose `forward()` or `generate()` is running, or None.
 
     Relies on: methods of a model have the model as their first local variable, `self`.
 
     Raises:
-        NotImplementedError: if it is a part of an encoder-decoder.
+        NotImplementedError: if the model is a part of an encoder-decoder.
     """
     models = [owner for owner, _ in _calling_modules() if isinstance(owner, PreTrainedModel)]
     for model in models:  # an encoder-decoder is further out than its decoder, which may not say so
@@ -571,19 +571,20 @@ def calling_model() -> PreTrainedModel | None:
 
 
 def calling_model_with_virtual_tokens() -> PreTrainedModel | None:
-    """The model among our callers to which PEFT gives virtual tokens, or None; see `virtual_tokens`."""
+    """The innermost calling model to which PEFT gives virtual tokens, or None; see `virtual_tokens`."""
     models = (owner for owner, _ in _calling_modules() if isinstance(owner, PreTrainedModel))
     return next((model for model in models if virtual_tokens(model)), None)
 
 
 def calling_tensor(name: str, dimensions: set[int], *, of_models: bool = False) -> torch.Tensor | None:
-    """What the calling model was given as `attention_mask`, `position_ids` or the like: the innermost such tensor.
+    """The innermost tensor that the calling model has under this name (`attention_mask`, `position_ids`).
 
     Relies on: a forward keeps these arguments in local variables of the same names. A forward that is given no positions
     numbers its tokens from `cache.get_seq_length()` in `position_ids`.
 
     Args:
-        of_models (`bool`): not what their layers were given. (Flash attention's padding masks are cut to the keys there.)
+        dimensions (`set[int]`): how many dimensions the tensor may have.
+        of_models (`bool`): leave out tensors of a model's layers. (Flash attention's padding masks are cut to the keys there.)
     """
     for owner, frame in _calling_modules():
         if name in frame.f_code.co_varnames and (not of_models or isinstance(owner, PreTrainedModel)):
@@ -596,8 +597,8 @@ def calling_tensor(name: str, dimensions: set[int], *, of_models: bool = False) 
 def positions_of_caller() -> torch.Tensor | None:
     """The positions by which the calling model rotates: `[rows, tokens]`, or `[axes, rows, tokens]` with axes for images.
 
-    Relies on: a text model with several axes (M-RoPE) keeps them in its own `position_ids`, and may give its layers another
-    tensor of that name, the index of each token. (With a fourth axis before the three, that is the index, too.)
+    Relies on: a text model with several axes (M-RoPE) keeps them in its own `position_ids`. It may give its layers another tensor
+    of that name, with the index of each token. (If there are four axes, the first of them is that index.)
     """
     of_model = calling_tensor("position_ids", {2, 3}, of_models=True)
     return of_model if of_model is not None and of_model.ndim == 3 else calling_tensor("position_ids", {2, 3})
@@ -621,7 +622,7 @@ def shows_blocks_of_tokens() -> bool:
 
 
 def _mask_making_local(name: str) -> Any:
-    """A local variable of the innermost mask-making function that has it; None outside of these.
+    """A local variable of the innermost mask-making function that has it; None outside of such functions.
 
     Relies on: masks are made by functions of the module transformers.masking_utils, which call each other.
     """
@@ -629,7 +630,7 @@ def _mask_making_local(name: str) -> Any:
     for frame in _frames():
         if frame.f_globals.get("__name__") == "transformers.masking_utils":
             inside = True
-            # A frame that the compiler resumes lacks what is no longer used in it; those that called it may have it still.
+            # A frame that the compiler resumes lacks the variables that it no longer uses. Its callers may still have them.
             if name in frame.f_code.co_varnames and name in (local := frame.f_locals):
                 return local[name]
         elif inside:
@@ -646,7 +647,7 @@ def _frames() -> Iterator[FrameType]:
 
 
 def _calling_modules() -> Iterator[tuple[Any, FrameType]]:
-    """The modules in whose methods we are and the frames of these, innermost first; ends where the model was called."""
+    """Yields the modules whose methods are running, with their frames, innermost first; ends where the model was called."""
     inside_model = False
     for frame in _frames():
         caller = frame.f_globals.get("__name__", "").partition(".")[0]

@@ -1,7 +1,7 @@
 """The cache layers: tensors, a rotation, and no position of their own.
 
-`SinkWindowLayer` is for eager decoding, `StaticSinkWindowLayer` for compiled decoding. Both keep the ring of `ring.py`, read the
-`StreamState` of their cache, and treat calls with several tokens alike, in `RingLayer`.
+`SinkWindowLayer` is for eager decoding, `StaticSinkWindowLayer` for compiled decoding. Both keep the ring of `ring.py` and read
+the `StreamState` of their cache. Their common base, `RingLayer`, handles calls with several tokens.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ class RingLayer(CacheLayerMixin):
         n_sink (`int`): how many of the first tokens to keep for ever.
         window (`int`): how many of the last tokens to keep, the current one included.
         rotation (`Rotation`): how the layer's keys rotate.
-        state (`StreamState`): of the cache.
-        rotations (`ForwardRotations`): of the cache.
-        max_position (`int`): the most tokens that the model can number.
-        sliding_window (`int`, *optional*): the layer's native window, of which the model's masks know.
-        is_sliding (`bool`): the layer stands for a natively sliding layer beside full attention, and has no sinks.
+        state (`StreamState`): the state that all layers of the cache share.
+        rotations (`ForwardRotations`): the rotations that all layers of the cache share.
+        max_position (`int`): how many positions the model can tell apart.
+        sliding_window (`int`, *optional*): the layer's native window, at which the model's masks end.
+        is_sliding (`bool`): the ring replaces a natively sliding layer beside full attention, and has no sinks.
 
     Attributes:
-        keys, values (`torch.Tensor`): `[batch_size, num_heads, capacity, head_dim]`, sinks in the first `n_sink` slots, their
-            keys rotated forward by the number of evicted tokens.
-        sink_keys (`torch.Tensor`): `[batch_size, num_heads, n_sink, head_dim]`, as the model made them. Rotating these rounds
-            once; rotating in place would add up an error with every token.
+        keys, values (`torch.Tensor`): `[batch_size, num_heads, capacity, head_dim]`. The sinks are in the first `n_sink` slots,
+            their keys rotated forward by the number of evicted tokens.
+        sink_keys (`torch.Tensor`): `[batch_size, num_heads, n_sink, head_dim]`, as the model made them. A rotation of these
+            rounds once, while rotations in place would add up their errors.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     sink_keys: torch.Tensor
     storage: SharedStorage | None = None
-    overwritten: Overwritten | None = None  # by the candidates of a first call, until a storage takes it
+    overwritten: Overwritten | None = None  # what the candidates of a first call overwrote, until a storage takes it
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class RingLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates the slots; shapes, dtype and device are those of the first `key_states` and `value_states`."""
         batch_size, num_heads, _, head_dim = key_states.shape
-        # Tensors made in inference mode could not be written to outside of it, so make ordinary ones.
+        # Tensors made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
             tensors = {
                 "keys": key_states.new_zeros(batch_size, num_heads, self.capacity, head_dim),
@@ -81,22 +81,22 @@ class RingLayer(CacheLayerMixin):
         self.replace(tensors)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that the layer holds, by name, `[batch_size, num_heads, slots, head_dim]` each; empty before the first update."""
+        """Returns the layer's tensors by name, `[batch_size, num_heads, slots, head_dim]` each; none before the first update."""
         return {name: getattr(self, name) for name in NAMES} if self.is_initialized else {}
 
     def replace(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Holds these tensors instead."""
+        """Replaces the layer's tensors by `tensors`."""
         for name, tensor in tensors.items():
             setattr(self, name, tensor)
         self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
 
     def forget_tensors(self) -> None:
-        """Holds nothing; shapes, dtype and device may be others afterwards."""
+        """Drops all tensors. The next ones may have other shapes, another dtype and another device."""
         self.keys = self.values = self.sink_keys = torch.empty(0, device="cpu")
         self.is_initialized, self.overwritten = False, None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A cache takes the tensors of its layers out by itself, and puts them back.
+        # `LayerStack` copies the tensors of its layers by itself.
         return {name: value for name, value in vars(self).items() if name not in (*NAMES, "storage")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -129,18 +129,18 @@ class RingLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         attended = key_states, value_states
-        if self.merges_within(key_states.shape[2]):
+        if self.attention_merges_sinks(key_states.shape[2]):
             attended = self._window_beside_sinks(key_states, value_states)
-        elif self.evicts_within(key_states.shape[2]):
+        elif self.needs_sinks_per_query(key_states.shape[2]):
             attended = self._with_sinks_per_query(key_states, value_states)
         elif self.state.fed:
             self.rotate_sinks()
-            shown = self._once_per_call(self._shown_slots, key_states.shape[2])
+            shown = self._once_per_call(self._shown_slots)
             attended = (
                 torch.cat([take(self.keys, shown), key_states], dim=2),
                 torch.cat([take(self.values, shown), value_states], dim=2),
             )
-        if self.state.recording and self.state.dense_tokens and self.evicts_within(key_states.shape[2]):
+        if self.state.recording and self.state.dense_tokens and self.needs_sinks_per_query(key_states.shape[2]):
             self._store_prompt_and_candidates(key_states, value_states)
             return attended
         for row, count, skip in self._rows():
@@ -152,22 +152,22 @@ class RingLayer(CacheLayerMixin):
         return self.n_sink, self.window
 
     def _rows(self) -> list[tuple[slice, int, int]]:
-        """Rows of equal length, their counts, and how many of a call's tokens are padding before their new tokens."""
-        rows = self.state.per_row(self.state.counts, self.state.skips or (0,))
+        """One entry for all rows if they are alike, else one each: rows, their count, and how many pads the call brings them."""
+        rows = self.state.per_row(self.state.counts, self.state.new_pads or (0,))
         return [
             (slice(row, row + 1) if len(rows) > 1 else slice(None), count, skip + max(0, -count))
             for row, (count, skip) in enumerate(rows)
         ]
 
     def _once_per_call(self, compute: Callable[..., Any], *numbers: int) -> Any:
-        """Indices that are the same in every layer like this; the first of them computes them for all."""
+        """Returns indices that are the same in all layers like this one. The first such layer computes them for all."""
         key = compute.__name__, self._ring, self.device, self.state.counts, numbers
-        if key not in self.state.of_call:
-            self.state.of_call[key] = compute(*numbers)
-        return self.state.of_call[key]
+        if key not in self.state.call_indices:
+            self.state.call_indices[key] = compute(*numbers)
+        return self.state.call_indices[key]
 
-    def _shown_slots(self, new_tokens: int) -> torch.Tensor:
-        """The slots that several new tokens see, `[1 or batch, length]`, in the order of the text; a shorter row's at the end."""
+    def _shown_slots(self) -> torch.Tensor:
+        """The slots that several new tokens see, `[1 or batch, length]`, in the order of the text; padded on the left."""
         cached = [
             slots_of(tokens_seen(max(0, count), *self._ring, self.device), *self._ring) for _, count, _ in self._rows()
         ]
@@ -175,7 +175,7 @@ class RingLayer(CacheLayerMixin):
         return torch.stack([torch.nn.functional.pad(slots, (longest - len(slots), 0)) for slots in cached])
 
     def _places(self, count: int, new_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which of several new tokens of a row stay, by their index in the call, and the slots that they get."""
+        """For the new tokens of a row that stay: their indices in the call, and their slots."""
         kept = tokens_kept(count, new_tokens, *self._ring, self.device)
         return kept - count, slots_of(kept, *self._ring)
 
@@ -188,7 +188,7 @@ class RingLayer(CacheLayerMixin):
             self.sink_keys[row, :, count:stop] = key_states[:, :, : stop - count]
 
     def _store_prompt_and_candidates(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Keeps what the candidates of a first call overwrite, for the storage; see `SharedStorage.record`."""
+        """Stores the tokens of a first call, and keeps what its candidates overwrite; see `SharedStorage.record`."""
         prompt, every = self.state.dense_tokens, slice(None)
         self._store(every, 0, key_states[:, :, :prompt], value_states[:, :, :prompt])
         if key_states.shape[2] - prompt <= self.window:
@@ -205,14 +205,14 @@ class RingLayer(CacheLayerMixin):
 
     # --- exact chunks ---
 
-    def evicts_within(self, new_tokens: int) -> bool:
-        """Whether the queries of a call see different tokens evicted, and each has to have its own copy of the sinks."""
-        if not self.state.chunked or new_tokens == 1:
+    def needs_sinks_per_query(self, new_tokens: int) -> bool:
+        """Whether tokens are evicted between the queries of a call, so that each query has its own distance to the sinks."""
+        if not self.state.chunks_are_exact or new_tokens == 1:
             return False
         return max(self.state.counts) + new_tokens > max(self.capacity, self.state.dense_tokens)
 
     def chunk(self, queries: int) -> tuple[range, range, range]:
-        """What a call that `evicts_within` attends to; see `ring.chunk_of`."""
+        """What a call that `needs_sinks_per_query` attends to; see `ring.chunk_of`."""
         return chunk_of(max(self.state.counts), queries, self.state.dense_tokens, *self._ring)
 
     def _with_sinks_per_query(
@@ -226,7 +226,7 @@ class RingLayer(CacheLayerMixin):
         slots = slots_of(torch.arange(cached.start, cached.stop, device=self.device), *self._ring)
         sink_keys, sink_values = self._sinks_with(key_states, value_states)
         if cached and cached.start == 0:
-            self.rotate_sinks()  # where nothing has been evicted: as they came
+            self.rotate_sinks()  # nothing was evicted, so this puts the sinks back as they came
         copies = self.rotations.of(self.rotation, self.device).one_layer(sink_keys, shifts)
         return (
             torch.cat([copies, self.keys.index_select(2, slots), key_states], dim=2),
@@ -235,9 +235,10 @@ class RingLayer(CacheLayerMixin):
             ),
         )
 
-    def merges_within(self, new_tokens: int) -> bool:
-        """Whether attention merges the sinks of such a call itself, so that no query has a copy; see `chunk_attention`."""
-        return self.state.unmerged is not None and not self.state.dense_tokens and self.evicts_within(new_tokens)
+    def attention_merges_sinks(self, new_tokens: int) -> bool:
+        """Whether attention itself merges the sinks of such a call, so that queries need no copies; see `chunk_attention`."""
+        state = self.state
+        return state.unmerged is not None and not state.dense_tokens and self.needs_sinks_per_query(new_tokens)
 
     def _window_beside_sinks(
         self, key_states: torch.Tensor, value_states: torch.Tensor
@@ -256,7 +257,7 @@ class RingLayer(CacheLayerMixin):
         return ExactChunk(*sinks, rotation, count, self.window, self.state.unmerged).carried_by(keys, values)
 
     def _sinks_with(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys, as they came, and values of all sinks, of which some may be among the new tokens."""
+        """Unrotated keys, and values, of all sinks. Some of them may be among the new tokens."""
         known = min(max(self.state.counts), self.n_sink)
         return (
             torch.cat([self.sink_keys[:, :, :known], key_states[:, :, : self.n_sink - known]], dim=2),
@@ -266,7 +267,7 @@ class RingLayer(CacheLayerMixin):
     # --- checks ---
 
     def check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Refuses what would go wrong, before anything is changed."""
+        """Refuses tensors that do not fit the layer, before anything is changed."""
         self.refuse_gradients(key_states, value_states)
         if not self.is_initialized and key_states.shape[-1] != len(self.rotation.partner):
             raise NotImplementedError(
@@ -284,20 +285,20 @@ class RingLayer(CacheLayerMixin):
 
     @staticmethod
     def refuse_gradients(key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Refuses tensors that need gradients, because what is written in place would become part of their graph."""
+        """Refuses tensors that need gradients, because their graph would grow with the stream."""
         if key_states.requires_grad or value_states.requires_grad:
             raise NotImplementedError(
-                "SinkWindowCache is for inference only: it writes in place, and an endless stream would be an endless "
-                "graph. Call the model under torch.no_grad() or torch.inference_mode()."
+                "SinkWindowCache is for inference only: it writes in place, and the graph of an endless stream would be "
+                "endless. Call the model under torch.no_grad() or torch.inference_mode()."
             )
 
     def refuse_unless_equal(self, names: tuple[str, ...], given: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
-        """Refuses keys and values that differ from those held in one of these properties."""
-        for name, one, other in zip(names, given, expected, strict=True):
-            if one != other:
+        """Refuses keys and values if a property in `given` differs from that in `expected`; `names` are for messages."""
+        for name, new, held in zip(names, given, expected, strict=True):
+            if new != held:
                 raise ValueError(
-                    f"the {name} of the keys is {one}, but this cache holds {self.state.fed} tokens with "
-                    f"{name} {other}. Call reset() before using it for something else."
+                    f"the {name} of the keys is {new}, but this cache holds {self.state.fed} tokens with "
+                    f"{name} {held}. Call reset() before using it for something else."
                 )
 
     def check_positions(self, new_tokens: int) -> None:
@@ -307,20 +308,20 @@ class RingLayer(CacheLayerMixin):
             raise ValueError(
                 f"{furthest:,} tokens seen and {new_tokens:,} new are more than the {self.max_position:,} positions that "
                 "this model can tell apart. Logits move long before. Generate with custom_generate=sink_cache.endless, or call "
-                "rebase() from time to time: both keep positions low. Or call reset(), and start from the recent text."
+                "rebase() from time to time: both keep positions low. Or call reset() and start from the recent text."
             )
 
     # --- what transformers asks a layer ---
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Returns `(kv_length, kv_offset)`: how many keys `update` will return, and the index of the first of them.
+        """Returns `(kv_length, kv_offset)`: how many keys `update` will return, and the index of the first key.
 
-        The index counts as if the keys were contiguous up to the last new token, so that a causal mask built from it is right.
+        The index counts as if the keys were contiguous up to the last new token, so that causal masks are right.
         """
-        self.check_positions(query_length)  # here too: beyond the end of a table a model fails before it calls update
-        if self.merges_within(query_length):
+        self.check_positions(query_length)  # also here, because a model with a table of positions fails before `update`
+        if self.attention_merges_sinks(query_length):
             return sum(map(len, window_of(max(self.state.counts), query_length, *self._ring))), 0
-        if self.evicts_within(query_length):
+        if self.needs_sinks_per_query(query_length):
             shifts, cached, _ = self.chunk(query_length)
             return len(shifts) * self.n_sink + len(cached) + query_length, 0
         visible = visible_besides(max(self.state.counts), self.capacity)
@@ -357,7 +358,7 @@ class SinkWindowLayer(RingLayer):
     is_compileable = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.index = 0  # among the layers of its storage
+        self.index = 0  # in its storage
         super().__init__(*args, **kwargs)
 
     def forget_tensors(self) -> None:
@@ -385,12 +386,12 @@ class SinkWindowLayer(RingLayer):
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
-        """Whether `crop` can undo a call, if it was recorded; padded rows cannot."""
+        """Whether `crop` can undo a recorded call. It cannot with padded rows."""
         return not self.state.padded
 
 
-# An operator of its own, because the compiler would fuse these float64 cosines into the kernels of every layer, and they would
-# take 9 us for each layer of an H100's step instead of 2.
+# A custom operator, because the compiler would fuse these float64 cosines into the kernels of every layer. They would then take
+# 9 us for each layer of an H100's step instead of 2.
 @torch.library.custom_op("sink_cache::cos_sin", mutates_args=("out",))
 def _cos_sin(angle: torch.Tensor, out: torch.Tensor) -> None:
     torch.cos(angle, out=out[0])
@@ -398,7 +399,7 @@ def _cos_sin(angle: torch.Tensor, out: torch.Tensor) -> None:
 
 
 class SharedStep:
-    """What layers of one rotation on one device compute once a step and not once a layer.
+    """What layers of one rotation on one device compute once a step instead of once a layer.
 
     Attributes:
         frequency (`torch.Tensor`): `[head_dim]`, float64.
@@ -407,7 +408,7 @@ class SharedStep:
         sinks (`torch.Tensor`): `[rows, n_sink]`, int64, the slots of the sinks.
         rows (`torch.Tensor`): `[rows, 1]`, int64.
         heads (`torch.Tensor`): `[1, num_heads]`, int64.
-        owner (`StaticSinkWindowLayer`): the layer that computes `cos_sin` for all, the first of them in a step.
+        owner (`StaticSinkWindowLayer`): the first of these layers in a step, which computes `cos_sin` for all.
     """
 
     def __init__(self, layer: StaticSinkWindowLayer) -> None:
@@ -425,11 +426,11 @@ class SharedStep:
 class StaticSinkWindowLayer(RingLayer):
     """A `RingLayer` for compiled decoding: all shapes are constant, and `step` is tensor operations only.
 
-    `step` returns all slots. Those that are still empty are hidden by a mask that knows the count of each row.
+    `step` returns all slots. A mask that knows the count of each row hides the empty slots.
 
     Attributes:
         counts (`torch.Tensor`): `[batch_size]`, int64, the counts of the rows on the layer's device.
-        sinks_complete (`bool`): all rows have their sinks, so that steps need not watch for them.
+        sinks_complete (`bool`): all rows have all their sinks, so that steps need not store any.
     """
 
     is_compileable = True
@@ -442,7 +443,7 @@ class StaticSinkWindowLayer(RingLayer):
         super().__init__(*args, **kwargs)
 
     def replace(self, tensors: dict[str, torch.Tensor]) -> None:
-        """As in the base class; in the same memory if shape and dtype allow it, as a captured graph knows addresses."""
+        """As in the base class. Keeps the memory if shapes and dtypes allow it, because a captured graph knows addresses."""
         held = self.tensors()
         if held and all((t.shape, t.dtype) == (held[name].shape, held[name].dtype) for name, t in tensors.items()):
             for name, tensor in tensors.items():
@@ -462,7 +463,7 @@ class StaticSinkWindowLayer(RingLayer):
         """As in the base class; for one token, all `capacity` keys and values."""
         if key_states.shape[2] == 1 and self.is_initialized:
             needs_grad = key_states.requires_grad or value_states.requires_grad
-            if needs_grad or self._kind() != _kind_of(key_states, value_states):
+            if needs_grad or _kind_of(self.keys, self.values) != _kind_of(key_states, value_states):
                 self.check(key_states, value_states)
                 self.lazy_initialization(key_states, value_states)  # of another kind than before a reset
             return self.step(key_states, value_states)
@@ -471,7 +472,7 @@ class StaticSinkWindowLayer(RingLayer):
 
     def step(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores one token of each row, `[batch_size, num_heads, 1, head_dim]`, and returns all slots."""
-        # Sizes from shapes, which are constants of a graph; integers that differ from cache to cache would be its inputs.
+        # Sizes come from shapes, which are constants of a graph. Integers that differ between caches would be its inputs.
         n_sink, capacity = self.sink_keys.shape[2], self.keys.shape[2]
         shared, counts = self.shared, self.counts
         # Pads have negative counts. They are written to slot 0, which the first real token overwrites.
@@ -486,7 +487,7 @@ class StaticSinkWindowLayer(RingLayer):
                 _cos_sin(shift[:, None] * shared.frequency, shared.cos_sin)  # float64: counts are up to 2**24
             cos, sin = shared.cos_sin[0][:, None, None], shared.cos_sin[1][:, None, None]
             moved = self.sink_keys * cos + self.sink_keys[..., shared.partner] * sin
-            # In one write with the sinks, as each write is a kernel. While the token is a sink itself, both write the same.
+            # Sinks and token share a write, because each write is a kernel. If the token is a sink, both write the same.
             slots = torch.cat([shared.sinks, slots], dim=1)
             key_states = torch.cat([moved.to(key_states.dtype), key_states], dim=2)
         self._write(self.keys, slots, key_states)
@@ -497,35 +498,32 @@ class StaticSinkWindowLayer(RingLayer):
         if len(slots) == 1:
             into.index_copy_(2, slots[0], states)
         else:
-            # With an index for each dimension: through a view of the memory, the compiler would copy the whole ring.
+            # There is an index for each dimension, because the compiler would copy the whole ring to write through a view.
             into.index_put_((self.shared.rows[..., None], self.shared.heads[..., None], slots[:, None]), states)
 
-    def _kind(self) -> tuple[Any, ...]:
-        return _kind_of(self.keys, self.values)
-
     def check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """As in the base class; what a reset left behind may be replaced by tensors of another kind."""
+        """As in the base class. After a reset, tensors of another kind may come."""
         if self.is_initialized and self.state.fed == 0:
-            self.is_initialized = _kind_of(key_states, value_states) == self._kind()
+            self.is_initialized = _kind_of(key_states, value_states) == _kind_of(self.keys, self.values)
         super().check(key_states, value_states)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name not in ("counts", "shared")}
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As in the base class; for one token `(capacity, 0)`: the mask hides the empty slots."""
+        """As in the base class; for one token `(capacity, 0)`, because the mask hides the empty slots."""
         if query_length > 1 or not self.is_initialized:
             return super().get_mask_sizes(query_length)
         return self.keys.shape[2], 0
 
     def reset(self) -> None:
-        """Forgets all tokens; the memory stays where it is, as a captured graph knows its address."""
-        with torch.inference_mode():  # in which any tensor can be written to
+        """Forgets all tokens. The memory stays where it is, because a captured graph knows its address."""
+        with torch.inference_mode():  # inference mode may write to any tensor
             for tensor in self.tensors().values():
-                tensor.zero_()  # empty slots are masked, but a mask does not hide what is not finite
+                tensor.zero_()  # a mask hides empty slots only if their values are finite
         self.sinks_complete = False
 
 
 def _kind_of(keys: torch.Tensor, values: torch.Tensor) -> tuple[Any, ...]:
-    """Properties that need new slots when they change after a reset."""
+    """The properties of keys and values that need new slots if they change after a reset."""
     return keys.shape[:2], keys.dtype, values.shape[:2], values.dtype, keys.device

@@ -1,9 +1,9 @@
 """What a live model has that its twin cannot have: modules replaced, patched or hooked on the instance.
 
-A twin has the model's class, config and buffers (see twin.py). What was changed on the instance itself is not in it, so the
-rotation that the twin tells may not be the model's. The modules that decide are compared: those that use the cache (attention),
-and those that hold positions (rotary embeddings). What libraries do to a model they may do: other weights, adapters and
-quantised linears are below these modules, and hooks of offloading and parallelism move tensors without changing them.
+A twin has the model's class, config and buffers (see twin.py). It lacks what was changed on the instance, so the model may use
+positions differently. The modules that decide this are compared: those that use the cache (attention), and those that hold
+positions (rotary embeddings). Changes by libraries are allowed. Other weights, adapters and quantised linears lie below these
+modules, and hooks for offloading and parallelism move tensors without changing them.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _OF_POSITIONS = re.compile(r"rotary|rope|position|alibi", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class KnownModule:
-    """What a twin has at one place.
+    """A module of a twin, at one path.
 
     Attributes:
         module_class (`type`): the module's class.
-        forward (`Callable`): the function of the class, when the twin was made.
+        forward (`Callable`): the `forward` of the class when the twin was made.
         buffers (`frozenset[str]`): the names of the module's own buffers.
     """
 
@@ -38,11 +38,11 @@ class KnownModule:
 
 
 def known_modules(twin: PreTrainedModel, attention: Iterable[torch.nn.Module]) -> dict[str, KnownModule]:
-    """The modules of a twin that decide what positions mean, by their path.
+    """Returns the modules of a twin that decide what positions mean, by their path.
 
     Args:
         twin (`PreTrainedModel`): the twin.
-        attention (`Iterable[torch.nn.Module]`): its modules that use the cache.
+        attention (`Iterable[torch.nn.Module]`): the twin's modules that use the cache.
     """
     deciding = {id(module) for module in attention}
     return {
@@ -63,56 +63,56 @@ def _own_buffers(module: torch.nn.Module) -> list[str]:
 
 
 def classes_changed(known: dict[str, KnownModule]) -> bool:
-    """Whether a class has got another `forward` since the twin was made: it has to be made anew."""
+    """Whether a class has another `forward` than when the twin was made, so that a new twin is needed."""
     return any(module.module_class.forward is not module.forward for module in known.values())
 
 
 def differences(text: PreTrainedModel, known: dict[str, KnownModule]) -> list[str]:
-    """What was changed on the instance `text` of a text model, each as a sentence that begins with the module's path."""
+    """Lists what was changed on the instance `text` of a text model, as sentences that begin with a module's path."""
     modules = without_wrappers(text)
     found = []
-    for path, twins in known.items():
-        difference = "is not there" if path not in modules else _difference(modules[path], twins)
+    for path, expected in known.items():
+        difference = "is not there" if path not in modules else _difference(modules[path], expected)
         if difference:
             found.append(f"{path} {difference}")
     return found
 
 
-def _difference(module: torch.nn.Module, twins: KnownModule) -> str:
-    name = twins.module_class.__name__
-    # Sharding makes a subclass of the class on the fly, which has its forward.
-    if not isinstance(module, twins.module_class) or type(module).forward is not twins.forward:
+def _difference(module: torch.nn.Module, expected: KnownModule) -> str:
+    name = expected.module_class.__name__
+    # Sharding makes a subclass on the fly, which keeps the class's forward.
+    if not isinstance(module, expected.module_class) or type(module).forward is not expected.forward:
         return f"is a {type(module).__name__}, and the model's class makes a {name} there"
-    if getattr(forward_before_libraries(module), "__func__", None) is not twins.forward:
+    if getattr(forward_before_libraries(module), "__func__", None) is not expected.forward:
         return f"has a forward of its own, and not that of its class {name}"
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     if foreign := next((hook for hook in hooks if not is_of_library(hook)), None):
         return f"has a hook ({getattr(foreign, '__qualname__', type(foreign).__name__)})"
-    if more := sorted(set(_own_buffers(module)) - twins.buffers):
+    if more := sorted(set(_own_buffers(module)) - expected.buffers):
         return f"has a buffer {more[0]}, which its class {name} does not make"
     return ""
 
 
-# What `verify` has found exact, as it was then.
+# Models that `verify` has found exact, with their differences at that time.
 _verified: weakref.WeakKeyDictionary[PreTrainedModel, list[str]] = weakref.WeakKeyDictionary()
 
 
 def accept(text: PreTrainedModel, known: dict[str, KnownModule]) -> None:
-    """Lets this model be used as it is, because it was verified."""
+    """Lets a verified model be used with its present differences."""
     _verified[text] = differences(text, known)
 
 
 def refuse_changed(text: PreTrainedModel, known: dict[str, KnownModule]) -> None:
-    """Refuses a model that was changed on its instance, unless it was verified like that.
+    """Refuses a model that was changed on its instance, unless it was verified with these changes.
 
     Raises:
-        NotImplementedError: with the module and what is different.
+        NotImplementedError: with the first changed module and the change.
     """
     found = differences(text, known)
     if found and found != _verified.get(text):
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise NotImplementedError(
             f"SinkWindowCache cannot know how this {type(text).__name__} uses positions, because it was changed on its "
-            f"instance: {found[0]}{more}. Call verify(model), which measures whether the cache is exact on it: if it is, "
-            "the model is accepted as it is then. Else undo the change, or use DynamicCache."
+            f"instance: {found[0]}{more}. Call verify(model), which measures whether the cache is exact on it. If it is, "
+            "the changed model is accepted. If not, undo the change, or use DynamicCache."
         )

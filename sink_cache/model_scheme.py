@@ -15,7 +15,7 @@ _LARGEST_TABLE = 2**20  # numbers in a buffer
 
 
 def scheme_of(text: PreTrainedModel, error_of: ErrorOf, *, may_be_changed: bool = False) -> PositionScheme:
-    """How this text model uses positions.
+    """Returns how this text model uses positions.
 
     Args:
         text (`PreTrainedModel`): the text model.
@@ -32,14 +32,14 @@ def scheme_of(text: PreTrainedModel, error_of: ErrorOf, *, may_be_changed: bool 
 
 
 def scheme_of_class(model_class: type[PreTrainedModel], config: PreTrainedConfig, error_of: ErrorOf) -> PositionScheme:
-    """How models of this class and config use positions; as `scheme_of`, before there is a model."""
+    """Returns how models of this class and config use positions. Unlike `scheme_of`, this needs no model."""
     return _learn(model_class, config, {}, error_of)[0]
 
 
 def attends_plainly(model: PreTrainedModel, error_of: ErrorOf) -> bool:
     """Whether the attention of this model merges the sinks of exact chunks itself.
 
-    A twin has been seen to do so exactly, and nothing in this model, or around it, is known to differ from the twin.
+    It does if its twin was exact with it, and if no known difference lies between the model and the twin.
 
     Raises:
         NotImplementedError: if the model is refused.
@@ -53,7 +53,7 @@ def attends_plainly(model: PreTrainedModel, error_of: ErrorOf) -> bool:
 
 
 def accept_as_it_is(model: PreTrainedModel, error_of: ErrorOf) -> None:
-    """From now on, what was changed on the instance of this model is no reason to refuse it: it has been verified."""
+    """Accepts a model with all that was changed on its instance, because it has been verified."""
     text = text_model(model)
     accept(text, _learn_live(text, error_of)[1])
 
@@ -75,7 +75,7 @@ def _learn(
 
 
 def _small_buffers(text: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Rotations live in buffers such as inv_freq; larger ones are something else."""
+    """Returns the buffers that may hold rotations, such as `inv_freq`. Larger buffers hold something else."""
     buffers = {
         name: buffer
         for name, buffer in text.named_buffers()

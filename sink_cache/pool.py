@@ -1,9 +1,9 @@
 """Many streams at once, in one batch whose rows come and go.
 
-Only a bounded cache needs an amount of memory for a conversation that is known in advance. So one cache with a fixed number of
-rows, stepped by one graph that is captured once, serves any number of streams, for ever. A stream that joins is read into a cache
-with one row, piece by piece between the steps of the others. Then it is copied into a row of the batch. A stream that waits for
-its next turn keeps its row until another stream needs it. Then it is parked outside of the batch.
+A bounded cache needs an amount of memory for a conversation that is known in advance. So one cache with a fixed number of rows,
+and one graph that is captured once, can serve any number of streams. A stream that joins is read into a cache with one row, piece
+by piece between the steps of the others. Then it is copied into a row of the batch. A stream that waits for its next turn keeps
+its row until another stream needs it. Then it is parked outside of the batch.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Stream:
 
     Attributes:
         status (`str`): "queued" (waits to be read), "reading", "running" (gets a token at every step), "idle" (its turn is over,
-            and `send` goes on), "failed" or "closed".
+            and `send` begins another), "failed" or "closed".
         finish_reason (`str`, *optional*): why the last turn ended: "eos", "length", "stopped", "failed" or "closed". None while
             a turn is under way.
-        error (`Exception`, *optional*): why it failed.
+        error (`Exception`, *optional*): why the stream failed.
     """
 
     def __init__(self, pool: StreamPool, options: dict[str, Any], draws: Draws) -> None:
@@ -55,7 +55,7 @@ class Stream:
         self._tokens: deque[int] = deque()
         self._recent: deque[int] = deque(maxlen=pool.keep_tokens)  # of the whole text
         self._unread: list[int] = []
-        self._left = -1  # tokens of this turn; negative for no end
+        self._left = -1  # how many tokens of this turn are to come; negative for no end
         self._row: int | None = None
         self._parked: Row | None = None
         self._file: Path | None = None
@@ -63,7 +63,7 @@ class Stream:
 
     @property
     def tokens(self) -> list[int]:
-        """The new tokens of the current turn, or of the last one; without an end, the last `keep_tokens` of them."""
+        """The new tokens of the current or last turn. If the turn has no end, only the last `keep_tokens` of them."""
         return list(self._tokens)
 
     @property
@@ -73,7 +73,7 @@ class Stream:
 
     @property
     def is_parked(self) -> bool:
-        """Whether its row lies outside of the batch, in host memory or a file."""
+        """Whether the stream's row lies outside of the batch, in host memory or a file."""
         return self._parked is not None
 
     def send(
@@ -84,22 +84,22 @@ class Stream:
         seed: int | None = None,
         **options: Any,
     ) -> None:
-        """Goes on with a next turn; nothing is read twice. The last generated token, which no forward has seen, is read before.
+        """Begins the next turn. Nothing is read twice. First the last generated token is read, which no forward has seen.
 
         Args:
-            input_ids: the new tokens alone, as for `StreamPool.add`. There may be none of them, to go on after `max_new_tokens`.
-            generation_config, options: as for `StreamPool.add`. Options that are not given are as in the turn before; a
-                `generation_config` stands for all of them.
-            seed (`int`, *optional*): begins new random numbers; by default the old ones go on.
+            input_ids: the new tokens alone, as for `StreamPool.add`. None of them (an empty list) goes on after `max_new_tokens`.
+            generation_config, options: as for `StreamPool.add`. Options that are not given stay as in the turn before. A
+                `generation_config` replaces all of them.
+            seed (`int`, *optional*): starts new random numbers. By default the stream's random numbers continue.
 
         Raises:
             RuntimeError: if the stream is active, has failed or is closed.
-            TypeError, ValueError, NotImplementedError: as `StreamPool.add`. The stream is then as it was.
+            TypeError, ValueError, NotImplementedError: as `StreamPool.add`. The stream then stays as it was.
         """
         self._pool._send(self, input_ids, generation_config, seed, options)
 
     def stop(self) -> None:
-        """Ends the turn with its next token; the stream is idle then, and `send` goes on."""
+        """Ends the turn with its next token. The stream is idle then, and `send` begins another turn."""
         with self._pool._lock:
             self._stops = self.is_active
 
@@ -111,7 +111,7 @@ class Stream:
         return f"<Stream {self.status}, {len(self._tokens)} tokens>"
 
     def _take(self, token: int) -> None:
-        """Takes in a new token, and ends the turn if it is the last."""
+        """Takes in a new token, and sets `finish_reason` if it is the turn's last."""
         self._tokens.append(token)
         self._recent.append(token)
         self._left -= 1
@@ -124,28 +124,28 @@ class Stream:
 
 
 class StreamPool:
-    """Many streams at once: each gets what it gets alone in `endless`, and they share one step.
+    """Runs many streams at once in shared steps. Each stream gets the same tokens as alone in `endless`.
 
     Args:
         model (`PreTrainedModel`): a causal language model with `attn_implementation` "sdpa" or "eager".
-        n_sink, window (`int`): of each stream's cache, see `SinkWindowCache`.
-        max_streams (`int`): rows of the batch, so many streams run at once. Further ones wait in a queue.
-        prefill_chunk_size (`int`): prompts are read in pieces of so many tokens, at most one piece between two steps. With
-            smaller pieces the running streams wait less, with larger ones prompts are read faster. As in `generate()`, the later
-            tokens of a piece see more than the cache holds.
-        keep_tokens (`int`, *optional*): how many of a text's last tokens a repetition penalty sees, and `Stream.tokens` keeps
-            if a turn has no end; by default the cache's capacity.
+        n_sink, window (`int`): the sizes of each stream's cache, see `SinkWindowCache`.
+        max_streams (`int`): how many streams run at once (the rows of the batch). Further streams wait in a queue.
+        prefill_chunk_size (`int`): how many tokens of a prompt are read at once. At most one such piece is read between two
+            steps. Smaller pieces let running streams wait less, and larger ones read prompts faster. As in `generate()`, the
+            later tokens of a piece see more than the cache holds.
+        keep_tokens (`int`, *optional*): how many of a text's last tokens a repetition penalty sees. `Stream.tokens` keeps as many
+            of a turn without an end. By default the cache's capacity.
         park_to (`str`, *optional*): a folder for the rows of idle streams that must leave the batch; host memory by default.
         compile_config (`CompileConfig`, *optional*): as for `generate()`.
 
     The options of a stream are those of `generate()` with `custom_generate=endless`: greedy decoding or sampling with
     `temperature`, `top_k`, `top_p` and `min_p`, `repetition_penalty`, `max_new_tokens`, `max_length` (in later turns it counts
-    the tokens of the turn) and `eos_token_id`. Others that would change the text are refused. A stream draws from its own seed,
-    so it gets the same tokens whatever else runs.
+    the tokens of the turn) and `eos_token_id`. Other options that would change the text are refused. A stream draws from its own
+    seed, so it gets the same tokens whatever else runs.
 
-    Threads: `add`, `Stream.send`, `Stream.stop` and `Stream.close` may be called from any thread, and wait at most for the step
-    that is under way. Steps (iteration, or `step`) belong to one thread at a time. The device works on the next step while the
-    caller has the tokens of the last one.
+    Threads: `add`, `Stream.send`, `Stream.stop` and `Stream.close` may be called from any thread, and wait at most for the
+    current step. Only one thread at a time may run steps (by iteration or `step`). The device works on the next step while the
+    caller handles the tokens of the last one.
 
     An interrupt (Ctrl-C) waits for the end of the step, so that no token is lost. Tokens that were not handed out yet come first
     in the next iteration.
@@ -204,7 +204,7 @@ class StreamPool:
         self._queue: deque[Stream] = deque()
         self._reading: Stream | None = None  # whose text is in the reader
         self._rows: list[Stream | None] = [None] * max_streams
-        self._idle: dict[Stream, None] = {}  # those that have a row, the longest idle first
+        self._idle: dict[Stream, None] = {}  # idle streams that have a row, the longest idle first
         self._streams: set[Stream] = set()
         self._launched: list[tuple[int, Stream]] = []  # the rows of the step that the device works on
         self._undelivered: deque[tuple[Stream, int]] = deque()
@@ -214,7 +214,7 @@ class StreamPool:
     def _refuse_model(self, model: PreTrainedModel) -> None:
         if method := virtual_tokens(model):
             raise NotImplementedError(
-                f"StreamPool feeds the tokens of texts, and would leave out the virtual tokens of {method}"
+                f"StreamPool feeds only the tokens of texts, and would leave out the virtual tokens of {method}"
             )
         self._cache.prepare_for(model)
         if theirs := [type(layer).__name__ for layer in self._cache.layers if not is_ring_alone(layer)]:
@@ -241,16 +241,16 @@ class StreamPool:
         seed: int | None = None,
         **options: Any,
     ) -> Stream:
-        """Adds a stream; it is read and runs as soon as there is a row for it.
+        """Adds a stream. The steps that follow read it, and run it as soon as there is a row for it.
 
         Args:
             input_ids: the prompt: a tensor `[1, tokens]` or `[tokens]`, or a list of integers.
             generation_config (`GenerationConfig`, *optional*), options: as for `generate()`, whose defaults hold.
-            seed (`int`, *optional*): of its random numbers; by default drawn from torch's generator.
+            seed (`int`, *optional*): the seed of its random numbers. By default one is drawn from torch's generator.
 
         Raises:
-            TypeError, ValueError: for tokens that are none of the model's, more tokens than the model has positions, and what
-                `generate()` and `endless` refuse.
+            TypeError, ValueError: for tokens that the model does not have, for more tokens than the model has positions, and for
+                all that `generate()` and `endless` refuse.
             NotImplementedError: for options that a pool does not have.
         """
         new = self._new_tokens(input_ids, least=1)
@@ -262,7 +262,7 @@ class StreamPool:
         return stream
 
     def __iter__(self) -> Iterator[tuple[Stream, int]]:
-        """Runs step after step, as long as any stream is active, and hands out each token with its stream."""
+        """Runs steps while any stream is active, and yields each token with its stream."""
         while True:
             while (pair := self._next_undelivered()) is not None:
                 yield pair
@@ -275,7 +275,7 @@ class StreamPool:
             return self._undelivered.popleft() if self._undelivered else None
 
     def step(self) -> list[tuple[Stream, int]]:
-        """Reads one piece of a prompt, if any waits, and runs one step of all running streams; returns their tokens."""
+        """Reads one piece of a prompt, if one waits, and runs one step of all running streams. Returns the new tokens."""
         self._step()
         with self._lock:
             found = list(self._undelivered)
@@ -283,7 +283,7 @@ class StreamPool:
         return found
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Waits until a stream is active, for at most `timeout` seconds; returns whether one is."""
+        """Waits until any stream is active, for at most `timeout` seconds. Returns whether any is."""
         with self._has_work:
             return self._has_work.wait_for(lambda: self.is_active, timeout)
 
@@ -295,7 +295,7 @@ class StreamPool:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many streams there are of each `Stream.status`, and how many of the idle ones are parked."""
+        """How many streams have each active or idle `Stream.status`, and how many of the idle streams are parked."""
         with self._lock:
             statuses = [stream.status for stream in self._streams]
             parked = sum(stream.is_parked and stream.status == IDLE for stream in self._streams)
@@ -303,7 +303,7 @@ class StreamPool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the batch's cache and the reader's; parked rows are not among them."""
+        """Bytes of the batch's cache and of the reader's cache, without parked rows."""
         return self._cache.nbytes + self._reader.cache.nbytes
 
     def close(self) -> None:
@@ -327,12 +327,12 @@ class StreamPool:
         else:
             raise TypeError(f"input_ids must be a tensor or a list of integers, but is {type(input_ids).__name__}")
         if len(new) < least:
-            raise ValueError("input_ids have no token: a text needs one at least")
+            raise ValueError("input_ids have no token: a text needs at least one")
         for token in new:
             if not isinstance(token, int) or isinstance(token, bool):
                 raise TypeError(f"input_ids must hold integers, but hold {token!r}")
             if not 0 <= token < self._batch.vocab_size:
-                raise ValueError(f"token {token} is none of the model's {self._batch.vocab_size}")
+                raise ValueError(f"token {token} is none of the model's {self._batch.vocab_size} tokens")
         room = self._cache.max_position - self._cache.rebase_step - self.capacity
         if len(new) >= room:
             raise ValueError(
@@ -360,7 +360,7 @@ class StreamPool:
             options = {**options, "generation_config": generation_config}
         with self._lock:
             if stream.status != IDLE:
-                raise RuntimeError(f"this stream is {stream.status}; only an idle one can be sent something")
+                raise RuntimeError(f"this stream is {stream.status}; only an idle stream can be sent something")
             turn = self._options_of(1 + len(new), options)
             if seed is not None:
                 stream._draws = _draws(seed)
@@ -382,12 +382,11 @@ class StreamPool:
 
     def _close(self, stream: Stream) -> None:
         with self._lock:
-            if stream.status in (CLOSED, FAILED):
-                return
-            self._leave(stream, CLOSED)
+            if stream.status not in (CLOSED, FAILED):
+                self._forget(stream, CLOSED)
 
-    def _leave(self, stream: Stream, status: str) -> None:
-        """Forgets a stream."""
+    def _forget(self, stream: Stream, status: str) -> None:
+        """Frees all that the pool holds of a stream, which is then "closed" or "failed"."""
         stream.status, stream.finish_reason = status, stream.finish_reason or status
         if stream._row is not None:
             self._free(stream)
@@ -408,9 +407,9 @@ class StreamPool:
 
     def _step(self) -> None:
         if not self._stepping.acquire(blocking=False):
-            raise RuntimeError("the pool is in the middle of a step, in another thread: only one thread can run steps")
+            raise RuntimeError("the pool is in the middle of a step in another thread: only one thread can run steps")
         try:
-            with _interrupted_afterwards(self._batch.is_ready), torch.no_grad():
+            with _delaying_interrupts(self._batch.is_ready), torch.no_grad():
                 self._launch()  # unless the step before has done so
                 try:
                     self._read_piece()  # while the device works on the step
@@ -425,7 +424,8 @@ class StreamPool:
         if self._launched:
             return
         with self._lock:
-            rows = [(row, one) for row, one in enumerate(self._rows) if one is not None and one.status == RUNNING]
+            streams = enumerate(self._rows)
+            rows = [(row, stream) for row, stream in streams if stream is not None and stream.status == RUNNING]
         if rows:
             self._batch.launch()
             self._launched = rows
@@ -458,7 +458,7 @@ class StreamPool:
     # --- reading ---
 
     def _read_piece(self) -> None:
-        """Reads one piece of the next stream's text; a text that has been read gets a row as soon as there is one."""
+        """Reads one piece of the next stream's text. A text that has been read gets a row as soon as one is free."""
         with self._lock:
             stream = self._reading
             if stream is None or stream.status == CLOSED:
@@ -484,8 +484,8 @@ class StreamPool:
             with self._lock:
                 stream.error, self._reading = reason, None
                 if stream.status != CLOSED:
-                    self._leave(stream, FAILED)
-        except BaseException:  # an interrupt: the text is read anew from its beginning
+                    self._forget(stream, FAILED)
+        except BaseException:  # an interrupt: the text will be read again from its beginning
             with self._lock:
                 if self._reader.pieces_left and stream.status != CLOSED:
                     stream.status, self._reading = QUEUED, None
@@ -518,7 +518,7 @@ class StreamPool:
             self._batch.run(row, stream._turn.sampling, list(stream._recent), stream._draws)
 
     def _free_row(self) -> int | None:
-        """A row that is free, or that can be freed: of the stream that has been idle for longest, or will wait for longest."""
+        """Finds or frees a row: the row of the stream that has been idle longest, else of the last in the queue that has one."""
         if None in self._rows:
             return self._rows.index(None)
         waiting = (stream for stream in reversed(self._queue) if stream._row is not None)
@@ -559,11 +559,11 @@ def _draws(seed: int | None) -> Draws:
 
 
 @contextmanager
-def _interrupted_afterwards(delays: bool) -> Iterator[None]:
-    """Within, an interrupt (Ctrl-C) waits: halfway through a step, rows would have tokens that no stream has.
+def _delaying_interrupts(delays: bool) -> Iterator[None]:
+    """Delays an interrupt (Ctrl-C) until its body ends. Halfway through a step, rows would have tokens that no stream has.
 
     Args:
-        delays (`bool`): not while a graph is compiled, which takes long.
+        delays (`bool`): False while a graph is compiled, which takes long.
     """
     before = signal.getsignal(signal.SIGINT)
     if not delays or before is None or threading.current_thread() is not threading.main_thread():

@@ -1,11 +1,11 @@
 """What streaming with sinks and a window must give, computed by the model itself.
 
-The reference needs no knowledge of rotary embeddings and no code of the cache. Sinks attend only to each other, and
-attention sees only differences of positions; so a fresh forward over the sink tokens at *shifted* `position_ids` gives
-the keys and values that every layer should present, computed by the model itself. Window tokens keep the keys and values
-they had when they were first computed. Both in a `DynamicCache`, and the next token at its absolute position. A model that
-cannot be told positions counts the keys in the `DynamicCache`, where they are in the order of the text. The reference reads
-sinks one at a time, as the text was read: a model that quantises its activations rounds several tokens together otherwise.
+The reference needs no knowledge of rotary embeddings and no code of the cache. Sinks attend only to each other, and attention
+sees only differences of positions. So a fresh forward over the sink tokens at *shifted* `position_ids` gives the keys and values
+that every layer should present. Window tokens keep the keys and values from when they were first computed. Both are put into a
+`DynamicCache` in the order of the text, and the next token is read at its absolute position. A model without `position_ids`
+counts the keys there. The reference reads sinks one at a time, as the text was read. A model that quantises its activations
+would round several tokens together.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _ROUNDINGS, _DRAWS = 32, 3  # see `own_noise`
 
 
 class CannotStream(Exception):
-    """A model on which sinks cannot be repositioned; `str` is the reason, as the end of a sentence about the model."""
+    """Sinks cannot be repositioned on a model; `str` is the reason, as the end of a sentence about the model."""
 
 
 def bounded_layers(config: PreTrainedConfig) -> tuple[list[int], int | None]:
-    """The layers that a sink window replaces, and their native sliding window if they have one.
+    """Returns the layers that a sink window replaces, and their native sliding window if they have one.
 
-    Layers of full attention are replaced, beside a recurrent state too; all others keep transformers' own layer class. In a
-    model that has only sliding layers, these are replaced.
+    Full-attention layers are replaced, also those beside a recurrent state. A model without such layers has its sliding layers
+    replaced. All other layers keep transformers' own layer class.
     """
     layers = layers_of(config)
     kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
@@ -71,9 +71,9 @@ def streaming_error(
     masked: bool = False,
     chunk_size: int = 1,
 ) -> float:
-    """The largest relative error of a cache of `n_sink` sinks and a window on random tokens, read in chunks.
+    """Returns the largest relative error of a cache of these sizes on random tokens, which are read in chunks.
 
-    With `masked` the model is also given an `attention_mask` of all tokens seen, if it takes one.
+    With `masked`, the model also gets an `attention_mask` of all tokens seen, if it takes one.
     """
     input_ids = _random_tokens(model, tokens)
     reference = _reference(model, input_ids, n_sink, window)
@@ -87,18 +87,18 @@ def streaming_error(
 
 
 def own_noise(model: PreTrainedModel, n_sink: int, window: int, tokens: int) -> float:
-    """How far the outputs of the reference move when the model's input embeddings move by a few roundings."""
+    """Returns how far the outputs of the reference move when the model's input embeddings move by a few roundings."""
     input_ids = _random_tokens(model, tokens)
     reference = _reference(model, input_ids, n_sink, window)
     noise = 0.0
     for seed in range(_DRAWS):
-        with _moved_embeddings(text_model(model), seed):
+        with _perturbed_embeddings(text_model(model), seed):
             noise = max(noise, _largest_error(_reference(model, input_ids, n_sink, window), reference))
     return noise
 
 
 @contextmanager
-def _moved_embeddings(text: PreTrainedModel, seed: int) -> Iterator[None]:
+def _perturbed_embeddings(text: PreTrainedModel, seed: int) -> Iterator[None]:
     generator = torch.Generator("cpu").manual_seed(seed)
 
     def moved(module: torch.nn.Module, arguments: Any, states: torch.Tensor) -> torch.Tensor:
@@ -123,7 +123,7 @@ def _largest_error(outputs: list[torch.Tensor], reference: list[torch.Tensor]) -
     """The largest error of any output of any step, relative to the largest output of that step; NaN if any is NaN."""
     worst = 0.0
     for output, expected in zip(outputs, reference, strict=True):
-        # A comparison that is not a number must not pass, hence not `max(worst, error)`.
+        # Not `max(worst, error)`, which would drop an error that is NaN.
         error = ((output.float() - expected.float()).abs().amax() / expected.float().abs().amax()).item()
         worst = worst if error <= worst else error
     return worst
@@ -160,7 +160,7 @@ def _reference(model: PreTrainedModel, input_ids: torch.Tensor, n_sink: int, win
 def _dynamic_cache(model: PreTrainedModel, layers: list[int]) -> DynamicCache:
     cache = DynamicCache(config=text_model(model).config)
     for layer in layers:
-        if type(cache.layers[layer]) is DynamicSlidingWindowLayer:  # never slides here, as the reference keeps it short
+        if type(cache.layers[layer]) is DynamicSlidingWindowLayer:  # need not slide: the reference keeps it short
             cache.layers[layer] = DynamicLayer()
     return cache
 
@@ -169,7 +169,7 @@ def _read(
     model: PreTrainedModel, input_ids: torch.Tensor, position: int, cache: Cache, **kwargs: torch.Tensor
 ) -> torch.Tensor:
     position_ids = torch.arange(position, position + input_ids.shape[1], device=input_ids.device)[None]
-    # A model may hand positions on that it does not name, or ignore them (ALiBi).
+    # A model that does not name positions may hand them on, or ignore them (ALiBi).
     if takes_argument(model, "position_ids") or takes_any_keyword(model):
         kwargs["position_ids"] = position_ids
     output: torch.Tensor = model(input_ids=input_ids, use_cache=True, **cache_kwargs(cache, model), **kwargs)[0]

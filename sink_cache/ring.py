@@ -14,7 +14,7 @@ import torch
 
 
 def slots_of(tokens: torch.Tensor, n_sink: int, window: int) -> torch.Tensor:
-    """The slots in which these tokens lie; a tensor of the same shape."""
+    """The slots in which these tokens lie; a tensor of the same shape and dtype."""
     return torch.where(tokens < n_sink, tokens, n_sink + (tokens - n_sink) % window)
 
 
@@ -24,7 +24,7 @@ def slot_of(token: int, n_sink: int, window: int) -> int:
 
 
 def evicted_before(count: int, capacity: int) -> int:
-    """How many tokens the next query no longer sees, because it takes a place itself; zero or less while there is room."""
+    """How many tokens the next query, which takes a slot itself, no longer sees; zero or less while there is room."""
     return count + 1 - capacity
 
 
@@ -34,14 +34,14 @@ def visible_besides(count: int, capacity: int) -> int:
 
 
 def tokens_seen(count: int, n_sink: int, window: int, device: torch.device) -> torch.Tensor:
-    """The tokens that the next query sees besides itself, in chronological order."""
+    """The tokens that the next query sees besides itself, int64 `[visible]`, in chronological order."""
     first = n_sink + max(0, evicted_before(count, n_sink + window))
     sinks = torch.arange(min(count, n_sink), device=device)
     return torch.cat([sinks, torch.arange(first, max(first, count), device=device)])
 
 
 def tokens_kept(count: int, new_tokens: int, n_sink: int, window: int, device: torch.device) -> torch.Tensor:
-    """Those of several new tokens that stay after the call: sinks, and the last `window` tokens at its end."""
+    """The new tokens that stay after a call, int64 `[kept]`: sinks, and tokens among the last `window`."""
     end = count + new_tokens
     first = max(count, n_sink, end - window)
     sinks = torch.arange(count, max(count, min(n_sink, end)), device=device)
@@ -49,20 +49,20 @@ def tokens_kept(count: int, new_tokens: int, n_sink: int, window: int, device: t
 
 
 def window_of(count: int, queries: int, n_sink: int, window: int) -> tuple[range, range]:
-    """The tokens that are in the window of a query of an exact chunk and no sinks: those in the cache, and the new ones."""
+    """The tokens, without sinks, in the windows of an exact chunk's queries: the cached tokens, and the new tokens."""
     start = max(count, n_sink)
     return range(max(n_sink, count + 1 - window), start), range(start, count + queries)
 
 
 def chunk_of(count: int, queries: int, dense: int, n_sink: int, window: int) -> tuple[range, range, range]:
-    """What the queries of an exact chunk see, when tokens are evicted within it; the first `dense` of them see all before them.
+    """What the queries of an exact chunk see if tokens are evicted within it. The first `dense` tokens see all before them.
 
-    Each query has its own distance to the sinks, so each query that sees evictions has its own copy of the sinks.
+    Each query has its own distance to the sinks. So each query for which tokens are evicted has its own copy of the sinks.
 
     Returns:
         `tuple[range, range, range]`: the distances of the sink copies; the cached tokens; the new tokens.
     """
     evicted = evicted_before(count, n_sink + window)
-    alone = evicted_before(max(count, dense), n_sink + window)  # of the first query that sees what it would see alone
+    first_distance = max(1, evicted_before(max(count, dense), n_sink + window))
     first = 0 if evicted <= 0 else evicted + n_sink
-    return range(max(1, alone), evicted + queries), range(first, count), range(count, count + queries)
+    return range(first_distance, evicted + queries), range(first, count), range(count, count + queries)

@@ -1,12 +1,12 @@
-"""How a model rotates its keys, read off the keys themselves, and rotating the sinks forward.
+"""Reading off keys how a model rotates them, and rotating the sinks forward.
 
 Every rotary embedding (RoFormer, arXiv 2104.09864), whatever its convention (half-split or interleaved pairs, either
 sign, partial, scaled), turns dimension `d` of a key together with one partner dimension:
 
     key(position)[d] = cos(position * frequency[d]) * key(0)[d] + sin(position * frequency[d]) * key(0)[partner[d]]
 
-so two vectors of `head_dim` numbers say all there is to know, and rotations add up: a key moves forward by `shift`
-positions by the same formula with `shift` for `position`. A dimension that does not rotate has frequency 0.
+So `partner` and `frequency`, `head_dim` numbers each, describe the embedding. Rotations add up: the same formula with `shift` for
+`position` moves a key forward by `shift` positions. A dimension that does not rotate has frequency 0.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 import torch
 
-# Angles for this many consecutive shifts are tabulated at once: one small transfer to the device every so many steps.
+# Angles for this many consecutive shifts are computed at once, so that most steps transfer nothing to the device.
 _TABLE_ROWS = 64
 
 
 class NotARotation(Exception):
-    """The keys do not turn with the position as a rotary embedding turns them; `str` says what they do instead."""
+    """The keys do not turn with the position as those of a rotary embedding; `str` says what they do instead."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Rotation:
     """What a rotary embedding does to one layer's keys.
 
     Attributes:
-        partner (`tuple[int, ...]`): for each of the `head_dim` dimensions, the dimension that it turns with.
-        frequency (`tuple[float, ...]`): for each dimension, radians per position, signed; 0 where nothing turns.
+        partner (`tuple[int, ...]`): for each of the `head_dim` dimensions, the dimension with which it turns.
+        frequency (`tuple[float, ...]`): for each dimension, radians per position, signed; 0 if it does not turn.
     """
 
     partner: tuple[int, ...]
@@ -38,7 +38,7 @@ class Rotation:
 
     @property
     def is_identity(self) -> bool:
-        """Whether nothing turns: a layer without rotary embedding."""
+        """Whether no dimension turns, as in a layer without rotary embedding."""
         return not any(self.frequency)
 
     def is_close_to(self, other: Rotation) -> bool:
@@ -51,9 +51,9 @@ def fit_rotation(keys: dict[int, torch.Tensor], tolerance: float = 1e-3) -> Rota
     """Finds the rotation in keys of the same tokens at several positions.
 
     Args:
-        keys (`dict[int, torch.Tensor]`): position → keys `[samples, head_dim]` of the same samples. Must hold position 0
-            and consecutive powers of 8 from 1; other positions only take part in the check.
-        tolerance (`float`): allowed deviation of the keys from the fitted rotation, relative to their size.
+        keys (`dict[int, torch.Tensor]`): for each position, the keys `[samples, head_dim]` of the same samples. Position 0 and
+            consecutive powers of 8 from 1 must be there. Other positions only take part in the check.
+        tolerance (`float`): the allowed deviation of the keys from the fitted rotation, relative to the largest key.
 
     Raises:
         NotARotation: when no rotation with constant frequencies explains all the keys.
@@ -78,7 +78,7 @@ def fit_rotation(keys: dict[int, torch.Tensor], tolerance: float = 1e-3) -> Rota
     every = torch.arange(start.shape[1], device=start.device)
     angle = torch.atan2(sin[:, every, partner], cos[:, every, partner])  # [positions, head_dim]
 
-    # The angle at position 1 gives the frequency roughly; each longer stretch divides the error by 8.
+    # The angle at position 1 gives the frequency roughly. Each longer distance divides the error by 8.
     frequency = torch.zeros_like(angle[0])
     position = 1
     while position in keys:
@@ -97,7 +97,7 @@ def fit_rotation(keys: dict[int, torch.Tensor], tolerance: float = 1e-3) -> Rota
 
 
 def first_unexplained(keys: dict[int, torch.Tensor], rotation: Rotation, tolerance: float = 1e-3) -> int | None:
-    """The first position at which `keys` (as in `fit_rotation`) are not those of position 0 rotated; None if all are."""
+    """Finds the first position whose `keys` (see `fit_rotation`) are not those of position 0 rotated; None if all are."""
     start = keys[0].double()
     scale = start.abs().amax().item()
     for position in sorted(keys):
@@ -122,8 +122,8 @@ class ForwardRotation:
     Angles are computed in float64, rotations in float32, and the result is rounded once to the keys' dtype.
 
     Args:
-        rotations (`list[Rotation]`): one for each layer; those that are no identity with the same `partner`.
-        device (`torch.device`): where the keys are.
+        rotations (`list[Rotation]`): one for each layer. All that are not the identity have the same `partner`.
+        device (`torch.device`): the device of the keys.
     """
 
     def __init__(self, rotations: list[Rotation], device: torch.device) -> None:
@@ -142,15 +142,15 @@ class ForwardRotation:
         self._turns = self._frequency  # of `_rest`
 
     def _cos_sin(self, shifts: torch.Tensor, frequency: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin `[..., head_dim]` of the angles by which keys move, for shifts `[...]`, float32 on the device."""
+        """Computes cos and sin `[..., head_dim]` of the angles for shifts `[...]`; float32, on the device of the keys."""
         angle = shifts.double()[..., None] * frequency
         cos, sin = (t.float().to(self._partner.device) for t in (torch.cos(angle), torch.sin(angle)))
         return cos, sin
 
     def all_layers(self, pristine: torch.Tensor, evicted: tuple[int, ...], out: torch.Tensor) -> None:
-        """Writes `pristine` `[layers, batch, heads, n_sink, head_dim]` to `out`, moved forward: 3 kernels.
+        """Moves `pristine` `[layers, batch, heads, n_sink, head_dim]` forward, and writes it to `out`, in 3 kernels.
 
-        `evicted` has one number for each row of the batch or one for all; keys of a row move by it if it is positive.
+        `evicted` has one number for each row of the batch, or one for all rows. Rows with a negative number do not move.
         """
         steps = evicted[0] - self._evicted[0] if self._evicted else -1
         table_fits = 0 <= steps < _TABLE_ROWS and all(
@@ -167,7 +167,7 @@ class ForwardRotation:
         torch.addcmul(pristine * cos, pristine.index_select(-1, self._partner), sin, out=out)
 
     def one_layer(self, pristine: torch.Tensor, shifts: range) -> torch.Tensor:
-        """Copies of `pristine` `[batch, heads, n_sink, head_dim]` of the first layer, moved forward by each of `shifts`.
+        """Moves `pristine` `[batch, heads, n_sink, head_dim]` of the first layer forward by each of `shifts`.
 
         Returns:
             `torch.Tensor`: `[batch, heads, len(shifts) * n_sink, head_dim]`.
@@ -176,24 +176,23 @@ class ForwardRotation:
             every_shift = torch.arange(shifts.start, shifts.stop, device="cpu")[:, None]
             self._shifts, self._table = shifts, self._cos_sin(every_shift, self._frequency[0])
         cos, sin = self._table  # [shifts, 1, head_dim]
-        copies = pristine[:, :, None] * cos + pristine[:, :, None].index_select(-1, self._partner) * sin
-        return copies.flatten(2, 3).to(pristine.dtype)
+        return self._moved(pristine[:, :, None], cos, sin).flatten(2, 3).to(pristine.dtype)
 
     def turns(self, pristine: torch.Tensor, first: int, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What gives the products of queries with keys of the first layer that for query `i` move by `max(0, first + i)`.
+        """Prepares products of queries with the first layer's keys, which move by `max(0, first + i)` for query `i`.
 
-        A query's product with a moved key is that of its own `[query cos, query sin]` with `[key, key[partner]]`.
+        The product of a query and a moved key equals the product of `[query * cos, query * sin]` and `[key, key[partner]]`.
 
         Args:
             pristine (`torch.Tensor`): keys `[batch, heads, n_sink, head_dim]`.
-            first (`int`): the shift for the first query, negative if the first `-first` queries see keys that do not move.
-            queries (`int`): how many queries.
+            first (`int`): the shift for the first query. If it is negative, the keys do not move for the first `-first` queries.
+            queries (`int`): how many queries there are.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: keys and partners `[batch, heads, n_sink, 2, head_dim]`, and cos and sin
                 `[queries, 2, head_dim]`, both float32.
         """
-        # Rotations add up: keys move by what all queries have in common, and the rest is the same for every chunk of a size.
+        # Rotations add up. The keys move by the shift that all queries share. The rest is the same for all chunks of a size.
         common, rest = max(0, first), (min(0, first), queries)
         keys = self._moved(pristine, *self._cos_sin(torch.tensor(common, device="cpu"), self._frequency[0]))
         if self._rest != rest:
@@ -207,20 +206,20 @@ class ForwardRotation:
         return keys * cos + keys.index_select(-1, self._partner) * sin
 
     def move_rows(self, keys: torch.Tensor, shifts: tuple[int, ...]) -> None:
-        """Moves keys `[batch, heads, tokens, head_dim]` of the first layer in place, each row by its shift or all by one."""
+        """Moves keys `[batch, heads, tokens, head_dim]` of the first layer in place: each row by its shift, or all by one."""
         by_row = torch.tensor(shifts, device="cpu")[:, None, None]
         cos, sin = self._cos_sin(by_row, self._frequency[0])  # [rows or 1, 1, 1, head_dim]
         keys.copy_(self._moved(keys, cos, sin))
 
 
 class ForwardRotations:
-    """The `ForwardRotation` of each rotation and device that the layers of a cache have, made once."""
+    """One `ForwardRotation` for each rotation and device among the layers of a cache."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[Rotation, torch.device], ForwardRotation] = {}
 
     def of(self, rotation: Rotation, device: torch.device) -> ForwardRotation:
-        """The one for layers that rotate like this."""
+        """Returns the `ForwardRotation` for layers with this rotation on this device."""
         if (rotation, device) not in self._made:
             self._made[rotation, device] = ForwardRotation([rotation], device)
         return self._made[rotation, device]

@@ -1,4 +1,4 @@
-"""Rows of one cache: moving one into another cache, to host memory or a file, and letting one pause while others go on."""
+"""Rows of a cache: moving a row to another cache, to host memory or to a file, and letting rows pause in a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .internals import LinearAttentionCacheLayerMixin
 from .layers import RingLayer, StaticSinkWindowLayer
 from .saving import write_whole
 from .stack import LayerStack
-from .state import DeviceStreamState, alike
+from .state import DeviceStreamState, compact
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Row:
     """The stream of one row, outside of its cache.
 
     Attributes:
-        tensors (`dict[str, torch.Tensor]`): what the layers hold, by index and name, `[num_heads, slots, head_dim]` each.
-        count, start, rebased (`int`): how far the row is; see `state`.
+        tensors (`dict[str, torch.Tensor]`): the row in each ring's tensors, by "index.name", `[num_heads, slots, head_dim]` each.
+        count, start, rebased (`int`): how far the row is; see `StreamState`.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -38,7 +38,7 @@ class Row:
         return self.start + self.count
 
     def on_host(self) -> Row:
-        """A copy in host memory."""
+        """Returns a copy in host memory."""
         return replace(self, tensors={name: tensor.detach().cpu().clone() for name, tensor in self.tensors.items()})
 
     def save_tensors(self, path: Path) -> None:
@@ -46,17 +46,17 @@ class Row:
         write_whole(path, self.on_host().tensors)
 
     def with_tensors_of(self, path: Path) -> Row:
-        """This row, with the tensors of a file that `save_tensors` wrote."""
+        """Returns this row with the tensors of a file that `save_tensors` wrote."""
         return replace(self, tensors=load_file(path))
 
 
-@torch.inference_mode()  # in which any tensor can be written to
+@torch.inference_mode()  # inference mode may write to any tensor
 def copy_row(source: SinkWindowCache, row: int, target: SinkWindowCache, target_row: int) -> None:
-    """Copies the stream of a row, with its own length and positions, in the place of another row's stream.
+    """Copies the stream of a row, with its length and positions, over the stream of another cache's row.
 
     The target's memory stays where it is, so that a captured graph goes on with the new stream. Its next positions are
-    `target.next_position_ids()`. A graph that was captured while all rows were full has no masks: after a row that is not full
-    has joined, capture another one.
+    `target.next_position_ids()`. A graph that was captured while all rows were full has no masks. Capture another graph after a
+    row that is not full has joined.
 
     Args:
         source (`SinkWindowCache`): a cache that a model has used, with rows of any batch size.
@@ -75,7 +75,7 @@ def copy_row(source: SinkWindowCache, row: int, target: SinkWindowCache, target_
 
 
 def take_row(cache: SinkWindowCache, row: int) -> Row:
-    """A row of a cache that a model has used; its tensors are views, which change with the cache."""
+    """Returns a row of a cache that a model has used. Its tensors are views, which change with the cache."""
     _check_index(cache, row)
     stack = stack_of(cache)
     held = enumerate(stack.take_out())
@@ -83,16 +83,16 @@ def take_row(cache: SinkWindowCache, row: int) -> Row:
     return Row(tensors, *stack.state.row(row))
 
 
-@torch.inference_mode()  # in which any tensor can be written to
+@torch.inference_mode()  # inference mode may write to any tensor
 def put_row(row: Row, cache: SinkWindowCache, index: int) -> None:
-    """Puts a row in the place of another one; see `copy_row`, which checks that they fit."""
+    """Replaces a row of a cache by this row, which must fit; `copy_row` checks that."""
     stack = stack_of(cache)
     for i, held in enumerate(stack.take_out()):
         for name, tensor in held.items():
             tensor[index].copy_(row.tensors[f"{i}.{name}"])
     if stack.rows == 1:  # nothing is left of the stream that was there
         fed = {"fed": row.count + row.rebased, "pads": (0,), "rebased": (row.rebased,), "starts": (row.start,)}
-        stack.state.take_over({**fed, "begun": True, "unfinished": False, "moved": True})
+        stack.state.take_over({**fed, "begun": True, "unfinished": False, "recheck_positions": True})
     else:
         stack.state.set_row(index, stack.rows, row.count, row.start, row.rebased)
     stack.forget_steps()
@@ -100,22 +100,22 @@ def put_row(row: Row, cache: SinkWindowCache, index: int) -> None:
         if isinstance(ring, StaticSinkWindowLayer):
             ring.sinks_complete = ring.sinks_complete and row.count >= ring.n_sink
     if stack.compileable and stack.checks.tokens_until_full():
-        stack.show_all_slots(False)
+        stack.use_step_masks(True)
     stack.fed_text = None
 
 
 def is_ring_alone(layer: Any) -> bool:
-    """Whether a cache layer is a ring, and has no recurrent state beside it, which could not be copied row by row."""
+    """Whether a cache layer is a ring without a recurrent state, which could not be copied row by row."""
     return isinstance(layer, RingLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin)
 
 
 def pause_rows(cache: SinkWindowCache, running: torch.Tensor) -> None:
-    """After a step of a compileable cache: takes it back in rows that do not run. What these were fed is overwritten later.
+    """Takes back the last step of a compileable cache in paused rows. Their next token overwrites what the step stored.
 
-    Only on the devices, as a captured graph needs it. `note_pauses` says the same to the host, before it next looks.
+    This changes only the counts on the devices, so that a graph can capture it. `note_pauses` informs the host later.
 
     Args:
-        running (`torch.Tensor`): int64 `[rows]`, 1 for rows that run and 0 for the others.
+        running (`torch.Tensor`): int64 `[rows]`, 1 for rows that run and 0 for paused rows.
     """
     state = stack_of(cache).state
     assert isinstance(state, DeviceStreamState)
@@ -123,9 +123,9 @@ def pause_rows(cache: SinkWindowCache, running: torch.Tensor) -> None:
 
 
 def note_pauses(cache: SinkWindowCache, steps: Sequence[int]) -> None:
-    """Notes for how many steps each row has paused since the last time: to these rows, the steps brought padding."""
+    """Notes for how many steps each row has paused since the last call. For a paused row, a step counts as padding."""
     state = stack_of(cache).state
-    state.pads = alike(tuple(pads + more for pads, more in state.per_row(state.pads, tuple(steps))))
+    state.pads = compact(tuple(pads + more for pads, more in state.per_row(state.pads, tuple(steps))))
 
 
 def _check_index(cache: SinkWindowCache, row: int) -> None:

@@ -1,11 +1,11 @@
 """Choosing the next tokens of many rows at once, each with its own options and its own random numbers.
 
-Options mean what they mean in transformers, and come in its order: repetition penalty, temperature, top-k, top-p, min-p. Two
-departures: tokens of equal weight at the border of a top-p set stay together, and a row draws from its own
+Options mean what they mean in transformers, and are applied in its order: repetition penalty, temperature, top-k, top-p, min-p.
+There are two departures. Tokens of equal weight at the border of a top-p set stay together. Each row draws from its own
 generator, so that it gets the same tokens whatever the other rows do.
 
-A token is drawn with whole-number weights. Sums of these are exact, so that no order of adding, on whatever device, can change
-which token a random number stands for.
+A token is drawn with whole-number weights. Their sums are exact, so the order of adding, which depends on the device, cannot
+change which token a random number stands for.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 BLOCK = 256  # random numbers that a row has on its device
 _DRAW_BITS, _WEIGHT_BITS = 31, 40  # for vocabularies up to 2**22 these products stay below 2**63
 _TILE = 1024  # tokens
-_PASS_BITS = 3  # that a pass of the search finds, of 30
+_PASS_BITS = 3  # how many of a weight's 30 bits each pass of the search finds
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class SamplingOptions:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is all that is asked for."""
+        """Whether the choice is just the likeliest token."""
         return not self.do_sample and self.repetition_penalty == 1.0
 
     def numbers(self, vocab_size: int) -> list[float]:
-        """One row of the `options` of `choose`."""
+        """Returns a row of the `options` of `choose`."""
         top_k = min(self.top_k or vocab_size, vocab_size)
         return [float(self.do_sample), self.temperature, top_k, self.top_p, self.min_p, self.repetition_penalty]
 
@@ -53,7 +53,7 @@ class Draws:
 
     Attributes:
         block (`torch.Tensor`): int64 `[BLOCK]`, below `2**31`.
-        drawn (`int`): how many of these were used.
+        drawn (`int`): how many numbers of the block were used.
     """
 
     def __init__(self, seed: int) -> None:
@@ -73,7 +73,7 @@ class Draws:
         return True
 
     def next(self) -> torch.Tensor:
-        """The next number, `[1, 1]`."""
+        """Takes the next number, int64 `[1, 1]`."""
         number = self.block[self.drawn].view(1, 1)
         self.advance()
         return number
@@ -92,10 +92,10 @@ def choose(
     Args:
         logits (`torch.Tensor`): `[rows, vocab_size]`.
         options (`torch.Tensor`): float32 `[rows, 6]`, see `SamplingOptions.numbers`.
-        recent (`torch.Tensor`): int64 `[rows, tokens]`, for which there is a repetition penalty.
+        recent (`torch.Tensor`): int64 `[rows, tokens]`, the tokens that get a repetition penalty.
         draws (`torch.Tensor`): int64 `[rows, 1]`, random numbers below `2**31`.
-        compiled (`bool`): in kernels that the compiler makes, with a search instead of sorting. On a GPU, sorting would take
-            longer than all else that a step does.
+        compiled (`bool`): use compiled kernels, and a search instead of sorting. On a GPU, sorting would take longer than the
+            rest of a step.
 
     Returns:
         `torch.Tensor`: int64 `[rows, 1]`.
@@ -119,11 +119,11 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def weigh(logits: torch.Tensor, options: torch.Tensor, recent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the options make of logits, up to the temperature.
+    """Applies the repetition penalty and the temperature to logits.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the likeliest token of each row, `[rows, 1]`, and the weights of sampling, 1 for the
-            likeliest: float32 `[rows, tokens]`, with zeros up to a multiple of `_TILE` tokens.
+        `tuple[torch.Tensor, torch.Tensor]`: the likeliest token of each row, int64 `[rows, 1]`, and the weights for sampling,
+            float32 `[rows, tokens]`. The likeliest token weighs 1. Zeros fill up to a multiple of `_TILE` tokens.
     """
     temperature, penalty = options[:, 1:2], options[:, 5:6]
     scores = logits.float()
@@ -134,7 +134,7 @@ def weigh(logits: torch.Tensor, options: torch.Tensor, recent: torch.Tensor) -> 
 
 
 def limit_by_sorting(weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """The least weight that may be drawn in each row, `[rows, 1]`: the `top_k`-th, and of these the last of the top-p set."""
+    """The least weight that may be drawn in each row, `[rows, 1]`: the `top_k`-th, or the last of the top-p set within it."""
     ordered = weights.sort(dim=1, descending=True).values
     kth = ordered.gather(1, top_k.long() - 1)
     mass = torch.where(ordered >= kth, ordered, 0).cumsum(dim=1)
@@ -145,20 +145,20 @@ def limit_by_sorting(weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Te
 def limit_by_search(
     weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, run: Callable[..., Any] = _plain
 ) -> torch.Tensor:
-    """The same as `limit_by_sorting`.
+    """Finds the limit of `limit_by_sorting` without sorting.
 
-    Weights are between 0 and 1, so their bits, read as integers, are in the order of their sizes. Each pass over the weights
-    finds some bits of the limit.
+    Weights are between 0 and 1, so their bits, read as integers, have the same order. Each pass over the weights finds some bits
+    of the limit.
     """
     kth = _largest(weights, top_k, run(_narrow_to_number))
     kept, goal = run(_keep)(weights, kth, top_p)
     last = _largest(kept, goal, run(_narrow_to_mass))
-    # No weight is above 1. Where nothing has to be reached (a top_p of 0), the search ends beyond.
+    # No weight is above 1, but the search ends above 1 if nothing has to be reached (a top_p of 0).
     return torch.where(top_p < 1, torch.maximum(kth, last.clamp(max=1.0)), kth)
 
 
 def _largest(weights: torch.Tensor, goal: torch.Tensor, narrow: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """The largest weight for which all weights that are at least as large reach the goal together, `[rows, 1]`."""
+    """Finds the largest weight for which all weights that are at least as large reach the goal together, `[rows, 1]`."""
     found = torch.zeros(len(weights), 1, dtype=torch.int32, device=weights.device)
     for shift in torch.arange(30 - _PASS_BITS, -1, -_PASS_BITS, dtype=torch.int32, device=weights.device):
         found = narrow(weights, found, goal, shift)
@@ -188,7 +188,7 @@ def _next_bits(
     digit = torch.zeros_like(found)
     for tried in range(1, 2**_PASS_BITS):
         limit = (found + (tried << shift)).view(torch.float32)[..., None]
-        # In two steps, because the compiler would have each row summed up by few of a GPU's processors.
+        # Summed in two steps, because in one step few of a GPU's processors would work on each row.
         digit = digit + (counted(limit).sum(dim=2).sum(dim=1, keepdim=True) >= goal).int()
     return found + (digit << shift)
 
@@ -198,7 +198,7 @@ def _tiles(weights: torch.Tensor) -> torch.Tensor:
 
 
 def pick(weights: torch.Tensor, least: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """The token of each row for which its random number stands, int64 `[rows, 1]`, among those of at least this weight."""
+    """Picks the token for which each row's random number stands, int64 `[rows, 1]`, among tokens that weigh at least `least`."""
     tiles = _tiles((torch.where(weights >= least, weights, 0) * 2**_WEIGHT_BITS).long())
     ends = tiles.sum(dim=2).cumsum(dim=1)
     total = ends[:, -1:]

@@ -1,8 +1,7 @@
 """Writing a cache to a safetensors file and reading it back, so that a text goes on in another process.
 
-The file holds what the layers hold, and in its metadata all numbers that say what these tensors are: the cache's sizes, the
-position, and how the model rotates its keys. A cache is read completely and compared with the live model before anything is
-changed.
+The file holds the tensors of the layers. Its metadata holds the numbers that describe them: the cache's sizes, the position, and
+how the model rotates its keys. A file is read completely and compared with the live model before anything is changed.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def save_stack(stack: LayerStack, path: str | os.PathLike[str]) -> None:
 def write_whole(
     path: str | os.PathLike[str], tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file, which has its name only when it is whole."""
+    """Writes a safetensors file under a temporary name, and renames it when it is complete."""
     unfinished = Path(f"{path}.{os.getpid()}.tmp")
     try:
         save_file(tensors, unfinished, metadata=metadata)
@@ -66,19 +65,19 @@ def write_whole(
 
 def _state_of(layer: Any, index: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if isinstance(layer, RingLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin):
-        turn = layer.rotation
+        rotation = layer.rotation
         kind = {"kind": "sinks and window", "n_sink": layer.n_sink, "window": layer.window}
-        return {**kind, "partner": turn.partner, "frequency": turn.frequency}, layer.tensors()
+        return {**kind, "partner": rotation.partner, "frequency": rotation.frequency}, layer.tensors()
     if type(layer) is DynamicSlidingWindowLayer:
         state = {"kind": "sliding", "seen": layer.cumulative_length, "window": layer.sliding_window}
         held = {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
         return state, {name: tensor for name, tensor in held.items() if tensor is not None}
     raise NotImplementedError(
-        f"a cache with a {type(layer).__name__} (layer {index}) cannot be saved: only the states of attention layers can"
+        f"a cache with a {type(layer).__name__} (layer {index}) cannot be saved: only states of attention layers can be"
     )
 
 
-@torch.inference_mode(False)  # tensors that are made in it could not be written to outside of it
+@torch.inference_mode(False)  # tensors that are made in inference mode could not be written to outside of it
 def load_stack(stack: LayerStack, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
     """Fills a stack that was just made for this model; see `SinkWindowCache.load`."""
     header, tensors = _read(Path(path))
@@ -91,7 +90,7 @@ def load_stack(stack: LayerStack, path: str | os.PathLike[str], model: PreTraine
         raise ValueError(
             f"{path} holds a cache of {len(header['layers'])} layers, but this model has {len(stack.layers)}"
         )
-    for name, size in json.loads(json.dumps(stack.model_sizes)).items():  # in which tuples are lists
+    for name, size in json.loads(json.dumps(stack.model_sizes)).items():  # JSON makes lists of tuples
         if header["model"][name] != size:
             raise ValueError(
                 f"{path} holds a cache of a model with {name}={header['model'][name]!r}, but this one has {name}={size!r}"
@@ -103,16 +102,16 @@ def load_stack(stack: LayerStack, path: str | os.PathLike[str], model: PreTraine
             devices[index] = device
     rings: list[dict[str, torch.Tensor]] = []
     for index, (layer, state) in enumerate(zip(stack.layers, header["layers"], strict=True)):
-        # Copies, because what lies in the file is not aligned as kernels like it.
+        # Copies, because the file's tensors are not aligned as kernels like them.
         held = {
             name.partition(".")[2]: tensor.to(devices.get(index, device_of(model)), copy=True)
             for name, tensor in tensors.items()
             if name.startswith(f"{index}.")
         }
-        # Under autocast the values have a dtype of their own.
-        others = {str(one.dtype) for name, one in held.items() if name != "values" and one.dtype != model.dtype}
+        # Under autocast, values may have another dtype than the model.
+        others = [tensor.dtype for name, tensor in held.items() if name != "values" and tensor.dtype != model.dtype]
         if others:
-            raise ValueError(f"{path} holds {others.pop()} states, but this model works in {model.dtype}")
+            raise ValueError(f"{path} holds {others[0]} states, but this model works in {model.dtype}")
         try:
             if isinstance(layer, RingLayer):
                 _check_ring(layer, state)
@@ -123,8 +122,8 @@ def load_stack(stack: LayerStack, path: str | os.PathLike[str], model: PreTraine
             raise ValueError(f"{path} does not fit layer {index} of this model: {error}") from error
     stack.put_back(rings)
     stack.state.take_over(header["stream"])
-    stack.state.moved = True  # perhaps, and the next caller may not know
-    if header.get("without_masks", True):  # or a graph that is there already would be of no use
+    stack.state.recheck_positions = True  # the next caller may count other positions
+    if header.get("without_masks", True):  # as before, so that a graph that was compiled for it can be used
         stack.leave_out_masks_if_full()
 
 
@@ -141,10 +140,10 @@ def _fill_sliding(layer: Any, state: dict[str, Any], held: dict[str, torch.Tenso
 def _check_ring(layer: RingLayer, state: dict[str, Any]) -> None:
     if state["kind"] != "sinks and window" or (state["n_sink"], state["window"]) != (layer.n_sink, layer.window):
         raise TypeError(
-            f"it holds a layer of kind {state['kind']!r} and other sizes; compileable may have to be the same"
+            f"it holds a layer of kind {state['kind']!r} and other sizes; perhaps it was saved with another compileable"
         )
-    turn = type(layer.rotation)(tuple(state["partner"]), tuple(state["frequency"]))
-    if not layer.rotation.is_close_to(turn):
+    rotation = type(layer.rotation)(tuple(state["partner"]), tuple(state["frequency"]))
+    if not layer.rotation.is_close_to(rotation):
         raise TypeError("its keys rotate in another way: it belongs to another model")
 
 

@@ -1,7 +1,7 @@
 """All layers that a cache has for one model, and the stream that goes through them.
 
-What concerns all layers at once is done here: moving the stream back, taking tokens back, choosing rows, copying. The package's
-own loops (`endless`, `stream`, `StreamPool`) work on a `LayerStack`; users see `SinkWindowCache`.
+Work on all layers at once is done here: moving the stream back, taking tokens back, choosing rows, copying. The package's own
+loops (`endless`, `stream`, `StreamPool`) work on a `LayerStack`, and users on a `SinkWindowCache`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .checks import CallChecks
 from .fed import FedText
 from .internals import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin, attention_of, can_take_back
 from .layers import RingLayer, StaticSinkWindowLayer
-from .masks import KNOWN_TO, StepOffset, register_mask_functions
+from .masks import SUPPORTED_ATTENTION, StepOffset, register_mask_functions
 from .rotary import ForwardRotations
 from .state import DeviceStreamState, PerRow, StreamState
 from .storage import SharedStorage, share_storage
@@ -30,21 +30,21 @@ _MODEL_SIZES = ("model_type", "hidden_size", "num_attention_heads", "num_key_val
 
 
 class LayerStack:
-    """The layers of a cache, without any at first.
+    """The layers of a cache; none before `make_layers`.
 
     Args:
-        n_sink, window (`int`): of the cache.
+        n_sink, window (`int`): the sizes of the cache.
         compileable (`bool`): shapes are constant, and counts of tokens lie on the devices.
 
     Attributes:
-        layers (`list[Any]`): one for each layer of the model, rings and transformers' own.
-        rings (`list[RingLayer]`): those of the layers that are ours.
-        first_attention, last_attention (`int`): the first and last layer that take in tokens: rings, or natively sliding layers.
+        layers (`list[Any]`): one for each layer of the model: rings, and transformers' own layers.
+        rings (`list[RingLayer]`): the rings among `layers`.
+        first_attention, last_attention (`int`): the first and last index of a layer that stores tokens (ring or native sliding).
         state (`StreamState`): how far the rows are.
-        checks (`CallChecks`): what calls are refused for.
+        checks (`CallChecks`): refuses calls that would go wrong.
         scheme (`PositionScheme`, *optional*): how the model uses positions.
-        model_sizes (`dict[str, Any]`): by which a saved cache knows its model.
-        step_offset (`StepOffset`, *optional*): with which masks of a compileable cache's steps are made.
+        model_sizes (`dict[str, Any]`): the sizes by which a saved cache recognises its model.
+        step_offset (`StepOffset`, *optional*): the offset from which masks of a compileable cache's steps are made.
         fed_text (`FedText`, *optional*): the end of the text, if `stream` or `endless` fed it.
     """
 
@@ -60,7 +60,7 @@ class LayerStack:
         self.model_sizes: dict[str, Any] = {}
         self.step_offset: StepOffset | None = None
         self.fed_text: FedText | None = None
-        self._kinds: list[tuple[type, int | None]] = []  # of layers that transformers has for the model
+        self._kinds: list[tuple[type, int | None]] = []  # see `kinds_of_layers`
         self._attention = ""  # the model's attention implementation
 
     def make_layers(self, config: PreTrainedConfig, scheme: PositionScheme) -> None:
@@ -68,7 +68,7 @@ class LayerStack:
         self.layers = layers_for(config, scheme, self.n_sink, self.window, self.state)
         self.rings = [layer for layer in self.layers if isinstance(layer, RingLayer)]
         if self.compileable:
-            register_mask_functions()  # before there are graphs, which would be made anew
+            register_mask_functions()  # before there are graphs, which would have to be compiled again
         self.scheme, self._kinds, self._attention = scheme, kinds_of_layers(config), attention_of(config)
         self.model_sizes = {name: getattr(config, name, None) for name in _MODEL_SIZES}
         self.checks = CallChecks(
@@ -81,18 +81,18 @@ class LayerStack:
         takes_tokens = [isinstance(layer, (RingLayer, DynamicSlidingWindowLayer)) for layer in self.layers]
         self.first_attention = takes_tokens.index(True)
         self.last_attention = len(takes_tokens) - 1 - takes_tokens[::-1].index(True)
-        self.show_all_slots(False)
+        self.use_step_masks(True)
 
     def fits(self, config: PreTrainedConfig, scheme: PositionScheme) -> bool:
-        """Whether the layers are right for models of this config, whose positions work as `scheme` says."""
+        """Whether the layers fit models of this config, whose positions work as `scheme` says."""
         return bool(self.layers) and scheme.agrees_with(self.scheme) and self._kinds == kinds_of_layers(config)
 
     def storages(self) -> list[SharedStorage]:
-        """The memory that layers share, each once."""
+        """Returns each storage that layers share, once."""
         return list(dict.fromkeys(ring.storage for ring in self.rings if ring.storage is not None))
 
     def has_recurrent_layers(self, last: int | None = None) -> bool:
-        """Whether there are layers with a recurrent state, up to the layer with the index `last` if it is given."""
+        """Whether any layer has a recurrent state. With `last`, only layers up to that index count."""
         layers = self.layers if last is None else self.layers[: last + 1]
         return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
 
@@ -106,33 +106,33 @@ class LayerStack:
         self.state.reset()
         self.fed_text = None
         if self.rings:
-            self.show_all_slots(False)
+            self.use_step_masks(True)
 
     # --- masks ---
 
     def leave_out_masks_if_full(self) -> None:
-        """In a compileable cache: until `reset`, steps are made without masks, if every slot is filled.
+        """Lets the steps of a compileable cache run without masks until `reset`, if every slot is filled.
 
-        A mask costs attention its fast kernel. Not decided anew at every step, or a graph would be compiled twice in the middle
-        of a text: where steps begin before the cache is full, all of them have masks.
+        A mask costs attention its fast kernel. Single steps never change this choice, because a change in the middle of a text
+        would compile another graph. So if steps begin before the cache is full, all of them have masks.
         """
         if self.compileable and not self.checks.tokens_until_full():
-            self.show_all_slots(True)
+            self.use_step_masks(False)
 
-    def show_all_slots(self, all_full: bool) -> None:
-        """From now on steps of a compileable cache have masks, unless every slot is filled."""
+    def use_step_masks(self, masked: bool) -> None:
+        """Chooses whether the steps of a compileable cache have masks; they need none while every slot is filled."""
         first = self.rings[0]
-        self.step_offset = StepOffset(first, all_full) if isinstance(first, StaticSinkWindowLayer) else None
+        self.step_offset = StepOffset(first, not masked) if isinstance(first, StaticSinkWindowLayer) else None
 
     @contextmanager
     def exact_chunks(self, *, merged: bool = False) -> Iterator[None]:
-        """Within, each token of a call with several sees exactly what it would see if fed alone; see `streaming.stream`.
+        """Makes calls in its body exact: each of several tokens sees what it would see if fed alone; see `streaming.stream`.
 
         Args:
-            merged (`bool`): attention merges the sinks itself, which only plain attention does; see `chunk_attention.py`.
+            merged (`bool`): attention itself merges the sinks, which only plain attention does; see `chunk_attention.py`.
 
         Raises:
-            NotImplementedError: at the end, if attention has not merged all sinks. What the model has returned is wrong then.
+            NotImplementedError: at the end, if attention has not merged all sinks. The model's output is wrong then.
         """
         register_mask_functions()
         state = self.state
@@ -142,18 +142,18 @@ class LayerStack:
             if state.unmerged:
                 state.unfinished = True
                 raise NotImplementedError(
-                    f"the attention of {len(state.unmerged)} layers was not called with the keys that the cache gave them, so "
-                    "that they have not seen the sinks. Call reset(), and use chunk_size=1."
+                    f"the attention of {len(state.unmerged)} layers was not called with the keys that the cache gave them. These "
+                    "layers have not seen the sinks. Call reset(), and use chunk_size=1."
                 )
         finally:
             state.exact_chunks, state.unmerged = False, None
 
     @contextmanager
-    def rows_of_any_length(self, skips: PerRow = (0,)) -> Iterator[None]:
-        """Within, calls need no `attention_mask`: masks follow from the length of each row.
+    def rows_of_any_length(self, new_pads: PerRow = (0,)) -> Iterator[None]:
+        """Makes masks of calls in its body from the length of each row, so that they need no `attention_mask`.
 
         Args:
-            skips (`PerRow`): how many of a call's tokens are padding, before the new tokens of each row.
+            new_pads (`PerRow`): how many pads a call brings before each row's new tokens.
 
         Raises:
             NotImplementedError: for layers other than ours, which would take in the padding, and for attention implementations
@@ -165,27 +165,27 @@ class LayerStack:
                 f"rows of different lengths cannot go on in a model with a {theirs[0]}, which would take in their padding. "
                 "For natively sliding layers, compileable=True makes layers that can."
             )
-        if self._attention not in KNOWN_TO:
+        if self._attention not in SUPPORTED_ATTENTION:
             raise NotImplementedError(
                 f"rows of different lengths cannot go on with attn_implementation {self._attention!r}: their masks are made for "
-                f"{' and '.join(KNOWN_TO)} attention. Use one of these."
+                f"{' and '.join(SUPPORTED_ATTENTION)} attention. Use one of these."
             )
-        if any(skips) and self.scheme is not None and self.scheme.chronological:
+        if any(new_pads) and self.scheme is not None and self.scheme.chronological:
             raise NotImplementedError(
                 "rows of different lengths cannot go on in a model that counts its keys (ALiBi), if their new tokens are padded: "
                 "it would count the padding. Feed turns of one length, or one row at a time."
             )
         register_mask_functions()
-        self.state.skips = skips
+        self.state.new_pads = new_pads
         try:
             yield
         finally:
-            self.state.skips = None
+            self.state.new_pads = None
 
     # --- bounded positions ---
 
     @property
-    def furthest_capacity(self) -> int:
+    def largest_capacity(self) -> int:
         """The largest capacity of a ring."""
         return max(ring.capacity for ring in self.rings)
 
@@ -196,18 +196,14 @@ class LayerStack:
 
     @property
     def rebase_step(self) -> int:
-        """By a multiple of this many positions `rebase` moves."""
+        """`rebase` moves by a multiple of this many positions."""
         return math.lcm(*{ring.window for ring in self.rings})
 
     def rebase(self) -> int:
         """See `SinkWindowCache.rebase`."""
         assert self.scheme is not None
-        state, step, capacity, others = (
-            self.state,
-            self.rebase_step,
-            self.furthest_capacity,
-            self.other_layers_to_move(),
-        )
+        state, step, capacity = self.state, self.rebase_step, self.largest_capacity
+        others = self.other_layers_to_move()
         by = tuple(max(0, count - capacity) // step * step for count in state.counts)
         if any(by):
             self.checks.refuse_interrupted()
@@ -215,21 +211,21 @@ class LayerStack:
             windows += [(self.layers[index].keys, self.scheme.sliding[index]) for index in others]
             state.unfinished = True  # until all layers have moved
             rotations = ForwardRotations()
-            with torch.inference_mode():  # in which any tensor can be written to
+            with torch.inference_mode():  # inference mode may write to any tensor
                 # One layer at a time, because float32 copies of all keys would be large.
                 for keys, rotation in windows:
                     if not rotation.is_identity:
                         rotations.of(rotation, keys.device).move_rows(keys, tuple(-moved for moved in by))
                 state.rebase(by)
             self.forget_steps()
-            state.unfinished, state.moved = False, True
+            state.unfinished, state.recheck_positions = False, True
         return max(by)
 
     def other_layers_to_move(self) -> list[int]:
-        """The indices of transformers' own sliding layers, whose keys `rebase` moves, too.
+        """Returns the indices of transformers' own sliding layers, whose keys `rebase` also moves.
 
         Raises:
-            NotImplementedError: if it cannot move the keys of some of them.
+            NotImplementedError: if `rebase` cannot move the keys of one of them.
         """
         sliding = [i for i, layer in enumerate(self.layers) if isinstance(layer, DynamicSlidingWindowLayer)]
         unknown = [index for index in sliding if self.scheme is None or index not in self.scheme.sliding]
@@ -238,7 +234,7 @@ class LayerStack:
         return sliding
 
     def forget_steps(self) -> None:
-        """Keys or counts have changed otherwise than by a step."""
+        """Drops what storages know about the next step, after keys or counts have changed without a step."""
         for storage in self.storages():
             storage.forget_steps()
 
@@ -247,7 +243,7 @@ class LayerStack:
     def crop(self, tokens_to_remove: int) -> None:
         """See `SinkWindowCache.crop`; the model has been checked."""
         state, seen = self.state, self.state.fed
-        share_storage(self.rings)  # which has what was recorded
+        share_storage(self.rings)  # storages hold what was recorded
         left = seen + tokens_to_remove
         if left < 0:
             raise ValueError(f"crop({tokens_to_remove}) takes back more than the {seen} tokens that there are")
@@ -281,7 +277,7 @@ class LayerStack:
         recurrent = [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
         return all(map(can_take_back, recurrent))
 
-    # --- other rows ---
+    # --- choosing rows ---
 
     @property
     def rows(self) -> int:
@@ -307,18 +303,18 @@ class LayerStack:
     # --- taking the state out, and putting it back ---
 
     def take_out(self) -> list[dict[str, torch.Tensor]]:
-        """The tensors of each ring by name: with `state.numbers()`, all that the stream is."""
+        """Returns the tensors of each ring by name. With `state.numbers()`, they are the whole stream."""
         return [ring.tensors() for ring in self.rings]
 
     def put_back(self, tensors: list[dict[str, torch.Tensor]]) -> None:
-        """Holds what `take_out` gave, of this or another stack."""
+        """Gives the rings the tensors that `take_out` returned, of this or another stack."""
         for ring, held in zip(self.rings, tensors, strict=True):
             if held:
                 ring.replace(held)
 
     def __getstate__(self) -> dict[str, Any]:
         parts = self._parts()
-        # A view would be pickled with the storage of all layers, once for each of them.
+        # Clones, because a view would be pickled with the storage of all layers.
         parts["tensors"] = [{name: tensor.clone() for name, tensor in held.items()} for held in parts["tensors"]]
         return parts
 

@@ -39,15 +39,15 @@ def read(
     Args:
         input_ids (`torch.Tensor`): `[batch_size, tokens]`.
         piece_size (`int`, *optional*): how many tokens to read in one forward; all of them by default.
-        kwargs (`dict[str, Any]`): what every call of the model gets, the cache among it.
+        kwargs (`dict[str, Any]`): keyword arguments of every call of the model, with the cache.
         mask (`torch.Tensor`, *optional*): the padding mask of the text, `[batch_size, length]`, if any row is padded.
-        position_ids (`torch.Tensor`, *optional*): of the first tokens of a text, `[batch_size, tokens]`.
+        position_ids (`torch.Tensor`, *optional*): the positions of a text's first tokens, `[batch_size, tokens]`.
 
     Yields:
         `torch.Tensor`: after each piece the logits of its last token, `[batch_size, vocab_size]`.
 
     Raises:
-        ValueError, NotImplementedError: after the first text, if this cache cannot be rebased.
+        ValueError, NotImplementedError: after the first piece of a text, if this cache cannot be rebased.
     """
     if cache.get_seq_length():
         yield from _read_turn(model, cache, input_ids, piece_size, kwargs, mask)
@@ -58,7 +58,7 @@ def read(
         seen = None if mask is None else mask[:, : part.stop]
         logits = model(input_ids[:, part], attention_mask=seen, position_ids=positions, **kwargs).logits
         if part.start == 0:
-            _refuse_if_it_cannot_rebase(cache)  # here, and not when the cache is full
+            _refuse_if_it_cannot_rebase(cache)  # now, and not only when the cache is full
         yield logits[:, -1]
 
 
@@ -71,17 +71,16 @@ def _read_turn(
     mask: torch.Tensor | None,
 ) -> Iterator[torch.Tensor]:
     """Reads further tokens of the rows, which may have been padded before and may be padded now."""
-    pads = torch.tensor((0,) if mask is None else left_padding_of(mask[:, -input_ids.shape[1] :]), device="cpu")[
-        :, None
-    ]
+    padding = (0,) if mask is None else left_padding_of(mask[:, -input_ids.shape[1] :])
+    pads = torch.tensor(padding, device="cpu")[:, None]
     cache.rebase()  # so that there are positions for the whole turn
     rows_differ = mask is not None or stack_of(cache).state.padded
     for part in pieces(input_ids.shape[1], piece_size):
         length = part.stop - part.start
-        skips = (pads - part.start).clamp(0, length)
-        index = (torch.arange(length, device="cpu") - skips).clamp(min=0).to(input_ids.device)
+        new_pads = (pads - part.start).clamp(0, length)
+        index = (torch.arange(length, device="cpu") - new_pads).clamp(min=0).to(input_ids.device)
         positions = cache.next_position_ids().to(input_ids.device) + index
-        with stack_of(cache).rows_of_any_length(tuple(skips.flatten().tolist())) if rows_differ else nullcontext():
+        with stack_of(cache).rows_of_any_length(tuple(new_pads.flatten().tolist())) if rows_differ else nullcontext():
             logits = model(input_ids[:, part], position_ids=positions, **kwargs).logits
         yield logits[:, -1]
 
@@ -96,22 +95,21 @@ def _refuse_if_it_cannot_rebase(cache: SinkWindowCache) -> None:
     stack_of(cache).other_layers_to_move()
     if cache.tokens_between_rebases() < cache.rebase_step:
         raise ValueError(
-            f"this cache moves by {cache.rebase_step:,} positions at a time, which takes it beyond the last one that the model "
-            "has. Choose a smaller window (with compileable=True one that divides the model's sliding window, or is "
-            "divided by it)."
+            f"this cache moves by {cache.rebase_step:,} positions at a time, and the model has too few positions for that. "
+            "Choose a smaller window. With compileable=True, let it divide the model's sliding window, or be divided by it."
         )
 
 
 class Step:
-    """The step of a full cache, whose shapes never change: compiled where `generate()` would, and captured in a CUDA graph.
+    """Runs steps of a full cache, whose shapes never change: compiled where `generate()` would, and captured in a CUDA graph.
 
-    A graph of our own, rather than those of `mode="reduce-overhead"`: it is replayed without looking at the model again, which
-    takes the compiler longer on the host than the step of a small model takes on the GPU. A `compile_config` is obeyed.
+    The graph is our own, and not one of `mode="reduce-overhead"`. Before it replays a graph, the compiler checks the model, and
+    that takes the host longer than a small model's step takes the GPU. With a `compile_config`, there is no graph of our own.
 
     Args:
-        kwargs (`dict[str, Any]`): what every call of the model gets, the cache among it.
-        running (`torch.Tensor`, *optional*): int64 `[rows]`, 1 for rows that go on in a step. The others, with a 0, stay where
-            they are: what they are fed will be overwritten by their next token.
+        kwargs (`dict[str, Any]`): keyword arguments of every call of the model, with the cache.
+        running (`torch.Tensor`, *optional*): int64 `[rows]`, 1 for rows that run in a step, and 0 for rows that pause. The next
+            token of a paused row overwrites what the step stored.
     """
 
     def __init__(
@@ -128,7 +126,7 @@ class Step:
         self.positions = cache.next_position_ids().expand(rows, -1).to(device).clone()
         self.tokens = torch.zeros_like(self.positions)
         self.forward: Any = model.__call__
-        self.warm_up = 3  # calls until all is compiled, and the graph is captured
+        self.warm_up = 3  # how many calls come before the graph is captured
         self.captures = False
         self.is_compiled = would_compile(model, cache, config)
         if self.is_compiled:
@@ -138,7 +136,7 @@ class Step:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits `[rows, vocab_size]` after one token of each row, `[rows, 1]`, valid until the next call."""
+        """Feeds one token of each row, `[rows, 1]`; returns logits `[rows, vocab_size]`, valid until the next call."""
         if tokens is not self.tokens:
             self.tokens.copy_(tokens)
         if self.captures and self.warm_up == 0:
@@ -155,7 +153,7 @@ class Step:
         return not self.is_compiled or self.warm_up < 0
 
     def with_masks(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Runs one step while some row is not full. Such steps need a mask."""
+        """Runs one step while any row is not full. Such a step needs a mask."""
         self.tokens.copy_(tokens)
         stack = stack_of(self.cache)
         own_masks = stack.state.padded and mask is None
@@ -185,10 +183,10 @@ class Step:
             self.graph = graph
         except RuntimeError as reason:
             warnings.warn(
-                f"this model's step cannot be captured in a CUDA graph ({reason}); it runs without", stacklevel=2
+                f"this model's step cannot be captured in a CUDA graph ({reason}); it runs without one", stacklevel=2
             )
 
 
 def _up_to_now(mask: torch.Tensor, cache: SinkWindowCache) -> torch.Tensor:
-    """The padding mask of the prompt, `[batch_size, length]`, with ones for the tokens since and the next one."""
+    """Extends the prompt's padding mask `[batch_size, length]` by ones for all tokens since, and for the next token."""
     return torch.nn.functional.pad(mask, (0, cache.get_seq_length() + 1 - mask.shape[1]), value=1)

@@ -1,7 +1,7 @@
-"""One piece of memory for the layers that are alike, so that a step does for all layers at once what it can.
+"""One piece of memory for layers that are alike, so that a step can work on all of them at once.
 
-On a GPU, decoding one token at a time is bound by the launches of small kernels. The sinks of all layers are rotated by three
-kernels, and the views of the slots that take the token are made at once.
+The launches of small kernels limit decoding on a GPU. So three kernels rotate the sinks of all layers, and the views of all slots
+that take the token are made at once.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class SharedStorage:
             self.hold(*(torch.stack([layer.tensors()[name] for layer in layers]) for name in NAMES))
 
     def hold(self, keys: torch.Tensor, values: torch.Tensor, sink_keys: torch.Tensor) -> None:
-        """Holds these tensors from now on, and makes the layers' views of them."""
+        """Holds these tensors from now on, and gives each layer views of them."""
         self.keys, self.values, self.sink_keys = keys, values, sink_keys
         for index, layer in enumerate(self.layers):
             layer.replace({name: getattr(self, name)[index] for name in NAMES})
@@ -66,10 +66,10 @@ class SharedStorage:
         self.sinks_moved_by: tuple[int, ...] | None = None
 
     def begin_step(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
-        """Gets all layers ready for one token, with which the first of them comes.
+        """Prepares all layers for a step, from the new keys and values of the first layer.
 
         Returns:
-            `bool`: False, with nothing done, if these are not one token of what is stored here.
+            `bool`: False, with nothing changed, if these are not one token for each row that fits what is stored.
         """
         counts = self.state.counts
         fits = (
@@ -100,11 +100,11 @@ class SharedStorage:
         return True
 
     def takes(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
-        """Whether a layer may take these in. PyTorch would broadcast a wrong shape, and a stream would keep a graph for ever."""
+        """Whether a layer may store these tensors. PyTorch would broadcast a wrong shape, and gradients keep an endless graph."""
         return key_states.shape == self.token_shapes[0] and not (key_states.requires_grad or value_states.requires_grad)
 
     def _place_rows(self, counts: tuple[int, ...]) -> None:
-        """Finds the slot of each row, and what rows that are not full show."""
+        """Finds the slot for each row's token, and the visible slots if any row is not full."""
         count = torch.tensor(counts, device="cpu")
         device, slots = self.keys.device, slots_of(count, self.n_sink, self.window)
         self.slots = [(first + slots.to(device)[:, None]).flatten() for first in self.first_slots]
@@ -137,21 +137,21 @@ class SharedStorage:
         return layer.keys.narrow(2, 0, self.length), layer.values.narrow(2, 0, self.length)
 
     def rotate_sinks(self, evicted: tuple[int, ...]) -> None:
-        """Rotates the sinks of all layers and rows forward by `evicted` positions, if > 0. Does nothing if they are there."""
+        """Rotates the sinks of all layers forward by each row's `evicted`, if positive. Does nothing if they are there."""
         shifts = tuple(max(0, shift) for shift in evicted)
         if self.rotates and shifts != self.sinks_moved_by:
             self.forward_rotation.all_layers(self.sink_keys, evicted, out=self.sink_slots)
         self.sinks_moved_by = shifts
 
     def forget_steps(self) -> None:
-        """Keys or counts have changed otherwise than by a step."""
+        """Drops what is known about steps, after keys or counts have changed without a step."""
         self.overwritten.clear()
         self.step, self.sinks_moved_by = -1, None
 
     def record(self, new_tokens: int) -> None:
         """Keeps what the next `new_tokens` tokens are about to overwrite, and what the last `window` tokens overwrote.
 
-        Keeps nothing if the tokens are more than `window`: some would overwrite each other.
+        Keeps nothing if there are more than `window` tokens, because some would overwrite each other.
         """
         fed, (count,) = self.state.fed, self.state.counts
         if not self.has_recorded_until(fed) or new_tokens > self.window:
@@ -169,7 +169,7 @@ class SharedStorage:
         return bool(self.overwritten) and self.overwritten[-1][0] + len(self.overwritten[-1][1]) == fed
 
     def bring_back(self, fed: int) -> None:
-        """Puts back what tokens from `fed` on overwrote, and forgets what else was recorded."""
+        """Puts back what tokens from `fed` on overwrote, and forgets the rest of the record."""
         for start, slots, keys, values in reversed(self.overwritten):
             kept = max(0, fed - start)
             self.keys[..., slots[kept:], :] = keys[..., kept:, :]
@@ -185,14 +185,14 @@ class SharedStorage:
 
 
 def take(tensor: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """From `[batch, heads, slots, head_dim]` these slots, `[1 or batch, length]`."""
+    """Takes slots `[1 or batch, length]` out of a tensor `[batch, heads, slots, head_dim]`."""
     if slots.shape[0] == 1:
         return tensor.index_select(2, slots[0])
     return tensor.gather(2, slots[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[-1]))
 
 
 def share_storage(layers: list[Any]) -> None:
-    """Makes a `SharedStorage` of those that are alike, initialised, and not yet part of one."""
+    """Makes a `SharedStorage` for each group of layers that are alike, initialised, and not yet in one."""
     groups: dict[Any, list[Any]] = defaultdict(list)
     for layer in layers:
         if layer.is_initialized and layer.storage is None:
@@ -200,6 +200,6 @@ def share_storage(layers: list[Any]) -> None:
     for group in groups.values():
         partners = {layer.rotation.partner for layer in group if not layer.rotation.is_identity}
         for partner in partners or {group[0].rotation.partner}:
-            together = [one for one in group if one.rotation.partner == partner or one.rotation.is_identity]
+            together = [layer for layer in group if layer.rotation.partner == partner or layer.rotation.is_identity]
             if free := [layer for layer in together if layer.storage is None]:
                 SharedStorage(free)

@@ -1,9 +1,8 @@
 """Exact streaming of many tokens per forward.
 
-One token per forward is exact and slow. In a forward of several tokens each query needs its own rotary distance to the
-sinks. Where a model's attention is plain, attention merges them itself (see `chunk_attention.py`). Elsewhere each query gets its
-own copy of the sinks (`queries * n_sink` extra keys), and a mask in which it sees that copy, and window tokens no older
-than `window`.
+One token per forward is exact and slow. In a forward of several tokens, each query needs its own rotary distance to the sinks.
+Where a model's attention is plain, attention itself merges the sinks (see `chunk_attention.py`). Elsewhere each query gets its
+own copy of the sinks (`queries * n_sink` extra keys). A mask then shows each query its copy and its window.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 from .cache import SinkWindowCache, error_of, stack_of
 from .fed import note_fed, text_fed_to
 from .internals import attention_of, cache_kwargs, is_recurrent_only, layers_of, text_model
-from .masks import KNOWN_TO
+from .masks import SUPPORTED_ATTENTION
 from .model_scheme import attends_plainly
 
 
@@ -24,18 +23,18 @@ from .model_scheme import attends_plainly
 def stream(
     model: PreTrainedModel, input_ids: torch.Tensor, cache: SinkWindowCache, *, chunk_size: int = 64
 ) -> Iterator[torch.Tensor]:
-    """Feeds a text through the model in chunks, each token seeing exactly what it would see if fed one at a time.
+    """Feeds a text through the model in chunks. Each token sees exactly what it would see if fed alone.
 
-    For perplexity over long texts, and as a prefill that never attends to more than the cache holds: after the last chunk the
-    cache is as if the text had been generated, and `generate()` can go on from it. (A plain call with many tokens
-    is dense over them, and `generate(prefill_chunk_size=...)` lets the later tokens of a chunk see too much.)
+    Use it for perplexity over long texts, and as a prefill that never attends to more than the cache holds. After the last chunk
+    the cache is as if the text had been generated, and `generate()` can go on from it. (A plain call with many tokens is dense
+    over them. `generate(prefill_chunk_size=...)` lets the later tokens of a chunk see more than the cache holds.)
 
     Args:
         model (`PreTrainedModel`): a causal language model with `attn_implementation` "sdpa" or "eager".
         input_ids (`torch.Tensor`): `[batch_size, tokens]`, no padding.
         cache (`SinkWindowCache`): empty, or with earlier tokens of the same rows.
-        chunk_size (`int`): tokens per forward. Larger is faster, on a GPU up to some thousands. In models whose attention is not
-            plain, larger is faster until the `chunk_size * n_sink` extra keys weigh.
+        chunk_size (`int`): tokens per forward. Larger chunks are faster, on a GPU up to some thousands of tokens. If attention is
+            not plain, the `chunk_size * n_sink` extra keys slow large chunks down.
 
     Yields:
         `torch.Tensor`: logits `[batch_size, q, vocab_size]` of the next `q <= chunk_size` tokens, in the order of the text.
@@ -43,8 +42,8 @@ def stream(
     Raises:
         TypeError: if `cache` is not a `SinkWindowCache`, or `input_ids` no tensor of two dimensions.
         ValueError: if `chunk_size` is below 1, or for other attention implementations, whose masks have other forms.
-        NotImplementedError: for models with linear-attention layers, of which not all go on from a state with several tokens; and
-            for models that do not use a cache.
+        NotImplementedError: for models with linear-attention layers if `chunk_size > 1`, because not all of them go on from a
+            state with several tokens; and for models that do not use a cache.
     """
     if not isinstance(cache, SinkWindowCache):
         raise TypeError(f"stream needs a SinkWindowCache, but got a {type(cache).__name__}")
@@ -58,7 +57,7 @@ def stream(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, but is {chunk_size}")
     config = text_model(model).config
-    if attention_of(config) not in KNOWN_TO:
+    if attention_of(config) not in SUPPORTED_ATTENTION:
         raise ValueError(
             f"stream needs attn_implementation 'sdpa' or 'eager', but this model has {attention_of(config)!r}"
         )

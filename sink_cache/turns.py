@@ -1,4 +1,4 @@
-"""What `generate()` makes of a stream's options, for streams that run in a batch of others."""
+"""Reading the options of a pool's stream as `generate()` reads them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 
 from .cache import SinkWindowCache
-from .endless_loop import refuse_what_endless_has_not
+from .endless_loop import refuse_unsupported
 from .internals import cache_kwargs, eos_tokens_of, stops_at_token, warper_options
 from .sampling import SamplingOptions
 
@@ -21,8 +21,8 @@ class TurnOptions:
 
     Attributes:
         sampling (`SamplingOptions`): how tokens are chosen.
-        eos_tokens (`frozenset[int]`): at which the turn ends.
-        new_tokens (`int`): after how many the turn ends; negative for never.
+        eos_tokens (`frozenset[int]`): the tokens at which the turn ends.
+        new_tokens (`int`): after how many new tokens the turn ends; negative for no end.
     """
 
     sampling: SamplingOptions
@@ -33,12 +33,12 @@ class TurnOptions:
 def turn_options(
     model: PreTrainedModel, length: int, options: dict[str, Any], cache: SinkWindowCache, piece_size: int
 ) -> TurnOptions:
-    """Asks `generate()` what it makes of these options, by giving it a decoding loop that looks and decodes nothing.
+    """Lets `generate()` read these options, with a decoding loop that notes them and decodes nothing.
 
     Args:
-        length (`int`): tokens of the turn, which `max_length` counts.
+        length (`int`): how many tokens the turn has before it generates; `max_length` counts them.
         options (`dict[str, Any]`): as for `generate()`.
-        cache (`SinkWindowCache`): of the stream's sizes, and unused.
+        cache (`SinkWindowCache`): unused, with the sizes of the stream's cache.
         piece_size (`int`): the pool's `prefill_chunk_size`.
 
     Raises:
@@ -67,9 +67,9 @@ def turn_options(
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> torch.Tensor:
-        refuse_what_endless_has_not(cache, generation_config, input_ids, model_kwargs, None)
+        refuse_unsupported(cache, generation_config, input_ids, model_kwargs, None)
         if len(input_ids) > 1:
-            raise ValueError("a stream is one text: add one for each of num_return_sequences, with a seed each")
+            raise ValueError("a stream is one text: instead of num_return_sequences, add several streams")
         if generation_config.return_dict_in_generate:
             raise NotImplementedError("return_dict_in_generate is not possible in a StreamPool, which hands out tokens")
         if generation_config.prefill_chunk_size not in (None, piece_size):
@@ -98,7 +98,7 @@ def turn_options(
         found.append(TurnOptions(sampling, eos_tokens_of(stopping_criteria), new_tokens))
         return input_ids
 
-    # One token stands for the text; with a mask, because generate() would ask whether it is padding.
+    # One token stands for the text. It has a mask, because generate() would warn that the token may be padding.
     token = torch.ones(1, 1, dtype=torch.long, device=model.device)
     if config is None:
         options = {"pad_token_id": 0, **options}
@@ -114,13 +114,13 @@ _LENGTHS = ("max_new_tokens", "max_length")
 _THE_POOLS_OWN = {
     "streamer": "iterate over the pool, which hands out each token with its stream.",
     "custom_generate": "the pool decodes by itself.",
-    "cache": "the pool has a cache for all of them.",
-    "past_key_values": "the pool has a cache for all of them.",
+    "cache": "the pool has one cache for all streams.",
+    "past_key_values": "the pool has one cache for all streams.",
     "attention_mask": "a stream is one text without padding.",
     "position_ids": "the pool numbers tokens.",
     "inputs": "input_ids are given by position.",
     "keep_tokens": "give it to the StreamPool.",
-    "logits_to_keep": "the pool looks at the last ones.",
+    "logits_to_keep": "the pool reads only the last token's logits.",
     "stopping_criteria": "iterate over the pool, and call Stream.stop().",
     "stop_strings": "iterate over the pool, and call Stream.stop().",
 }

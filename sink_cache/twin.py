@@ -1,12 +1,11 @@
 """A small float32 twin of a model, and what it tells about the model's positions.
 
-Rotation conventions differ from family to family, and nothing in a config says which one a model uses: so we do not
-read the model's code, we ask it. The twin has the model's class and config, random weights, and few heads; its head
-size and everything that concerns positions stay. A token that is alone in the context attends only to itself, so
-between two runs of one token at two positions nothing may differ but its keys, and they must differ by a rotation. (Which
-of the two tensors in a layer's cache rotates is not taken for granted.) If nothing differs, the model may still count the
-keys between a query and a key; then the cache keeps them in order. What does not behave so, or does not stream exactly with
-what was found, is refused.
+Conventions of rotation differ from family to family, and no config says which one a model uses. So we run the model's code
+instead of reading it. The twin has the model's class and config, random weights, and few heads. Its head size and all that
+concerns positions stay. A token that is alone in the context attends only to itself. So between two runs of one token at two
+positions only its keys may differ, and they must differ by a rotation. (Either of the two tensors in a layer's cache may be the
+one that rotates.) If nothing differs, the model may still count the keys between a query and a key. Then the cache keeps the keys
+in order. A model that behaves otherwise, or that does not stream exactly with what was found, is refused.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ from .rotary import NotARotation, Rotation, first_unexplained, fit_rotation
 
 _SMALL = 150_000_000  # parameters that a twin may have
 _TOKENS = 16
-# A larger relative error of a float32 twin is no rounding. (126 layers of Llama have 1e-6, 54 of Zamba 2 have 2e-5. The biases of
-# Inkling 2 for distances, which are small in a twin, show as 4e-4 and more.)
+# A larger relative error of a float32 twin cannot be rounding. (126 layers of Llama have 1e-6, 54 of Zamba 2 have 2e-5. Inkling 2
+# has biases for distances. They are small in a twin, and show as 4e-4 and more.)
 _EXACT = 1e-4
 
 
@@ -48,18 +47,17 @@ class PositionScheme:
     """How a model uses positions, layer by layer.
 
     Attributes:
-        rotations (`dict[int, Rotation]`): the layers that a sink window replaces, and how their keys rotate.
-        sliding_window (`int`, *optional*): set if these layers are natively sliding (no layer of the model attends to
-            everything, as in Mistral 7B v0.1): the most tokens that they attend to.
-        max_position (`int`, *optional*): set if the model has a table of positions: its length.
-        sliding (`dict[int, Rotation]`): natively sliding layers beside them, of which a window is kept as well, and how
-            their keys rotate.
-        swapped (`frozenset[int]`): layers that put what rotates in the place of the values, and a latent from which they
-            make keys and values in the place of the keys (multi-head latent attention).
+        rotations (`dict[int, Rotation]`): for each layer that a sink window replaces, how its keys rotate.
+        sliding_window (`int`, *optional*): how many tokens these layers attend to, if they are natively sliding (as in Mistral 7B
+            v0.1, where no layer attends to everything).
+        max_position (`int`, *optional*): the length of the model's table of positions, if it has one.
+        sliding (`dict[int, Rotation]`): for each natively sliding layer beside these, how its keys rotate.
+        swapped (`frozenset[int]`): layers that cache what rotates as values, and a latent that does not rotate as keys
+            (multi-head latent attention).
         chronological (`bool`): positions are not in the keys but in their order (ALiBi).
-        takes_masks (`bool`): it may be given an `attention_mask` of all tokens seen. (Bloom would make biases for all of them.)
-        max_keys (`int`, *optional*): set if the model has biases for so many keys only.
-        plain (`bool`): its attention can merge the sinks of an exact chunk itself; see `chunk_attention`.
+        takes_masks (`bool`): the model may get an `attention_mask` of all tokens seen. (Bloom would make biases for all of them.)
+        max_keys (`int`, *optional*): for how many keys the model has biases, if their number is limited.
+        plain (`bool`): the model's attention can merge the sinks of an exact chunk itself; see `chunk_attention`.
     """
 
     rotations: dict[int, Rotation]
@@ -73,7 +71,7 @@ class PositionScheme:
     plain: bool = False
 
     def agrees_with(self, other: PositionScheme | None) -> bool:
-        """Whether both say the same, up to the rounding with which frequencies were learned."""
+        """Whether both schemes are equal, up to the rounding with which frequencies were learned."""
         return (
             other is not None
             and (self.sliding_window, self.max_position, self.max_keys)
@@ -88,8 +86,6 @@ class PositionScheme:
 
 
 Learned = tuple[PositionScheme, dict[str, KnownModule]]
-
-
 ErrorOf = Callable[[PreTrainedModel, PositionScheme], float]
 
 
@@ -101,15 +97,15 @@ def learn(
     Args:
         model_class (`type[PreTrainedModel]`): a class whose forward takes `input_ids`, `position_ids` and a cache.
         config (`PreTrainedConfig`): its (text) config, of any size.
-        buffers (`dict[str, torch.Tensor]`): buffers of the live model, such as `inv_freq`; they replace the twin's, so that
-            frequencies that were changed or rounded after loading are found too.
-        error_of (`ErrorOf`): the relative error of a cache that believes a scheme, on a twin.
+        buffers (`dict[str, torch.Tensor]`): buffers of the live model, such as `inv_freq`. They replace the twin's, so that
+            frequencies that were changed or rounded after loading are found.
+        error_of (`ErrorOf`): measures the relative error of a cache that believes a scheme, on a twin.
 
     Returns:
         `Learned`: the scheme, and the modules of the twin that decide what positions mean.
 
     Raises:
-        CannotStream: with the reason.
+        CannotStream: if the model is refused, with the reason.
     """
     digest = hashlib.sha256((attention_of(config) + config.to_json_string(use_diff=False)).encode())
     for name, buffer in sorted(buffers.items()):
@@ -122,17 +118,17 @@ def learn(
             _remembered[key] = _learn(model_class, config, buffers, error_of)
         except CannotStream as reason:
             # Not the exception: its traceback would keep the live model in memory.
-            _remembered[key] = f"{reason}{_of_rounding(model_class, config, buffers, error_of)}"
+            _remembered[key] = f"{reason}{_hint_at_rounding(model_class, config, buffers, error_of)}"
     answer = _remembered[key]
     if isinstance(answer, str):
         raise CannotStream(answer)
     return answer
 
 
-def _of_rounding(
+def _hint_at_rounding(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, buffers: dict[str, torch.Tensor], error_of: ErrorOf
 ) -> str:
-    """Whether a model is refused only because its buffers were rounded, in words."""
+    """Returns the rest of the reason if a model is refused only because its buffers were rounded, else nothing."""
     rounded = [name for name, buffer in buffers.items() if buffer.itemsize < 4]
     if rounded:
         try:
@@ -158,10 +154,10 @@ def _learn(
         for name, buffer in twin.named_buffers():
             if name in buffers and buffers[name].shape == buffer.shape:
                 buffer.copy_(buffers[name])
-        told = takes_argument(twin, "position_ids")
-        scheme = _probe(twin, layers, sliding_window) if told else _probe_order(twin, layers, sliding_window)
+        takes_positions = takes_argument(twin, "position_ids")
+        scheme = (_probe if takes_positions else _probe_order)(twin, layers, sliding_window)
         reason = ""
-        for candidate in _candidates(scheme, told, getattr(config, "max_seq_len", None)):
+        for candidate in _candidates(scheme, takes_positions, getattr(config, "max_seq_len", None)):
             how = "keeping its keys in order" if candidate.chronological else "moving its keys"
             try:
                 error = error_of(twin, candidate)
@@ -190,9 +186,9 @@ def _is_exact(twin: PreTrainedModel, scheme: PositionScheme, error_of: ErrorOf) 
         return False
 
 
-def _candidates(scheme: PositionScheme, told_positions: bool, max_keys: int | None) -> Iterator[PositionScheme]:
-    """What may be true of a model on which `scheme` was found, the least costly first."""
-    if told_positions:
+def _candidates(scheme: PositionScheme, takes_positions: bool, max_keys: int | None) -> Iterator[PositionScheme]:
+    """Yields the schemes that a model may have on which `scheme` was found, the cheapest first."""
+    if takes_positions:
         yield scheme
     if all(rotation.is_identity for rotation in scheme.rotations.values()):
         scheme = replace(scheme, chronological=True, max_keys=max_keys)
@@ -204,7 +200,7 @@ def _probe(twin: PreTrainedModel, layers: list[int], sliding_window: int | None)
     """Runs one token at positions 0, 1, 8, 64, … past the trained context, and fits the rotation of each layer."""
     trained = getattr(twin.config, "max_position_embeddings", None) or 2048
     powers = [8**k for k in range(max(6, int(trained).bit_length() // 3 + 2))]
-    # In a layer of chunked attention it matters which slot a key is in, and not only that it is there.
+    # In chunked attention the slot of a key matters, too.
     chunked = getattr(twin.config, "attention_chunk_size", None) is not None
     sliding = [
         index
@@ -217,13 +213,11 @@ def _probe(twin: PreTrainedModel, layers: list[int], sliding_window: int | None)
     for position in [0, *powers, 3, 11, 777]:
         try:
             cached = _one_token_alone(twin, position)
-        except (IndexError, RuntimeError) as failure:
-            if position < trained:
+        except Exception as failure:
+            if position < trained or not isinstance(failure, (IndexError, RuntimeError)):
                 raise CannotStream(f"its twin does not run ({_short(failure)})") from failure
             max_position = trained  # a table of positions ends here
             continue
-        except Exception as failure:
-            raise CannotStream(f"its twin does not run ({_short(failure)})") from failure
         for layer in keys:
             _check_cached(cached, layer)
             keys[layer][position] = cached[layer].keys.flatten(0, 2)
@@ -250,14 +244,14 @@ def _probe(twin: PreTrainedModel, layers: list[int], sliding_window: int | None)
 
 
 def _probe_order(twin: PreTrainedModel, layers: list[int], sliding_window: int | None) -> PositionScheme:
-    """For a model that is told no positions: it can only count keys, if the keys themselves do not tell them."""
+    """Probes a model that takes no positions. It can only count keys, unless the keys themselves change with the position."""
     try:
         alone, last = _one_token_alone(twin, 0), _one_token_alone(twin, 0, after=5)
     except Exception as failure:
         raise CannotStream(f"its twin does not run ({_short(failure)})") from failure
     for layer in layers:
         _check_cached(alone, layer)
-    # Further up, keys depend on what came before.
+    # In higher layers, keys depend on earlier tokens.
     first = layers[0]
     for here, there in ((alone[first].keys, last[first].keys), (alone[first].values, last[first].values)):
         if _changes({0: here, 5: there[:, :, -1:]}):
@@ -288,7 +282,7 @@ def _fit_layers(keys: dict[int, dict[int, torch.Tensor]]) -> dict[int, Rotation]
 
 
 def _fit_sliding_layers(keys: dict[int, dict[int, torch.Tensor]]) -> dict[int, Rotation]:
-    """The layers whose keys rotate; the cache leaves these layers alone, so those that do not are no reason to refuse."""
+    """Fits the layers if all their keys rotate. If not, the cache leaves them alone, so this is no reason to refuse."""
     try:
         return _fit_layers(keys)
     except NotARotation:
@@ -296,9 +290,9 @@ def _fit_sliding_layers(keys: dict[int, dict[int, torch.Tensor]]) -> dict[int, R
 
 
 def _one_token_alone(twin: PreTrainedModel, position: int, after: int = 0, cache: Cache | None = None) -> list[Any]:
-    """The layers of a fresh `DynamicCache` after one token, `[_TOKENS, 1]` of them as a batch, at this position.
+    """Reads a batch of single tokens, `[_TOKENS, 1]`, at this position, and returns the cache's layers.
 
-    With `after`, not alone: after so many others.
+    With `after`, so many other tokens come first. Without `cache`, a fresh `DynamicCache` is used.
     """
     cache = DynamicCache(config=twin.config) if cache is None else cache
     input_ids = torch.arange(1, _TOKENS + 1, device="cpu")[:, None] % twin.config.vocab_size
@@ -309,10 +303,10 @@ def _one_token_alone(twin: PreTrainedModel, position: int, after: int = 0, cache
 
 
 def build_twin(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A float32 CPU model of this class with random weights, narrow where `config` is wide."""
+    """Builds a float32 CPU model of this class with random weights, narrow where `config` is wide."""
     failures = []
     own = attention_of(config)
-    implementations = (own,) if own in ("sdpa", "eager") else ("sdpa", "eager")  # others may need a GPU
+    implementations = (own,) if own in ("sdpa", "eager") else ("sdpa", "eager")  # other implementations may need a GPU
     for variant, attention in itertools.product(range(1 + _NARROWINGS), implementations):
         try:
             candidate = copy.deepcopy(config) if variant == 0 else _narrow(config, variant)
@@ -339,14 +333,14 @@ _NARROWINGS = 4
 
 
 def _narrow(config: PreTrainedConfig, variant: int) -> PreTrainedConfig:
-    """A narrower version of a config: the head size and all that concerns positions stay, widths and counts shrink."""
+    """Makes a config narrower. Widths and counts shrink; the head size and all that concerns positions stay."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     own_head_dim = getattr(config, "head_dim", None)
     few_kv_heads = min(kv_heads, {3: 1, 4: 4}.get(variant, 2))  # CodeGen wants a multiple of 4
     few_heads = few_kv_heads * min(heads // kv_heads, 2)
     changes = {"num_attention_heads": few_heads, "num_key_value_heads": few_kv_heads}
-    # Where the head size is a setting of its own the hidden size is free; elsewhere it is their product.
+    # If the config sets the head size, the hidden size is free. If not, it is heads times head size.
     free = own_head_dim is not None and variant == 1
     changes["hidden_size"] = 64 if free else few_heads * (own_head_dim or config.hidden_size // heads)
     if getattr(config, "attention_hidden_size", None):  # Zamba's attention sees the embeddings beside the hidden states
@@ -359,7 +353,7 @@ def _narrow(config: PreTrainedConfig, variant: int) -> PreTrainedConfig:
     for name, value in config.to_dict().items():
         if isinstance(value, int) and ("intermediate_size" in name or "ffn_hidden_size" in name):
             changes[name] = 64
-        if name in ("chunk_size", "mamba_chunk_size"):  # to which a scan pads even a single token
+        if name in ("chunk_size", "mamba_chunk_size"):  # a scan pads even a single token to this size
             changes[name] = 8
         if isinstance(value, int) and name.endswith(("d_state", "state_size")):
             changes[name] = min(value, 16)
@@ -376,7 +370,7 @@ def _narrow(config: PreTrainedConfig, variant: int) -> PreTrainedConfig:
 
 
 def _randomise(model: PreTrainedModel) -> None:
-    """Weights at which everything matters: attention is neither flat nor saturated, no norm weight is 1, no bias 0."""
+    """Draws weights at which everything matters: attention is neither flat nor saturated, no norm weight is 1, no bias 0."""
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:
             parameter.normal_(std=parameter.shape[-1] ** -0.5)

@@ -1,4 +1,4 @@
-"""Which layers a cache has for a model, and the layers of models whose attention is not plain rotating keys and values."""
+"""Choosing a cache's layers for a model, and layers for models that do not cache plain rotating keys and values."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ class ChronologicalSinkWindowLayer(SinkWindowLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As in the base class, but for one token too they are in chronological order."""
+        """As in the base class, but keys and values are in chronological order for one token, too."""
         attended = super().update(key_states, value_states)
         if key_states.shape[2] > 1 or max(self.state.counts) < self.capacity:
             return attended
         return self._in_order(self.keys), self._in_order(self.values)
 
     def _in_order(self, slots: torch.Tensor) -> torch.Tensor:
-        """Sinks first, then the window from its oldest token on; of a row that is not full, what it has, at the end."""
+        """Takes the sinks first, then the window from its oldest token on. A row that is not full has its tokens at the end."""
         counts = torch.tensor(self.state.counts, device="cpu")[:, None] + 1  # with the token that has just been stored
         rank = (torch.arange(self.capacity, device="cpu") - (self.capacity - counts).clamp(min=0)).clamp(min=0)
         token = torch.where(rank < self.n_sink, rank, rank + (counts - self.capacity).clamp(min=0))
         return take(slots, slots_of(token, self.n_sink, self.window).to(slots.device))
 
-    def evicts_within(self, new_tokens: int) -> bool:
-        """False, or an error: copies of the sinks would be counted as keys."""
-        if super().evicts_within(new_tokens):
+    def needs_sinks_per_query(self, new_tokens: int) -> bool:
+        """Returns False, or refuses the call, because the model would count copies of the sinks as keys."""
+        if super().needs_sinks_per_query(new_tokens):
             raise NotImplementedError(
                 "stream() with chunk_size > 1 and assisted decoding are not possible once tokens are evicted in a model that "
-                "counts its keys (ALiBi), as each query would need a number of keys of its own. Use chunk_size=1."
+                "counts its keys (ALiBi), because each query would need another number of keys. Use chunk_size=1."
             )
         return False
 
@@ -49,13 +49,13 @@ class _Swapped(RingLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As in the base class, in which `keys` are what rotates."""
+        """As in the base class, but with keys and values swapped, because the base class rotates `keys`."""
         rotated, latents = super().update(value_states, key_states)
         return latents, rotated
 
 
 class SwappedSinkWindowLayer(_Swapped, SinkWindowLayer):
-    """For multi-head latent attention: what rotates comes as the values, and a latent that does not as the keys."""
+    """For multi-head latent attention, where the values rotate, and the keys are a latent that does not."""
 
 
 class SwappedStaticSinkWindowLayer(_Swapped, StaticSinkWindowLayer):
@@ -72,14 +72,14 @@ class _Hybrid(RingLayer, LinearAttentionAndFullAttentionLayer):
         LinearAttentionLayer.__init__(self, number_of_states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Of the ring, for which `update` passes two tensors, or of the state, which comes by keyword."""
+        """Initialises the ring from two tensors by position, or the recurrent state from keywords."""
         if args:
             super().lazy_initialization(*args)
         else:
             LinearAttentionLayer.lazy_initialization(self, **kwargs)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Puts the rows of the state in this order; the cache does it for rings, of several layers at once."""
+        """Puts the rows of the recurrent state in this order. `LayerStack.select` reorders the rings."""
         LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
 
     def reset(self) -> None:
@@ -102,13 +102,14 @@ class HybridStaticSinkWindowLayer(_Hybrid, StaticSinkWindowLayer):
 def layers_for(
     config: PreTrainedConfig, scheme: PositionScheme, n_sink: int, window: int, state: StreamState
 ) -> list[Any]:
-    """One cache layer for each layer of a model of this config, whose positions work as `scheme` says.
+    """Makes one cache layer for each layer of a model of this config, whose positions work as `scheme` says.
 
-    Rings take the place of full attention; all other layers are transformers' own. A `DeviceStreamState` wants constant shapes.
+    Rings replace full attention. All other layers are transformers' own. With a `DeviceStreamState`, all shapes are constant, and
+    rings replace sliding layers, too.
 
     Raises:
         ValueError: if the model attends to fewer than `n_sink + window` tokens.
-        NotImplementedError: if shapes are to be constant, and those of a layer would change.
+        NotImplementedError: if shapes must be constant, and a layer's shapes would change.
     """
     capacity = n_sink + window
     if scheme.sliding_window is not None and capacity > scheme.sliding_window:
@@ -126,7 +127,7 @@ def layers_for(
     state.forget_layers()
     is_static = isinstance(state, DeviceStreamState)
     if is_static:
-        # Rings without sinks for sliding layers, too: transformers' own move all their keys.
+        # Sliding layers get rings without sinks, because transformers' own layers move all their keys at every step.
         rotations = {**scheme.rotations, **scheme.sliding}
         _refuse_changing_shapes(config, scheme, {i: layer for i, layer in enumerate(layers) if i not in rotations})
     shared: dict[str, Any] = {"state": state, "rotations": ForwardRotations()}
@@ -143,7 +144,7 @@ def layers_for(
 
 
 def _ring_class(theirs: Any, swapped: bool, chronological: bool, is_static: bool) -> type[RingLayer]:
-    # A layer that is two of these at once does not pass the check of the twin.
+    # A model with a layer of two of these kinds does not pass the check on its twin.
     if isinstance(theirs, LinearAttentionAndFullAttentionLayer):
         return HybridStaticSinkWindowLayer if is_static else HybridSinkWindowLayer
     if chronological:
@@ -168,5 +169,5 @@ def _refuse_changing_shapes(config: PreTrainedConfig, scheme: PositionScheme, th
 
 
 def kinds_of_layers(config: PreTrainedConfig) -> list[tuple[type, int | None]]:
-    """What transformers has for a model of this config; layers made for one model serve another only if it is the same."""
+    """The layer classes and windows of transformers for this config. Our layers fit only models for which they are equal."""
     return [(type(layer), getattr(layer, "sliding_window", None)) for layer in layers_of(config)]

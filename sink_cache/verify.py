@@ -1,4 +1,4 @@
-"""Is the cache exact on this model? Streaming with it, against the model repositioning its own sinks; see `reference.py`."""
+"""Measuring whether the cache is exact on a model, against the model repositioning its own sinks; see `reference.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .model_scheme import accept_as_it_is
 from .reference import CannotStream, own_noise, streaming_error
 
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-_NOISES = 2  # as large as an error may be, in the model's own noise
+_NOISES = 2  # how large an error may be, as a multiple of the model's own noise
 
 
 def verify(
@@ -19,31 +19,31 @@ def verify(
 ) -> float:
     """Checks `SinkWindowCache` on your model: for remote code, fine-tuned oddities, anything that we have never seen.
 
-    A model that was changed on its instance (a module replaced, patched or hooked) is refused by `SinkWindowCache`, until it
-    has passed here. Then it is accepted, as long as it exists and is not changed again.
+    `SinkWindowCache` refuses a model that was changed on its instance (a module replaced, patched or hooked), until the model has
+    passed here. Then it is accepted, as long as it exists and is not changed again.
 
     Streams random tokens one at a time through a `SinkWindowCache` and through a reference that shares nothing with it
     (see `sink_cache/reference.py`), and compares the outputs after every token.
 
     The tolerance comes from the dtype: 1e-4 for float32 and float64, 0.02 for float16, 0.1 for bfloat16, where rounding alone
-    gives that much. A model may round more than its dtype says, for example because it quantises its activations: then a last
+    gives that much. A model may round more than its dtype says, for example because it quantises its activations. Then a last
     bit decides between two steps of a coarse grid. So an error above the tolerance is compared with the model's own noise. To
-    measure it, the reference runs again, three times, with input embeddings that are moved at random by about 32 roundings of
-    float32 (or by one of a coarser dtype). The noise is the largest change of an output. An error up to twice the noise passes.
-    The noise cannot hide a wrong rotation, because it is measured without the cache and at the same positions.
+    measure the noise, the reference runs again, three times, with input embeddings that are moved at random by about 32 roundings
+    of float32 (or by one of a coarser dtype). The noise is the largest change of an output. An error up to twice the noise
+    passes. The noise cannot hide a wrong rotation, because it is measured without the cache and at the same positions.
 
     Args:
         model (`PreTrainedModel`): any decoder that `generate()` accepts, on any device, in any dtype.
-        n_sink (`int`), window (`int`): of the cache to check.
-        tokens (`int`): how many tokens to stream; more than `n_sink + window`, or nothing is evicted.
-        tolerance (`float`, *optional*): largest relative error that passes, in place of all that is said above.
+        n_sink (`int`), window (`int`): the sizes of the cache to check.
+        tokens (`int`): how many tokens to stream. Tokens are evicted only if there are more than `n_sink + window`.
+        tolerance (`float`, *optional*): the largest relative error that passes. It replaces the rules above.
 
     Returns:
         `float`: the largest error of any output of any step, relative to the largest output of that step.
 
     Raises:
-        NotImplementedError: if the model is refused (see `SinkWindowCache`), or if the error is above what passes.
-        TypeError: if it is no transformers model.
+        NotImplementedError: if the model is refused (see `SinkWindowCache`), or if the error is too large.
+        TypeError: if `model` is no transformers model.
         ValueError: if `tokens` is not above `n_sink + window`.
     """
     if tokens <= n_sink + window:
@@ -53,9 +53,9 @@ def verify(
     text_model(model)  # or a TypeError
     if method := virtual_tokens(model):
         raise NotImplementedError(
-            f"this model has virtual tokens from {method}, which PEFT adds to every call. Verify the model that it was made from."
+            f"this model has virtual tokens from {method}, which PEFT adds to every call. Verify the base model instead."
         )
-    model = without_compiler(model)  # of a compiled model, the model: it also says what its forward takes
+    model = without_compiler(model)  # a compiled model does not say what its forward takes
     limit = _TOLERANCE.get(model.dtype, 1e-1) if tolerance is None else tolerance
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -1090,7 +1090,7 @@ def test_a_compiled_forward_keeps_the_one_before() -> None:
     )
 
 
-@guards("virtual_tokens", "finds_cache")
+@guards("virtual_tokens", "peft_finds_cache")
 @pytest.mark.parametrize("kind", ["PREFIX_TUNING", "PROMPT_TUNING"])
 def test_peft_shows_that_it_gives_virtual_tokens(kind: str) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -1117,7 +1117,7 @@ def test_peft_shows_that_it_gives_virtual_tokens(kind: str) -> None:
     )
     assert active.peft_type.value == kind, f"active_peft_config.peft_type no longer names the method {kind}: {rests}"
     assert {"cache", "past_key_values"} & set(found[0].__func__.__code__.co_consts), (
-        "PEFT's prepare_inputs_for_generation no longer looks the cache up by its name: internals.finds_cache would take it for "
+        "PEFT's prepare_inputs_for_generation looks up no cache by its name: internals.peft_finds_cache would take it for "
         "a PEFT that feeds virtual tokens at every step."
     )
     with model.disable_adapter():

@@ -339,7 +339,7 @@ def test_prefix_tuning_is_refused(compileable: bool, more: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("kind", ["Prefix", "Prompt"])
 def test_verify_says_which_tuning_it_cannot_judge(kind: str) -> None:
-    with pytest.raises(NotImplementedError, match=f"{kind.lower()} tuning.*Verify the model"):
+    with pytest.raises(NotImplementedError, match=f"{kind.lower()} tuning.*Verify the base model"):
         verify(with_virtual_tokens(kind))
 
 
