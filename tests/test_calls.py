@@ -32,7 +32,7 @@ def model() -> PreTrainedModel:
 def _tiny(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model is tiny, and its text is read as bytes; long runs note 25 times."""
     monkeypatch.setattr(models, "chosen", lambda *_: [models.LoadedModel(model, None, "tiny")])
-    monkeypatch.setattr(calls, "SAMPLES", 25)
+    monkeypatch.setattr(calls, "NOTES", 25)
     monkeypatch.setattr(calls.gc, "collect", lambda: 0)  # of all that a test run holds: a tenth of a second each
 
 

@@ -84,7 +84,7 @@ def guessing() -> models.LoadedModel:
 
 
 def rows_of(loaded: models.LoadedModel, *argv: str) -> list[dict[str, Any]]:
-    return list(recall.rows_of(loaded, recall.parse(["--batch-size", "2", "--num-samples", "3", *argv])))
+    return list(recall.rows_of(loaded, recall.parse(["--num-samples", "3", *argv])))
 
 
 def by_asked(rows: list[dict[str, Any]], method: str, what: str = "accuracy") -> dict[int, Any]:
@@ -229,15 +229,18 @@ def test_the_likeliest_choice_is_that_of_the_oracle(guessing: models.LoadedModel
         assert cache.get_seq_length() == len(seen)
 
 
-def test_questions_one_after_the_other(guessing: models.LoadedModel, tmp_path: Path) -> None:
+def test_questions_one_after_the_other(
+    guessing: models.LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with (tmp_path / "test.jsonl").open("w") as lines:
         for n in range(12):
             choices = {"text": [f"{n}", f"{n + 9} {n + 3}", "none"], "label": ["A", "B", "C"]}
             lines.write(json.dumps({"question": f"{n}?", "choices": choices, "answerKey": "ABC"[n % 3]}) + "\n")
     sizes = ("--num-samples", "11", "--n-sink", "2", "--capacities", "12", "1000")
     rows = rows_of(guessing, "--task", "choices", "--dataset", str(tmp_path), *sizes)
-    assert [row["method"] for row in rows] == [asking.ALONE, "dense", "sink", "sink", "window", "window"]
-    assert rows[3]["accuracy"] == rows[5]["accuracy"]  # of caches that evict nothing
+    assert [row["method"] for row in rows] == ["dense", "sink", "sink", "window", "window", asking.ALONE]
+    dense, small, large, _, without_sinks, alone = rows
+    assert large["accuracy"] == without_sinks["accuracy"]  # of caches that evict nothing
     by_hand = []
     for n in range(11):
         prompt, *choices = (
@@ -245,11 +248,21 @@ def test_questions_one_after_the_other(guessing: models.LoadedModel, tmp_path: P
             for text in (f"Question: {n}?\nAnswer:", f" {n}", f" {n + 9} {n + 3}", " none")
         )
         by_hand.append(asking.choose_answer(guessing.model, DynamicCache(), prompt, choices) == n % 3)
-    assert rows[0]["right"] == by_hand
+    assert alone["right"] == by_hand
     assert 0 < sum(by_hand) < 11
-    fits = rows[1]["questions"]
-    assert f"after {fits} questions the trained context of {TRAINED}" in rows[1]["warning"]
-    assert 8 <= fits < rows[0]["questions"] == rows[2]["questions"] == 11
+    fits = dense["questions"]
+    assert f"after {fits} questions the trained context of {TRAINED}" in dense["warning"]
+    assert 8 <= fits < alone["questions"] == small["questions"] == 11
+    # Arms that have answered more questions say so, and compare on those that the dense cache has answered.
+    for row in rows:
+        assert row["same_accuracy"] == pytest.approx(np.mean(row["right"][:fits]))
+        assert row is dense or row["warning"].startswith(f"dense has answered {fits} of these questions")
+    assert dense["same_accuracy"] == large["same_accuracy"] == dense["accuracy"]
+    monkeypatch.setattr(guessing.model.config, "max_position_embeddings", 5)
+    first, *others = rows_of(guessing, "--task", "choices", "--dataset", str(tmp_path), *sizes)
+    assert "after 0 questions" in first["reason"]
+    assert {row["questions"] for row in others} == {11}
+    assert {row["same_accuracy"] for row in others} == {None}
 
 
 def test_the_recipe_for_many_questions_answers_as_if_the_text_were_read_anew(guessing: models.LoadedModel) -> None:
@@ -292,6 +305,12 @@ def test_the_command_line(task: str, tmp_path: Path) -> None:
         (["--task", "questions", "--capacities", "512", "1024"], "has one cache"),
         (["--distances", "9", "--segment", "10"], "distance 9 is less than"),
         (["--task", "pinned", "--n-sink", "70"], "at least 180"),
+        (["--task", "pinned", "--n-sink", "4"], "at least 180"),  # the default of other tasks
+        (["--task", "questions", "--batch-size", "2"], "--batch-size is for --task copy, streameval, pinned"),
+        (["--task", "choices", "--chunk-size", "2"], "--chunk-size is for --task copy, streameval, pinned, questions"),
+        (["--task", "choices", "--seed", "0"], "--seed is for --task copy, streameval, pinned"),
+        (["--split", "test"], "--split is for --task pinned, questions, choices"),
+        (["--task", "choices", "--arms", "recompute"], "--task choices asks a cache"),
         (["--task", "streameval", "--random-weights", "llama-tiny"], "made of words"),
         (["--task", "streameval", "--num-samples", "1"], "--num-samples 1 is too few for 7"),
         (
