@@ -41,15 +41,9 @@ def interval(values: Sequence[float], texts: Sequence[int]) -> tuple[float | Non
         _, of_text = np.unique(texts, return_inverse=True)
         sums, counts = np.bincount(of_text, values), np.bincount(of_text)
         rng = np.random.default_rng(0)
-        resampled = bootstrap(
-            (sums, counts),
-            lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis),
-            n_resamples=harness.RESAMPLES,
-            method="percentile",
-            paired=True,
-            rng=rng,
-        )
-        found = resampled.confidence_interval
+        mean = lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis)  # noqa: E731
+        options = {"n_resamples": harness.RESAMPLES, "method": "percentile", "paired": True, "rng": rng}
+        found = bootstrap((sums, counts), mean, **options).confidence_interval
     else:
         return None, None
     return float(found.low), float(found.high)
@@ -115,17 +109,11 @@ def about_one_text(loaded: models.LoadedModel, args: argparse.Namespace) -> Iter
                 answers[way].append(read(model, question, cache_of_text(), args.chunk_size)[0, -1].argmax().item())
                 ms[way].append(1e3 * (clock.now() - start))
     for way in ways:
-        yield make_row(
-            args,
-            way,
-            args.n_sink,
-            arm.capacity,
-            questions=len(questions),
-            text_tokens=args.text_tokens,
-            ms_per_question=statistics.median(ms[way][1:]),
-            same_first_tokens=answers[way] == answers["reading anew"],
-            cache_bytes=harness.cache_bytes(kept),
-        )
+        row = make_row(args, way, args.n_sink, arm.capacity, questions=len(questions), text_tokens=args.text_tokens)
+        row["ms_per_question"] = statistics.median(ms[way][1:])
+        row["same_first_tokens"] = answers[way] == answers["reading anew"]
+        row["cache_bytes"] = harness.cache_bytes(kept)
+        yield row
 
 
 # --- multiple choice, one after the other ---

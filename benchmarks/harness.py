@@ -17,7 +17,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -588,10 +587,9 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
     # A list of numbers goes on one line. JSON strings have no line ends, so none of them is touched.
     text = re.sub(r"\[\n([-+.e\d,\s]+)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as temporary:
-        temporary.write(text + "\n")
-    os.chmod(temporary.name, 0o644)  # a temporary file is private to its owner; a result is for everybody
-    os.replace(temporary.name, path)
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(text + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

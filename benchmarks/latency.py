@@ -220,14 +220,7 @@ class Recompute(Steps):
         call(self.bench.tokens[:, : self.arm.capacity], use_cache=False, **self.bench.keep_last)
 
 
-STEPS = {
-    "dense": Dense,
-    "dense-at-capacity": Dense,
-    "static": Static,
-    "static-at-capacity": Static,
-    "sink": Sink,
-    "recompute": Recompute,
-}
+STEPS = {"dense": Dense, "static": Static, "sink": Sink, "recompute": Recompute}
 
 
 def make_steps(bench: Bench, names: Sequence[str], compiled: bool) -> list[Steps]:
@@ -235,7 +228,7 @@ def make_steps(bench: Bench, names: Sequence[str], compiled: bool) -> list[Steps
     arms = choose([name for name in names if name in EAGER], bench.args.capacities)
     if compiled:
         arms += choose([name for name in names if name in COMPILED], bench.args.capacities, COMPILED)
-    return [STEPS[arm.name](bench, arm) for arm in arms]
+    return [STEPS[arm.name.removesuffix("-at-capacity")](bench, arm) for arm in arms]
 
 
 # --- measuring ---
@@ -247,6 +240,8 @@ def new_row(steps: Steps, context: int) -> Row:
     """Return the row of an arm at a context. Its numbers are still missing; `summarize` adds those made of raw numbers."""
     arm, trained = steps.arm, steps.bench.loaded.trained_context
     later = ("median_ms", "mean_ms", "std_ms", "p5_ms", "p95_ms", "event_ms", "gpu_ms", "kernel_ms", "floor_ms")
+    later += ("busy", "cache_bytes", "peak_bytes_over_weights")
+    raw = ("step_ms", "unsynchronized_ms", "first_time_ms", "again_ms")
     return {
         "arm": arm.name,
         "compiled": arm.compiled,
@@ -255,11 +250,8 @@ def new_row(steps: Steps, context: int) -> Row:
         "n_sink": arm.sinks(steps.bench.args.n_sink),
         "reason": "",
         "warning": "",
-        **dict.fromkeys((*later, "busy", "cache_bytes", "peak_bytes_over_weights")),
-        "step_ms": [],
-        "unsynchronized_ms": [],
-        "first_time_ms": [],
-        "again_ms": [],
+        **dict.fromkeys(later),
+        **{name: [] for name in raw},
         "sdpa": "compiled",
         "beyond_trained_context": trained is not None and steps.length(context) > trained,
     }
@@ -437,15 +429,10 @@ def ratios(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         }
         for name, (above, below) in pairs.items():
             if above is not None and below is not None:
+                where = {"name": name, "context": context, "capacity": capacity, "compiled": compiled}
+                found = harness.ratio_of_rounds(above["step_ms"], below["step_ms"])
                 both = above["gpu_ms"] and below["gpu_ms"]
-                yield {
-                    "name": name,
-                    "context": context,
-                    "capacity": capacity,
-                    "compiled": compiled,
-                    **harness.ratio_of_rounds(above["step_ms"], below["step_ms"]),
-                    "gpu_value": above["gpu_ms"] / below["gpu_ms"] if both else None,
-                }
+                yield {**where, **found, "gpu_value": above["gpu_ms"] / below["gpu_ms"] if both else None}
 
 
 COLUMNS = ["context", "arm", "compiled", "capacity", "median_ms", "p5_ms", "p95_ms", "gpu_ms"]

@@ -51,11 +51,9 @@ class Results(list[dict[str, Any]]):
         folders = [sorted(Path(path).glob("*.json")) if Path(path).is_dir() else [Path(path)] for path in paths]
         for file in itertools.chain(*folders):
             try:
-                result = harness.read_json(file) | {"file": file.stem}
+                self.append(harness.read_json(file) | {"file": file.stem})
             except BenchmarkError as error:
                 print(f"left out: {error}", file=sys.stderr)
-            else:
-                self += [result] if result["harness"] != "serve" else []  # which compares nothing
         self.sort(key=lambda result: (result["model"]["parameters"], result["date"]))
         self.frames: dict[str, pd.DataFrame] = {}
 
@@ -68,14 +66,9 @@ class Results(list[dict[str, Any]]):
         if kind not in self.frames:
             rows = []
             for result in self.of(kind.removesuffix("-ratios")):
-                about = {
-                    "shape": shape(result),
-                    "device": result["device"]["name"],
-                    "on": result["device"]["type"],
-                    "attention": attention(result),
-                    "file": result["file"],
-                    "max_tokens": result.get("data", {}).get("max_tokens"),
-                }
+                about = {"shape": shape(result), "device": result["device"]["name"], "on": result["device"]["type"]}
+                about |= {"attention": attention(result), "file": result["file"]}
+                about["max_tokens"] = result.get("data", {}).get("max_tokens")
                 found = latency.ratios(result["rows"]) if kind == "latency-ratios" else result["rows"]
                 rows += [{"note": "", "warning": "", **row, **about} for row in found if not row.get("reason")]
             self.frames[kind] = pd.DataFrame(rows, columns=None if rows else COLUMNS)
@@ -87,14 +80,10 @@ class Results(list[dict[str, Any]]):
         rows, gains = self.frame("latency"), self.frame("latency-ratios")
         how = {True: " compiled", False: ""}
         arm, gain = rows["arm"] + rows["compiled"].map(how), gains["name"] + gains["compiled"].map(how)
-        cells = pd.concat(
-            [
-                rows.assign(what=arm + ", ms", value=rows["median_ms"]),
-                rows.assign(what=arm + ", GPU ms", value=rows["gpu_ms"]),
-                gains.assign(what=gain),
-                gains.assign(what=gain + ", GPU", value=gains["gpu_value"]),
-            ]
-        ).dropna(subset=["value"])
+        by_clock = [rows.assign(what=arm + ", ms", value=rows["median_ms"]), gains.assign(what=gain)]
+        of_gpu = rows.assign(what=arm + ", GPU ms", value=rows["gpu_ms"])
+        gains_of_gpu = gains.assign(what=gain + ", GPU", value=gains["gpu_value"])
+        cells = pd.concat([*by_clock, of_gpu, gains_of_gpu]).dropna(subset=["value"])
         wide = (cells["note"] + cells["warning"]).str.contains(DOUBTS)
         doubts = wide & ~cells["what"].str.contains("GPU")  # the spread is that of the clock
         shown = [figure(value, doubt) for value, doubt in zip(cells["value"], doubts, strict=True)]
@@ -227,12 +216,9 @@ def study_quality(results: Results) -> pd.DataFrame:
 
 def quality(results: Results) -> pd.DataFrame:
     """Return perplexities by capacity, of the last run that scores only tokens far from the start of a text."""
-    runs = [
-        result["file"]
-        for result in results.of("ppl")
-        if result["protocol"].get("score_from", 1) > 1 and not result["protocol"].get("n_sinks")
-    ]
-    rows = pick(results.frame("ppl"), file=runs[-1:]).sort_values("capacity")
+    far = [run for run in results.of("ppl") if run["protocol"].get("score_from", 1) > 1]
+    files = [run["file"] for run in far if not run["protocol"].get("n_sinks")]
+    rows = pick(results.frame("ppl"), file=files[-1:]).sort_values("capacity")
     rows = rows[rows["arm"] != "dense-batched"].assign(shown=rows["perplexity"])
     rows["capacity"] = ["dense" if pd.isna(capacity) else int(capacity) for capacity in rows["capacity"]]
     rows["arm"] = rows["arm"].replace("dense", "sink")  # the same column: the row's capacity says that it is dense
@@ -362,18 +348,17 @@ class Curve:
         if all(row["unsynchronized_ms"] for row in rows):
             self.ms = {row["context"]: statistics.median(row["unsynchronized_ms"]) for row in rows}
 
-    def ratio_to(self, other: Curve, context: int) -> dict[str, Any]:
+    def ratio_to(self, other: Curve, context: int) -> float:
         """Return the ratio of this arm's steps to the `other` arm's. Takes unsynchronised turns if there are enough."""
         rows = self.rows[context], other.rows[context]
         turns = [[[ms] for ms in row["unsynchronized_ms"] or ()] for row in rows]  # None in older files
         if min(map(len, turns)) < harness.FEWEST_ROUNDS:
             turns = [row["step_ms"] for row in rows]
-        return harness.ratio_of_rounds(*turns)
+        return harness.ratio_of_rounds(*turns)["value"]
 
     def beside(self, other: Curve) -> dict[int, float]:
         """Return this arm's times as the `other` arm's times their ratio. A slow machine cancels in the ratio."""
-        shared = {n: other.ms[n] * self.ratio_to(other, n)["value"] for n in self.ms if n in other.ms}
-        return self.ms | shared
+        return self.ms | {n: other.ms[n] * self.ratio_to(other, n) for n in self.ms if n in other.ms}
 
     def new_length_ms(self) -> float:
         """Return how much longer a step takes at a length that is new to the process; 0 if that is not worth counting.
@@ -381,11 +366,9 @@ class Curve:
         The extra time, for planning kernels, does not depend on the length. It is measured as a ratio of neighbouring
         steps: a machine that is slow for some seconds slows down both.
         """
-        factors = [
-            first / again
-            for row in self.rows.values()
-            for first, again in zip(row.get("first_time_ms", ()), row.get("again_ms", ()), strict=True)
-        ]
+        factors = list[float]()
+        for row in self.rows.values():
+            factors += np.divide(row.get("first_time_ms", []), row.get("again_ms", [])).tolist()
         factor = statistics.median(factors or [1.0])
         return (factor - 1) * statistics.median(self.ms.values()) if factor >= NEW_LENGTHS_COST else 0.0
 
@@ -460,7 +443,7 @@ def regimes_of_run(
             "capacity": capacity,
             "text": text,
             "tokens": tokens,
-            "last step": dense.ratio_to(sink, last)["value"],
+            "last step": dense.ratio_to(sink, last),
             "measured": sum(b["seconds"] for b in dense_batches) / sum(b["seconds"] for b in sink_batches),
             "predicted": predicted,
         }

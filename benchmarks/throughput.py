@@ -226,19 +226,11 @@ class Bench:
             if done >= (len(states) + 1) * requests // 4:
                 states.append({"seconds": time.perf_counter() - start, **self._state()})
         seconds = time.perf_counter() - start
-        return {
-            "streams": streams,
-            "requests": requests,
-            "prompt_tokens": int(prompts.sum()),
-            "answer_tokens": int(answers.sum()),
-            "reading_tokens_per_second": float(reading),
-            "steady_tokens_per_second": steady,
-            "ideal_s": ideal,
-            "seconds": seconds,
-            "share_of_ideal": ideal / seconds,
-            "states": states,
-            "time_to_first_token_s": {f"p{p}": float(np.percentile(list(waits.values()), p)) for p in (50, 95)},
-        }
+        found = {"requests": requests, "prompt_tokens": int(prompts.sum()), "answer_tokens": int(answers.sum())}
+        rates = {"reading_tokens_per_second": float(reading), "steady_tokens_per_second": steady}
+        times = {"ideal_s": ideal, "seconds": seconds, "share_of_ideal": ideal / seconds, "states": states}
+        firsts = {f"p{p}": float(np.percentile(list(waits.values()), p)) for p in (50, 95)}
+        return {**found, **rates, **times, "time_to_first_token_s": firsts}
 
     def soak(self, streams: int) -> dict[str, Any]:
         """Let streams join and leave. Return memory and graphs over time, and how many checked streams are right.
@@ -268,7 +260,7 @@ class Bench:
             alone = pool.add(text, max_new_tokens=len(expected), do_sample=False)
             same += [token for _, token in pool] == expected
             alone.close()
-        return {"streams": streams, **found, "checked": len(checked), "the_same_alone": same, "states": states}
+        return {**found, "checked": len(checked), "the_same_alone": same, "states": states}
 
     def _state(self) -> dict[str, int]:
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -213,6 +213,9 @@ def test_the_dtype_is_that_of_the_device(
     assert harness.set_up(argparse.Namespace(**vars(args) | {"dtype": "float16"}))[1] == torch.float16
 
 
+OF_TEXT = "ppl --random-weights llama-tiny --max-tokens 64 --text-file {folder}"
+
+
 @pytest.mark.parametrize(
     "command, complaint",
     [
@@ -229,11 +232,26 @@ def test_the_dtype_is_that_of_the_device(
         ("latency --min-seconds -0.1", "--min-seconds: must be at least 0, but is -0.1"),
         ("latency --min-seconds nan", "--min-seconds: must be at least 0, but is nan"),
         ("latency --rounds 2.5", "--rounds: invalid int value: '2.5'"),
+        ("latency --device tpu", "unknown device 'tpu'"),
+        ("latency --profile", "--profile is for CUDA, but the device is cpu"),
+        ("latency --random-weights llama-tiny --attn-implementation fast", "--attn-implementation fast: "),
+        ("latency --random-weights llama-tiny gpt-5", "unknown shape 'gpt-5'"),
+        ("latency --output {folder}/one.txt", "cannot make the folder"),
         ("ppl --n-sink 4 --n-sinks 0 4", "--n-sink and --n-sinks both give numbers of sinks"),
         ("ppl --n-sinks 0 -1", "--n-sinks: must be at least 0, but is -1"),
         ("ppl --mode step --chunk-size 4", "--chunk-size is for --mode chunk"),
         ("ppl --arms dense --recompute-tokens 9", "--recompute-tokens is for the arm recompute"),
         ("ppl --max-tokens 0", "--max-tokens: must be at least 1, but is 0"),
+        ("ppl --n-sinks 0 1 --arms dense window", "--n-sinks is for the arms sink, line-breaks"),
+        ("ppl --n-sinks 0 8 --capacities 8", "capacity 8 leaves no window: it includes the 8 sinks of --n-sinks"),
+        ("ppl --text-file {folder}/one.txt --dataset one", "are different texts"),
+        ("ppl --text-file {folder}/text.txt --model {folder}/none", "cannot load the model"),
+        ("ppl --model here --random-weights gpt-5", "--model has trained weights"),
+        (f"{OF_TEXT}/text.txt --num-samples 4", "4 samples of 64 need 257"),
+        (f"{OF_TEXT}/text.txt --score-from 65", "--score-from 65 leaves nothing"),
+        (f"{OF_TEXT}/empty.txt", "empty.txt is empty"),
+        (f"{OF_TEXT}/one.txt", "one.txt has 1 tokens"),
+        (f"{OF_TEXT}/latin-1.txt", "not UTF-8"),
         ("calls step", "what is to be measured comes first: steps, long, not 'step'"),
         ("calls steps --capacities 40 --new-tokens 38", "--new-tokens + --n-sink + 8 = 50, but one is 40"),
         ("calls steps --new-tokens 9", "--new-tokens: must be at least 18, but is 9"),
@@ -246,12 +264,36 @@ def test_the_dtype_is_that_of_the_device(
         ("throughput steady --capacities 8 9", "one capacity"),
         ("throughput rows --capacities 40 --new-tokens 38", "--new-tokens + --n-sink + 8 = 50"),
         ("throughput gap --requests 9", "unrecognized arguments: --requests"),
+        ("recall --further 5", "--further is for --task pinned"),
+        ("recall --text-file a.txt", "--text-file is for --task pinned, questions"),
+        ("recall --split test", "--split is for --task pinned, questions, choices"),
+        ("recall --task questions --arms sink", "--arms is for --task copy"),
+        ("recall --task streameval --segment 9", "--segment is for --task copy, pinned"),
+        ("recall --task pinned --question-tokens 9", "--question-tokens is for --task questions"),
+        ("recall --task questions --batch-size 2", "--batch-size is for --task copy, streameval, pinned"),
+        ("recall --task choices --chunk-size 2", "--chunk-size is for --task copy, streameval, pinned, questions"),
+        ("recall --task choices --seed 0", "--seed is for --task copy, streameval, pinned"),
+        ("recall --task choices --arms recompute", "--task choices asks a cache"),
+        ("recall --task questions --capacities 512 1024", "has one cache"),
+        ("recall --distances 9 --segment 10", "distance 9 is less than"),
+        ("recall --task pinned --n-sink 70", "at least 180"),
+        ("recall --task pinned --n-sink 4", "at least 180"),  # the default of other tasks
+        ("recall --task streameval --random-weights llama-tiny", "made of words"),
+        ("recall --task streameval --num-samples 1", "--num-samples 1 is too few for 7"),
+        ("recall --task pinned --random-weights llama-tiny --offline --further 100 120", "--further 120 lies within"),
+        ("recall --random-weights llama-tiny --max-tokens 200 --distances 300", "no text of 200 tokens"),
     ],
 )
-def test_options_that_mean_nothing_get_one_sentence(command: str, complaint: str, capsys: Any) -> None:
-    module, *argv = command.split()
-    assert harness.run(importlib.import_module(f"benchmarks.{module}").parse, argv) == 2
+def test_bad_input_gets_one_sentence_and_exit_code_2(command: str, complaint: str, capsys: Any, tmp_path: Path) -> None:
+    texts = {"text.txt": b"w" * 200, "empty.txt": b"", "one.txt": b"w", "latin-1.txt": "caf\xe9".encode("latin-1")}
+    for name, content in texts.items():
+        (tmp_path / name).write_bytes(content)
+    module, *argv = command.format(folder=tmp_path).split()
+    kind = [argv.pop(0)] if module in ("calls", "throughput") else []
+    shared = ["--device", "cpu", "--output", str(out := tmp_path / "out")]
+    assert harness.run(importlib.import_module(f"benchmarks.{module}").main, [*kind, *shared, *argv]) == 2
     error = capsys.readouterr().err.strip()
     assert complaint in error
     assert error.startswith("error: ")
     assert len(error.splitlines()) == 1
+    assert not list(out.glob("*"))

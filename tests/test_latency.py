@@ -461,25 +461,3 @@ def test_what_is_not_measured_says_why_and_the_rest_is(tmp_path: Path, capsys: p
     assert "'gpt2'" in rows["sink"]["reason"]
     assert run(tmp_path, "--contexts", "80", "--arms", "sink", shape="gpt2") == 2
     assert "nothing could be measured" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "options, complaint",
-    [
-        (["--device", "tpu"], "unknown device 'tpu'"),
-        (["--profile"], "--profile is for CUDA, but the device is cpu"),
-        (["--attn-implementation", "fast"], "--attn-implementation fast: "),
-        (["--random-weights", "tiny", "gpt-5"], "unknown shape 'gpt-5'"),
-        (["--output", "{file}"], "cannot make the folder"),
-    ],
-)
-def test_bad_input_gets_one_sentence_and_exit_code_2(
-    options: Sequence[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (file := tmp_path / "file").touch()
-    assert run(tmp_path / "out", *(option.format(file=file) for option in options)) == 2
-    error = capsys.readouterr().err.strip()
-    assert complaint in error
-    assert error.startswith("error: ")
-    assert len(error.splitlines()) == 1
-    assert not list(tmp_path.glob("out/*"))

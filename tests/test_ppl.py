@@ -9,7 +9,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,9 +70,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     GPT2LMHeadModel(gpt2).save_pretrained(folder / "gpt2")
     ids = np.random.default_rng(0).integers(VOCAB, size=200)
     (folder / "text.txt").write_text(" ".join(f"w{i}" for i in ids), encoding="utf-8")
-    (folder / "empty.txt").touch()
-    (folder / "one.txt").write_text("w1")
-    (folder / "latin-1.txt").write_bytes("caf\xe9".encode("latin-1"))
     return folder
 
 
@@ -339,32 +336,6 @@ def test_two_processes_give_the_numbers_of_one(folder: Path, tmp_path: Path) -> 
         for a, b in zip(row_of_one["samples"], row_of_two["samples"], strict=True):
             assert a == pytest.approx(b, rel=1e-6)
     assert done.stdout.count("× dense") == 1  # only one of the two speaks
-
-
-@pytest.mark.parametrize(
-    "options, complaint",
-    [
-        (["--num-samples", "4"], "4 samples of 64 need 257"),
-        (["--score-from", "65"], "--score-from 65 leaves nothing"),
-        (["--n-sinks", "0", "1", "--arms", "dense", "window"], "--n-sinks is for the arms sink, line-breaks"),
-        (["--n-sinks", "0", "8"], "capacity 8 leaves no window: it includes the 8 sinks of --n-sinks"),
-        (["--dataset", "one"], "are different texts"),
-        (["--text-file", "{folder}/empty.txt"], "empty.txt is empty"),
-        (["--text-file", "{folder}/one.txt"], "one.txt has 1 tokens"),
-        (["--text-file", "{folder}/latin-1.txt"], "not UTF-8"),
-        (["--model", "{folder}/none"], "cannot load the model"),
-        (["--random-weights", "gpt-5"], "--model has trained weights"),
-    ],
-)
-def test_bad_input_gets_one_sentence_and_exit_code_2(
-    options: Sequence[str], complaint: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(folder, tmp_path, *(option.format(folder=folder) for option in options)) == 2
-    error = capsys.readouterr().err.strip()
-    assert complaint in error
-    assert error.startswith("error: ")
-    assert len(error.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
 
 
 def no_connection(*_: Any, **__: Any) -> None:

@@ -292,34 +292,3 @@ def test_the_command_line(task: str, tmp_path: Path) -> None:
         assert row["questions"] > 0
     if task == "questions":
         assert [row["same_first_tokens"] for row in rows] == [True] * 3
-
-
-@pytest.mark.parametrize(
-    "argv, complaint",
-    [
-        (["--further", "5"], "--further is for --task pinned"),
-        (["--text-file", "a.txt"], "--text-file is for --task pinned, questions"),
-        (["--task", "questions", "--arms", "sink"], "--arms is for --task copy"),
-        (["--task", "streameval", "--segment", "9"], "--segment is for --task copy, pinned"),
-        (["--task", "pinned", "--question-tokens", "9"], "--question-tokens is for --task questions"),
-        (["--task", "questions", "--capacities", "512", "1024"], "has one cache"),
-        (["--distances", "9", "--segment", "10"], "distance 9 is less than"),
-        (["--task", "pinned", "--n-sink", "70"], "at least 180"),
-        (["--task", "pinned", "--n-sink", "4"], "at least 180"),  # the default of other tasks
-        (["--task", "questions", "--batch-size", "2"], "--batch-size is for --task copy, streameval, pinned"),
-        (["--task", "choices", "--chunk-size", "2"], "--chunk-size is for --task copy, streameval, pinned, questions"),
-        (["--task", "choices", "--seed", "0"], "--seed is for --task copy, streameval, pinned"),
-        (["--split", "test"], "--split is for --task pinned, questions, choices"),
-        (["--task", "choices", "--arms", "recompute"], "--task choices asks a cache"),
-        (["--task", "streameval", "--random-weights", "llama-tiny"], "made of words"),
-        (["--task", "streameval", "--num-samples", "1"], "--num-samples 1 is too few for 7"),
-        (
-            ["--task", "pinned", "--random-weights", "llama-tiny", "--offline", "--further", "100", "120"],
-            "--further 120 lies within",
-        ),
-        (["--random-weights", "llama-tiny", "--max-tokens", "200", "--distances", "300"], "no text of 200 tokens"),
-    ],
-)
-def test_bad_input_gets_one_sentence(argv: list[str], complaint: str, capsys: Any, tmp_path: Path) -> None:
-    assert harness.run(recall.main, [*argv, "--device", "cpu", "--output", str(tmp_path)]) == 2
-    assert complaint in capsys.readouterr().err
