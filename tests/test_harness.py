@@ -59,9 +59,9 @@ def test_interval_of_a_median() -> None:
 
 
 def turns_of_a_slowing_machine() -> tuple[list[list[float]], list[list[float]]]:
-    """Of two arms, one of which takes twice as long.
+    """Return turns of two arms, of which the first takes twice as long.
 
-    The machine gets three times slower meanwhile, one arm's turns are longer at the slow end, and three of them are disturbed.
+    Meanwhile the machine becomes three times slower, turns of the first arm get longer, and three of them are disturbed.
     """
     drift = np.linspace(1, 3, 20).tolist()
     double = [[(20 if i in (3, 9, 12) else 2) * ms] * (9 if ms > 2 else 3) for i, ms in enumerate(drift)]
@@ -84,7 +84,7 @@ def test_a_ratio_says_what_cannot_be_concluded() -> None:
     assert found["low"] < 2 < found["high"]
     assert found["note"] == ""
     assert harness.ratio_of_rounds(one[::-1], one)["note"] == "no difference can be told"
-    # One round in two is disturbed, or one step in two of every round.
+    # Every second round is disturbed, and then every second step of every round.
     noisy = [[3 * ms for ms in turn] if i % 2 else turn for i, turn in enumerate(one)]
     assert harness.ratio_of_rounds(noisy, one)["note"].startswith("no conclusion")
     noisy = [[3 * ms if i % 2 else ms for i, ms in enumerate(turn)] for turn in one]
@@ -97,7 +97,7 @@ def test_a_ratio_says_what_cannot_be_concluded() -> None:
 
 
 def test_attention_kernels_by_their_names() -> None:
-    # As torch.profiler shows them; those of cuDNN contain "flash", too.
+    # Names as torch.profiler shows them. Those of cuDNN contain "flash", too.
     assert harness.attention_kernel(["gemv2T", "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma"]) == "cudnn"
     assert harness.attention_kernel(["void pytorch_flash::flash_fwd_splitkv_kernel"]) == "flash"
     assert harness.attention_kernel(["fmha_cutlassF_bf16_aligned_64x64_rf_sm80"]) == "efficient"

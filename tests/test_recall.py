@@ -25,7 +25,7 @@ CHOOSING = Path(__file__).parents[1] / "docs" / "choosing.md"
 
 @torch.no_grad()
 def copying_model(trained: int = TRAINED) -> SmolLM3ForCausalLM:
-    """Two layers without feed-forward parts: one fetches the token before, one finds the token that came after the current one.
+    """Return a model that can copy: its first layer fetches the token before, its second finds what followed the current token.
 
     Tokens are random signs, `CODE` numbers each. The residual stream holds the signs of the current token, of the token before,
     and of the predicted token, and a constant. The first layer has rotary embeddings, the second one none.
@@ -99,7 +99,7 @@ def test_recall_ends_with_the_window_to_the_token(copying: models.LoadedModel, c
     assert by_asked(rows, "dense") == dict.fromkeys([8, 16, 17, 18, 19, 60], 1.0)
     assert by_asked(rows, "sink") == {8: 1, 16: 1, 17: 0, 18: 0, 19: 0, 60: 0}  # a window of 16
     assert by_asked(rows, "window") == {8: 1, 16: 1, 17: 1, 18: 1, 19: 0, 60: 0}  # of 18
-    # At 17 the first of the 18 tokens that are read anew is asked for, which takes itself for its forerunner.
+    # Distance 17 is left out: there the first of the 18 tokens is asked for, which has no token before it.
     assert by_asked(rows, "recompute") | {17: None} == {8: 1, 16: 1, 17: None, 18: 0, 19: 0, 60: 0}
     for row in rows:
         assert row["distance_tokens"] == row["asked"]
@@ -162,7 +162,7 @@ def test_streameval_asks_for_the_line_so_many_lines_back() -> None:
     samples, questions = recall.streameval_texts(loaded, args, np.random.default_rng(0))
     texts = [bytes(ids.tolist()).decode() for ids in samples]
     assert {one.asked for one in questions} == {10, 20}
-    # An answer that stands in an earlier question would be nearer than its line: each line is asked about once.
+    # Each line is asked about once: the answer in an earlier question would be nearer than the line.
     assert len({(one.sample, one.first) for one in questions}) == len(questions) > 5
     for one in questions:
         line, said = texts[one.sample][: one.again].splitlines()[-2:]
@@ -181,9 +181,8 @@ def test_streameval_asks_for_the_line_so_many_lines_back() -> None:
 def test_what_recompute_is_not_asked_is_left_out_of_the_same_accuracy(
     copying: models.LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rights = iter(
-        [[1.0, 0.0, 0.0, 1.0, 1.0, 1.0], [1.0, 1.0]]
-    )  # of sink, and of recompute, which is asked the first and fourth
+    # Answers of sink; and of recompute, which is asked the first and the fourth question.
+    rights = iter([[1.0, 0.0, 0.0, 1.0, 1.0, 1.0], [1.0, 1.0]])
     monkeypatch.setattr(recall, "answered", lambda *_, **__: {"right": next(rights)})
     sizes = ("--n-sink", "2", "--capacities", "18", "--segment", "5", "--max-tokens", "100", "--distances", "8")
     rows = rows_of(copying, *sizes, "--pairs", "2", "--recompute-questions", "2", "--arms", "sink", "recompute")
@@ -201,7 +200,7 @@ def test_an_answer_of_several_tokens_is_right_as_a_whole() -> None:
 
 
 def test_intervals_are_of_texts() -> None:
-    # Answers that are alike within a text say no more than one of each text does.
+    # Three equal answers in each text give the same interval as one answer in each text.
     rng = np.random.default_rng(1)
     alone = rng.random(40)
     assert asking.interval(np.repeat(alone, 3), np.repeat(range(40), 3)) == asking.interval(alone, range(40))
