@@ -30,7 +30,10 @@ WITH_SINKS = ("sink", "line-breaks", "endless")
 
 @dataclass(frozen=True)
 class Arm:
-    """An arm at one capacity (None if it has none), in eager or compiled steps. `n_sink` None leaves the options' number."""
+    """An arm at one capacity (None if it has none), in eager or compiled steps.
+
+    `n_sink` None means the number of sinks of the options.
+    """
 
     name: str
     capacity: int | None = None
@@ -45,7 +48,7 @@ class Arm:
         return " ".join(words)
 
     def sinks(self, n_sink: int) -> int | None:
-        """Return the number of sinks of this arm, where `n_sink` is that of the options; None if it evicts nothing."""
+        """Return the number of sinks of this arm, by default `n_sink`; None if the arm evicts nothing."""
         if self.name in WITH_SINKS:
             return n_sink if self.n_sink is None else self.n_sink
         return 0 if self.name in ("window", "recompute") else None

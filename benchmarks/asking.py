@@ -60,7 +60,7 @@ def accuracy(right: Sequence[float], texts: Sequence[int]) -> Row:
     """Return the mean of answers, each between 0 and 1, its interval, and the answers. `texts` is as in `interval`."""
     low, high = interval(right, texts)
     mean = statistics.fmean(right)
-    return {"accuracy": mean, "accuracy_low": low, "accuracy_high": high, "right": [round(one, 4) for one in right]}
+    return {"accuracy": mean, "accuracy_low": low, "accuracy_high": high, "right": [round(share, 4) for share in right]}
 
 
 # --- many about one text ---
@@ -142,7 +142,8 @@ def choose_answer(model: PreTrainedModel, cache: Cache, prompt: torch.Tensor, ch
         rows.batch_repeat_interleave(len(choices))
         logits = torch.cat([logits, read(model, padded[:, :-1], rows, padded.shape[1])], dim=1)
     likely = logits.float().log_softmax(-1).gather(-1, padded[..., None])[..., 0]
-    chosen = int(np.argmax([float(row[: len(one)].mean()) for row, one in zip(likely, choices, strict=True)]))
+    means = [float(row[: len(choice)].mean()) for row, choice in zip(likely, choices, strict=True)]
+    chosen = int(np.argmax(means))
     read(model, choices[chosen][None], cache, len(choices[chosen]))
     return chosen
 
@@ -163,18 +164,18 @@ def one_after_the_other(loaded: models.LoadedModel, args: argparse.Namespace) ->
     answered_by_dense: int | None = None  # the dense arm comes first
     for arm in [*choose(args.arms, args.capacities), Arm(ALONE)]:
         cache, right, warning = arm.make_cache(model, args.n_sink), [], ""
-        for number, one in enumerate(harness.progress_bar(questions, desc=str(arm), unit=" questions")):
+        for number, question in enumerate(harness.progress_bar(questions, desc=str(arm), unit=" questions")):
             if arm.name == ALONE:
                 cache = DynamicCache(config=model.config)
             line_break = "" if number == 0 or arm.name == ALONE else "\n"
-            prompt = ids_of(f"{line_break}Question: {one['question']}\nAnswer:")
-            choices = [ids_of(f" {text}") for text in one["choices"]["text"]]
+            prompt = ids_of(f"{line_break}Question: {question['question']}\nAnswer:")
+            choices = [ids_of(f" {text}") for text in question["choices"]["text"]]
             longest = len(prompt) + max(map(len, choices))
             if arm.name == "dense" and trained and cache.get_seq_length() + longest > trained:
                 warning = f"after {number} questions the trained context of {trained:,} positions ends"
                 break
-            label = one["choices"]["label"][choose_answer(model, cache, prompt, choices)]
-            right.append(float(label == one["answerKey"]))
+            label = question["choices"]["label"][choose_answer(model, cache, prompt, choices)]
+            right.append(float(label == question["answerKey"]))
         if arm.name == "dense":
             answered_by_dense = len(right)
         elif answered_by_dense is not None and answered_by_dense < len(right):

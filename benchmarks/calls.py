@@ -171,8 +171,8 @@ def ratios(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             if same_steps and base["capacity"] in (row["capacity"], None):
                 yield ratio(row, base) if row["compiled"] else ratio(base, row)
         arm = (row["arm"], row["compiled"], row["capacity"])
-        same_arm = [one for one in rows if (one["arm"], one["compiled"], one["capacity"]) == arm]
-        first = min(same_arm, key=lambda one: one["context"])
+        same_arm = [other for other in rows if (other["arm"], other["compiled"], other["capacity"]) == arm]
+        first = min(same_arm, key=lambda other: other["context"])
         if row["context"] > first["context"]:
             yield ratio(row, first, after=f" after {first['context']:,}")
 
@@ -224,9 +224,8 @@ def read(loaded: models.LoadedModel, args: argparse.Namespace, notes: Notes, tex
     if ids.shape[1] < args.tokens:
         raise BenchmarkError(f"{text.name} has {ids.shape[1]:,} tokens, and --tokens asks for {args.tokens:,}")
     wanted = ids[0].roll(-1)  # after the last token comes the first token of the next pass
-    stretch = max(
-        4 * args.capacities[0], args.chunk_size
-    )  # tokens between rebases, so that few keys are rotated by them
+    # Tokens between rebases: so many that a rebase, which rotates all keys, hardly counts.
+    stretch = max(4 * args.capacities[0], args.chunk_size)
     since_rebase = 0
     for number in range(1, args.passes + 1):
         loss, done = 0.0, 0
@@ -282,7 +281,7 @@ def long(
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse and check the command line: what is measured comes first."""
+    """Parse and check the command line, whose first word is one of `KINDS`."""
     kind, rest = harness.kind_of(argv, __doc__, KINDS)
     parser = harness.Parser(f"calls {kind}", KINDS[kind])
     if kind == "long":

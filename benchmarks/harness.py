@@ -73,7 +73,7 @@ ATTENTION = {
 
 
 class BenchmarkError(Exception):
-    """Something that the user can mend; the message is one sentence that says what and how."""
+    """An error that the user can mend. The message is one sentence that says how."""
 
 
 def at_least(lowest: float, kind: type = int) -> Callable[[str], float]:
@@ -148,11 +148,11 @@ class Parser(argparse.ArgumentParser):
         args = self.parse_args(argv)
         args.module = self.prog.rpartition(".")[2].partition(" ")[0]
         several = len(args.random_weights or []) > 1 or len(args.quantize) > 1
-        no_other = "what the profiler attaches to CUDA would slow down the next"
+        slow = "what the profiler attaches to CUDA would slow down the next"
         self.refuse(args.model and args.random_weights, "--model has trained weights: leave out it or --random-weights")
         self.refuse(args.gguf_file and not args.model, "--gguf-file is a file of --model: name that, too")
         self.refuse(args.name and several, "--name is for one result file: give one shape and one --quantize")
-        self.refuse(several and getattr(args, "profile", False), f"--profile is for one shape: {no_other}")
+        self.refuse(several and getattr(args, "profile", False), f"--profile is for one shape: {slow}")
         return args
 
     def fill_in_sizes(self, args: argparse.Namespace, capacities: Sequence[int] | None = None) -> None:
@@ -211,7 +211,8 @@ def choose_device(name: str, index: int | None = None) -> torch.device:
     """
     here = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     kind, _, number = name.partition(":")
-    kind = next(one for one in here if here[one]) if kind == "auto" else kind
+    if kind == "auto":
+        kind = next(kind for kind, devices in here.items() if devices)
     if kind not in here or not (number or "0").isdecimal():
         raise BenchmarkError(f"unknown device {name!r}: choose auto, cuda, mps or cpu")
     chosen = int(number or 0)
@@ -328,8 +329,9 @@ def kernel_times(work: Callable[[], Any], clock: Clock) -> dict[str, tuple[int, 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         work()
         clock.now()
-    found = [one for one in profiler.key_averages() if one.device_type == torch.autograd.DeviceType.CUDA]
-    return {one.key: (one.count, one.self_device_time_total / 1e3) for one in found if not one.is_user_annotation}
+    events = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in events if not event.is_user_annotation]
+    return {kernel.key: (kernel.count, kernel.self_device_time_total / 1e3) for kernel in kernels}
 
 
 def kernel_sums(kernels: dict[str, tuple[float, float]]) -> dict[str, float]:
@@ -347,7 +349,7 @@ def attention_of(step: Callable[[], Any]) -> str:
     """Return which attention an eager step runs, by its operators: profiling CUDA would slow down later steps."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
-    return attention_kernel({one.name for one in profiler.events()})
+    return attention_kernel({event.name for event in profiler.events()})
 
 
 def attention_kernel(names: Iterable[str]) -> str:
@@ -376,7 +378,7 @@ def machine_rates(device: torch.device) -> dict[str, float]:
     source = torch.ones((2**30 if device.type != "cpu" else 2**27) // 4, device=device)
     target = torch.empty_like(source)
     best_ms = min(timed_steps(lambda: target.copy_(source), 10, Clock(device))[2:])
-    others = float(psutil.cpu_percent(0.5)) / 100  # while this process sleeps
+    others = float(psutil.cpu_percent(0.5)) / 100  # this process sleeps meanwhile
     return {"copy_bytes_per_s": 2e3 * source.nbytes / best_ms, "cpu_share_of_others": others}
 
 
@@ -500,7 +502,7 @@ class Result:
             "dtype": dtype,
             "threads": torch.get_num_threads(),
             "model": model.description,
-            "protocol": {name: portable(one) for name, one in vars(args).items() if name not in elsewhere},
+            "protocol": {name: portable(value) for name, value in vars(args).items() if name not in elsewhere},
             "interrupted": False,
             "swapped_bytes": 0,
             **more,
@@ -508,7 +510,7 @@ class Result:
         }
 
     def keep(self) -> None:
-        """Write what there is, in one rename: a reader never sees half of it."""
+        """Write the file with the rows so far."""
         self.data["swapped_bytes"] = max(0, psutil.swap_memory().used - self.swapped)
         write_json(self.path, self.data)
 
@@ -524,7 +526,7 @@ class Result:
             print(f"wrote {self.path}")
         if self.data["swapped_bytes"] > 64 * MIB:
             print(f"the machine swapped {self.data['swapped_bytes'] / MIB:,.0f} MiB meanwhile: do not trust the times")
-        torch.compiler.reset()  # the next model finds no graphs of this one
+        torch.compiler.reset()  # frees the graphs of this model
         gc.collect()
         if self.data["device"]["type"] == "cuda":
             torch.cuda.empty_cache()
@@ -558,12 +560,12 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 def versions() -> dict[str, str | None]:
     """Return the versions of Python and of `PACKAGES`, None where a package is not installed."""
     # Of two installed versions `import` takes the first. A dictionary keeps the last, so the order is reversed.
-    found = {one.metadata["Name"].lower(): one.version for one in reversed([*distributions()])}
+    found = {package.metadata["Name"].lower(): package.version for package in reversed([*distributions()])}
     return {"python": platform.python_version(), **{name: found.get(name) for name in PACKAGES}}
 
 
 def commit() -> str | None:
-    """Return the commit of this checkout, with a mark if it was changed."""
+    """Return the commit of this checkout, ending in "-dirty" if files were changed since."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         return subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None

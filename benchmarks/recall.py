@@ -188,7 +188,7 @@ def pinned_texts(loaded: models.LoadedModel, args: argparse.Namespace, rng: np.r
     return samples, questions
 
 
-# --- what is known when ---
+# --- what each arm recalls ---
 
 
 def answered(run: ppl.Run, arm: Arm, questions: Sequence[Question], whole: bool) -> dict[str, Any]:
@@ -242,7 +242,7 @@ def measure(loaded: models.LoadedModel, args: argparse.Namespace, texts: Texts) 
 
 
 def warn(rows: Sequence[dict[str, Any]]) -> None:
-    """Warn in all rows if even the dense cache fails at every distance: then nothing follows from them."""
+    """Warn in all rows if even the dense cache fails at every distance: then the task is too hard for the model."""
     dense = [row["accuracy"] for row in rows if row["method"] == "dense" and row["accuracy"] is not None]
     if dense and max(dense) < DENSE_FAILS:
         for row in rows:

@@ -26,9 +26,9 @@ from .harness import MIB, BenchmarkError, figure
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("results/h200", "results/cpu")
-CAPACITY = 1024  # of the tables that show one
+CAPACITY = 1024  # of tables that show a single capacity
 CONTEXTS = (4096, 16384, 32768, 65536)
-BESIDE_THE_STUDY = (4096, 8192)  # contexts: it does not say which it had
+BESIDE_THE_STUDY = (4096, 8192)  # contexts; the study does not say which it measured
 DOUBTS = "too wide|no conclusion"
 NEW_LENGTHS_COST = 1.2  # predictions count the price of new lengths if it makes a step at least so many times slower
 MARK = re.compile(r"(?<!`)(<!-- (table|figure): (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
@@ -168,7 +168,7 @@ def time_and_memory(results: Results) -> pd.DataFrame:
 
 
 def kernels(results: Results) -> pd.DataFrame:
-    """Return the GPU's work in a compiled step, in ms, by what kernels do."""
+    """Return the GPU's work in a compiled step, in ms, by the kind of kernel."""
     rows = results.frame("latency").reindex(columns=COLUMNS).dropna(subset=["kernel_ms"])
     rows = pick(rows, compiled=True, arm=["static", "static-at-capacity", "sink"], capacity=[CAPACITY, None])
     sums = pd.DataFrame(list(rows["kernel_ms"]), rows.index, ["attention", "matrix products", "cache", "other"])
@@ -575,7 +575,8 @@ def by_regime(results: Results, axes: Axes) -> str:
     errors = (rows["predicted"] / rows["measured"] - 1).abs().dropna()
     if errors.empty:
         return ""
-    return f"Gains of whole runs, predicted from their steps: {errors.median():.0%} off (median), at most {errors.max():.0%}"
+    off = f"{errors.median():.0%} off (median), at most {errors.max():.0%}"
+    return f"Gains of whole runs, predicted from their steps: {off}"
 
 
 def price_of_new_lengths(results: Results, axes: Axes) -> str:

@@ -36,7 +36,7 @@ OPTIONS = {
     "text_tokens": (65536, "of each text"),
     "chunk_sizes": ([1020, 4096, 8192], "tokens per forward"),
 }
-MODES = {  # what is measured, and its own options
+MODES = {  # what each measures, and the options that only it or some of the modes have
     "steady": ("texts that begin at once and run without an end", ["prompt_tokens", "new_tokens", "others_new_tokens"]),
     "rows": ("steps in endless of batches whose rows have read different numbers of tokens", ["new_tokens", "rounds"]),
     "gap": ("steps of the others while a long text is read", ["prompt_tokens", "long_prompt"]),
@@ -279,7 +279,7 @@ def prompt_lengths(kind: str, batch: int, capacity: int, new_tokens: int) -> tor
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse and check the command line: what is measured comes first."""
+    """Parse and check the command line, whose first word is one of `MODES`."""
     what, rest = harness.kind_of(argv, __doc__, {name: says for name, (says, _) in MODES.items()})
     parser = harness.Parser(f"throughput {what}", MODES[what][0])
     options = OPTIONS | {
