@@ -1,4 +1,4 @@
-"""The whole set of results of one GPU, in parts that can be run one by one; what is there already is not measured again."""
+"""The whole set of results of one GPU, in parts that can be run one by one. Results that exist are not measured again."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ SHORT = {
     "SINKS": "--arms sink line-breaks --n-sinks 0 1 2 4 8 --num-samples 8 --max-tokens 6000 --score-from 2048 --chunk-size 256",
     "ALL": "--capacities 256 512 1024 2048 4096",
 }
-# Part, seconds on an H200, name of the result file, command. Whole runs and the steps beside them come together.
-# The last part is the CPU's, and is run only when it is asked for.
+# Part, seconds on an H200, name of the result file, command. A whole run and the steps that predict it are neighbours.
+# Part 6 is for a CPU, and runs only when it is asked for.
 SET = """
 1  85 steps-study-70m latency --random-weights pythia-70m EAGER FAST --contexts 256 512 1024 8192 ALL
 1  90 run-70m ppl --random-weights pythia-70m RUN --max-tokens 768 --capacities 256
@@ -71,7 +71,7 @@ def is_there(path: Path) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is missing, one process for each command, so that each begins with lengths that it has never seen."""
+    """Run the commands whose results are missing, each in a process of its own, to which all lengths are new."""
     parser = harness.Parser("all", __doc__, measures=False)
     parser.set_defaults(output=None)
     parts = "1 to 5: of a GPU, under 9 minutes each; 6: of the CPU (1 to 5)"
@@ -84,10 +84,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.output = args.output or ("results/cpu" if args.part == 6 else "results/h200")
     failed = []
     for part, seconds, name, *words in map(str.split, SET.strip().splitlines()):
-        if int(part) not in ([args.part] if args.part else range(1, 6)) or is_there(Path(args.output) / f"{name}.json"):
+        asked_for = int(part) == args.part if args.part else int(part) <= 5
+        if not asked_for or is_there(Path(args.output) / f"{name}.json"):
             continue
         command = shlex.split(" ".join(SHORT.get(word, word) for word in words).format(**vars(args)))
-        command += ([] if "--device" in command else ["--device", "cuda"]) + ["--output", args.output, "--name", name]
+        if "--device" not in command:
+            command += ["--device", "cuda"]
+        command += ["--output", args.output, "--name", name]
         print(f"part {part}, about {seconds} s: python -m benchmarks.{shlex.join(command)}", flush=True)
         if not args.list:
             start = time.perf_counter()

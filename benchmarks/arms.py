@@ -1,4 +1,4 @@
-"""The arms: the ways to keep keys and values that are compared. Every harness declares its arms here."""
+"""The arms that are compared: ways to keep keys and values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sink_cache import SinkWindowCache
 
 from .harness import is_out_of_memory
 
-# In the order in which they take turns; docs/benchmarks.md says what each is.
+# In the order in which they take turns. docs/benchmarks.md describes each.
 ARMS = (
     "dense",
     "dense-at-capacity",
@@ -30,7 +30,10 @@ WITH_SINKS = ("sink", "line-breaks", "endless")
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm at one capacity (None if it has none), in eager or in compiled steps; perhaps with its own number of sinks."""
+    """An arm at one capacity (None if it has none), in eager or compiled steps.
+
+    `n_sink` None means the number of sinks of the options.
+    """
 
     name: str
     capacity: int | None = None
@@ -38,18 +41,20 @@ class Arm:
     n_sink: int | None = None
 
     def __str__(self) -> str:
-        words = [self.name, f"{self.capacity:,}" if self.capacity else "", "compiled" if self.compiled else ""]
+        words = [self.name]
+        words += [f"{self.capacity:,}"] if self.capacity else []
+        words += ["compiled"] if self.compiled else []
         words += [] if self.n_sink is None else [f"{self.n_sink} sinks"]
-        return " ".join(word for word in words if word)
+        return " ".join(words)
 
     def sinks(self, n_sink: int) -> int | None:
-        """Return how many sinks it keeps, by default `n_sink`; None if it evicts nothing."""
+        """Return the number of sinks of this arm, by default `n_sink`; None if the arm evicts nothing."""
         if self.name in WITH_SINKS:
             return n_sink if self.n_sink is None else self.n_sink
         return 0 if self.name in ("window", "recompute") else None
 
     def make_cache(self, model: PreTrainedModel, n_sink: int, slots: int | None = None) -> Cache | None:
-        """Return an empty cache, of so many `slots` for `static`; None if it has none."""
+        """Return an empty cache, or None for an arm without a cache. `slots` is the size for `static`."""
         if self.name in ("dense", "dense-at-capacity"):
             return DynamicCache(config=model.config)
         if self.name in ("static", "static-at-capacity"):
@@ -61,7 +66,10 @@ class Arm:
 
 
 def choose(names: Collection[str], capacities: Sequence[int], compiled: Collection[str] = ()) -> list[Arm]:
-    """Return the arms of these names in the order of `ARMS`: bounded ones for each capacity, those in `compiled` compiled."""
+    """Return the arms of these names in the order of `ARMS`, bounded arms once for each capacity.
+
+    Arms whose names are in `compiled` take compiled steps.
+    """
     return [
         Arm(name, capacity, name in compiled)
         for name in ARMS
@@ -71,13 +79,13 @@ def choose(names: Collection[str], capacities: Sequence[int], compiled: Collecti
 
 
 class CannotMeasure(Exception):
-    """Why an arm cannot be measured at some context, in words; the others still can."""
+    """An arm cannot be measured at some context. The message says why."""
 
 
 def reason_for(error: BaseException) -> str:
     """Return in words why an arm failed."""
     if isinstance(error, CannotMeasure):
         return str(error)
-    return (
-        "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    )
+    if is_out_of_memory(error):
+        return "out of memory"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -27,15 +27,16 @@ from .harness import BenchmarkError
 
 NAMES = ("dense", "static-at-capacity", "sink", "endless")
 KINDS = {"steps": "steps of several arms, in turns", "long": "one cache, and a very long text"}
-WARM_UP_TOKENS = 16  # of a call: in these, endless captures its graph
+WARM_UP_TOKENS = 16  # the first tokens of a call, in which endless captures its graph
 CALL_ROUNDS = 2
 PROFILED_TOKENS = 48
-SAMPLES, STRETCHES = 100, 10  # of a long run: how often something is noted, and the stretches that a line is fitted to
+NOTES = 100  # of a long run
+STRETCHES = 10  # of a long run, whose means a line is fitted to
 SLOPES = ("ms_per_token", "device_bytes", "host_bytes")
 
 
 class StepTimes(BaseStreamer):
-    """A streamer that notes when each token comes, which waits for the device. The first call brings the prompt."""
+    """A streamer that notes the moment of each token. generate() waits for the device first, and begins with the prompt."""
 
     def __init__(self) -> None:
         self.moments: list[float] = []
@@ -68,13 +69,12 @@ def random_text(model: PreTrainedModel, rows: int, tokens: int) -> torch.Tensor:
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> None:
-    """Add what the raw times of each row amount to."""
+    """Add to each row the percentiles of its raw times, and a warning if they are far apart."""
     for row in rows:
-        steps = [one for turn in row["step_ms"] for one in turn]
-        row |= {
-            f"{name}_ms": value for name, value in harness.summary(steps).items() if name in ("median", "p5", "p95")
-        }
-        row["warning"] = harness.spread_warning(steps)
+        times = [time for turn in row["step_ms"] for time in turn]
+        found = harness.summary(times)
+        row |= {f"{name}_ms": found[name] for name in ("median", "p5", "p95")}
+        row["warning"] = harness.spread_warning(times)
 
 
 # --- steps: arms that take turns ---
@@ -83,13 +83,16 @@ def summarize(rows: Sequence[dict[str, Any]]) -> None:
 def call(
     model: PreTrainedModel, arm: Arm, context: int, new_tokens: int, args: argparse.Namespace, **more: Any
 ) -> None:
-    """Generate with one arm after a prompt of `context` tokens, with a cache of its own."""
+    """Generate with an arm and a new cache, after a prompt of `context` tokens. `more` goes to `generate`."""
     capacity = arm.capacity or context
+    in_pieces = context > 2 * capacity
     cache, prompt = arm.make_cache(model, args.n_sink), random_text(model, 1, context)
     if arm.name == "endless":
-        more |= {"custom_generate": endless} | ({"prefill_chunk_size": capacity} if context > 2 * capacity else {})
-    elif arm.name == "sink" and context > 2 * capacity:
-        # Not by generate(), which would compile the pieces, too; they are not measured here.
+        more["custom_generate"] = endless
+        if in_pieces:
+            more["prefill_chunk_size"] = capacity
+    elif arm.name == "sink" and in_pieces:
+        # generate() would compile the reading of pieces, which is not measured here.
         with torch.no_grad():
             for piece in prompt[:, :-1].split(capacity, dim=1):
                 model(piece, **cache_kwargs(cache, model), logits_to_keep=1)
@@ -97,25 +100,24 @@ def call(
 
 
 def contexts_of(arm: Arm, args: argparse.Namespace) -> list[int]:
-    """Return the lengths of prompts: a static cache can take as many tokens as its slots leave."""
-    if arm.name == "static-at-capacity":
-        return [int(arm.capacity or 0) - args.new_tokens - 1]
-    return args.contexts if arm.name == "sink" and arm.compiled else args.contexts[:1]  # type: ignore[no-any-return]
+    """Return the lengths of an arm's prompts: all `--contexts` if its time could grow with them, else one."""
+    if arm.name == "static-at-capacity":  # its slots must hold the new tokens, too
+        return [arm.capacity - args.new_tokens - 1]
+    return args.contexts if arm.name == "sink" and arm.compiled else args.contexts[:1]
 
 
 def steps(model: PreTrainedModel, args: argparse.Namespace, result: harness.Result) -> None:
-    """Measure the steps of each arm, in turns, and whole calls of those that can go on."""
-    eager = choose([n for n in args.arms if n in ("dense", "sink") or not args.compile], args.capacities)
-    compiled = choose([n for n in args.arms if n != "dense"], args.capacities, NAMES) if args.compile else []
+    """Measure the steps of each arm, in turns, and whole calls of `dense` and `endless`."""
+    eager = choose([name for name in args.arms if name in ("dense", "sink") or not args.compile], args.capacities)
+    compiled = choose([name for name in args.arms if name != "dense"], args.capacities, NAMES) if args.compile else []
     calls = [(arm, context) for arm in (*eager, *compiled) for context in contexts_of(arm, args)]
-    result.rows += [
-        {"arm": arm.name, "compiled": arm.compiled, "context": context, "capacity": arm.capacity, "reason": ""}
-        | {"n_sink": arm.sinks(args.n_sink), "prompt_ms": [], "warm_up_ms": [], "step_ms": [], "call_ms": []}
-        for arm, context in calls
-    ]
+    for arm, context in calls:
+        row = {"arm": arm.name, "compiled": arm.compiled, "context": context, "capacity": arm.capacity, "reason": ""}
+        times = {name: [] for name in ("prompt_ms", "warm_up_ms", "step_ms", "call_ms")}
+        result.rows.append({**row, "n_sink": arm.sinks(args.n_sink), **times})
     clock = harness.Clock(model.device)
     with harness.progress_bar(total=(args.rounds + 1) * len(calls), unit=" calls") as bar:
-        for turn in range(args.rounds + 1):  # the first compiles and warms up
+        for turn in range(args.rounds + 1):  # turn 0 compiles and warms up
             for (arm, context), row in zip(calls, result.rows, strict=True):
                 bar.set_postfix_str(f"{arm}, {context:,} tokens")
                 call(model, arm, context, args.new_tokens, args, streamer=(times := StepTimes()))
@@ -138,40 +140,48 @@ def steps(model: PreTrainedModel, args: argparse.Namespace, result: harness.Resu
 def kernels_of(
     model: PreTrainedModel, generate: Callable[..., None], clock: harness.Clock, args: argparse.Namespace
 ) -> dict[str, float]:
-    """Return the kernels of a step: what a longer call has more of."""
+    """Return the kernels of a step: the difference between a long call and a short call, over the steps between."""
     long = min(PROFILED_TOKENS, args.new_tokens)
-    of_short, of_long = (harness.kernel_times(partial(generate, tokens), clock) for tokens in (long // 3, long))
-    more, per_step = {}, 1 / (long - long // 3)
+    short = long // 3
+    of_short, of_long = (harness.kernel_times(partial(generate, tokens), clock) for tokens in (short, long))
+    per_step = {}
     for name, (times, ms) in of_long.items():
-        before, ms_before = of_short.get(name, (0, 0.0))
-        if times > before:
-            more[name] = ((times - before) * per_step, (ms - ms_before) * per_step)
-    return harness.kernel_sums(more)
+        times_of_short, ms_of_short = of_short.get(name, (0, 0.0))
+        if times > times_of_short:
+            per_step[name] = ((times - times_of_short) / (long - short), (ms - ms_of_short) / (long - short))
+    return harness.kernel_sums(per_step)
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield what arms that took turns say about each other: eager over eager, compiled over compiled."""
-    cells = {(row["arm"], row["compiled"], row["context"], row["capacity"]): row for row in rows}
-    for (arm, compiled, context, capacity), row in cells.items():
-        baseline = "static-at-capacity" if compiled else "dense"
-        bases = {k: row for (a, is_compiled, _, k), row in cells.items() if (a, is_compiled) == (baseline, compiled)}
-        base = bases.get(capacity, bases.get(None))
-        where = {"context": context, "capacity": capacity, "compiled": compiled}
-        if base is not None and arm in ("sink", "endless"):
-            above, below = (row, base) if compiled else (base, row)
-            found = harness.ratio_of_rounds(above["step_ms"], below["step_ms"])
-            yield {"name": f"{above['arm']} / {below['arm']}"} | where | found
-        first = min(c for a, is_compiled, c, k in cells if (a, is_compiled, k) == (arm, compiled, capacity))
-        if context > first:
-            found = harness.ratio_of_rounds(row["step_ms"], cells[arm, compiled, first, capacity]["step_ms"])
-            yield {"name": f"{arm} / {arm} after {first:,}"} | where | found
+    """Yield the ratios of arms that took turns: eager over eager, compiled over compiled.
+
+    `sink` and `endless` are compared with `dense`, or compiled with `static-at-capacity`; and each arm with itself at
+    its shortest context.
+    """
+
+    def ratio(above: dict[str, Any], below: dict[str, Any], after: str = "") -> dict[str, Any]:
+        found = harness.ratio_of_rounds(above["step_ms"], below["step_ms"])
+        where = {name: row[name] for name in ("context", "capacity", "compiled")}
+        return {"name": f"{above['arm']} / {below['arm']}{after}", **where, **found}
+
+    for row in rows:
+        baseline = "static-at-capacity" if row["compiled"] else "dense"
+        for base in rows if row["arm"] in ("sink", "endless") else ():
+            same_steps = (base["arm"], base["compiled"]) == (baseline, row["compiled"])
+            if same_steps and base["capacity"] in (row["capacity"], None):
+                yield ratio(row, base) if row["compiled"] else ratio(base, row)
+        arm = (row["arm"], row["compiled"], row["capacity"])
+        same_arm = [other for other in rows if (other["arm"], other["compiled"], other["capacity"]) == arm]
+        first = min(same_arm, key=lambda other: other["context"])
+        if row["context"] > first["context"]:
+            yield ratio(row, first, after=f" after {first['context']:,}")
 
 
 # --- long runs ---
 
 
 class Notes(LogitsProcessor):
-    """Notes time, memory and position every so many tokens; as a logits processor it changes nothing and makes nobody wait."""
+    """Notes time, memory and position after `every` tokens. As a logits processor it changes no scores."""
 
     def __init__(self, cache: SinkWindowCache, clock: harness.Clock, every: float, result: harness.Result) -> None:
         self.cache, self.clock, self.every, self.result = cache, clock, every, result
@@ -184,15 +194,15 @@ class Notes(LogitsProcessor):
         return scores
 
     def took(self, tokens: int) -> None:
-        """Count tokens, and note where we are if it is time."""
+        """Count tokens, and add a row if there are enough."""
         self.unnoted += tokens
         if self.unnoted >= self.every:
             self.note()
 
     def note(self, **more: Any) -> None:
-        """Note where we are."""
+        """Add a row with the time of the tokens since the last row, and the memory now. `more` are entries to add."""
         now, device = self.clock.now(), self.clock.device
-        gc.collect()  # what was left of the last note, above all
+        gc.collect()  # or garbage of the last note would count as memory
         self.tokens += self.unnoted
         row = {
             "tokens": self.tokens,
@@ -213,8 +223,9 @@ def read(loaded: models.LoadedModel, args: argparse.Namespace, notes: Notes, tex
     ids = models.tokenize(text, loaded.tokenizer)[: args.tokens].to(loaded.model.device)[None]
     if ids.shape[1] < args.tokens:
         raise BenchmarkError(f"{text.name} has {ids.shape[1]:,} tokens, and --tokens asks for {args.tokens:,}")
-    wanted = ids[0].roll(-1)  # after the last token comes the first one again
-    stretch = max(4 * args.capacities[0], args.chunk_size)  # between rebases: each key is rotated at most once by them
+    wanted = ids[0].roll(-1)  # after the last token comes the first token of the next pass
+    # Tokens between rebases: so many that a rebase, which rotates all keys, hardly counts.
+    stretch = max(4 * args.capacities[0], args.chunk_size)
     since_rebase = 0
     for number in range(1, args.passes + 1):
         loss, done = 0.0, 0
@@ -232,19 +243,21 @@ def read(loaded: models.LoadedModel, args: argparse.Namespace, notes: Notes, tex
 
 
 def slope(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float] | None:
-    """Fit a line through the means of ten stretches, as neighbours are alike, the first tenth left out.
+    """Fit a line to a column, and return its `rise` over the run, the `standard_error` of the rise, and the `mean`.
 
-    Returns its rise over the run, its standard error, and the mean.
+    The first tenth of the rows is left out. The line goes through means of stretches: neighbouring rows are not
+    independent, and a line through all of them would seem too certain. None for few rows, or for missing values.
     """
     rest = rows[math.ceil(len(rows) / 10) :]
     values = np.array([row[name] for row in rest], dtype=np.float64)  # nan for None
     if len(rest) < 2 * STRETCHES or not np.isfinite(values).all():
         return None
     mean = float(values.mean())
-    if np.ptp(values) == 0:
+    if np.ptp(values) == 0:  # linregress would give nan
         return {"rise": 0.0, "standard_error": 0.0, "mean": mean}
-    run = np.array([row["tokens"] for row in rest], dtype=np.float64) / rows[-1]["tokens"]
-    line = linregress(*(np.array([part.mean() for part in np.array_split(one, STRETCHES)]) for one in (run, values)))
+    share_of_run = np.array([row["tokens"] / rows[-1]["tokens"] for row in rest])
+    x, y = ([part.mean() for part in np.array_split(column, STRETCHES)] for column in (share_of_run, values))
+    line = linregress(x, y)
     return {"rise": float(line.slope), "standard_error": float(line.stderr), "mean": mean}
 
 
@@ -256,7 +269,7 @@ def long(
     arm = Arm("sink", capacity, compiled=clock.device.type == "cuda" and text is None)
     cache = arm.make_cache(loaded.model, args.n_sink)
     with torch.no_grad(), harness.garbage_collector_off():
-        notes = Notes(cache, clock, math.inf if text else args.tokens // SAMPLES, result)
+        notes = Notes(cache, clock, math.inf if text else args.tokens // NOTES, result)
         if text is not None:
             read(loaded, args, notes, text)
         else:
@@ -268,7 +281,7 @@ def long(
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse and check the command line: what is measured comes first."""
+    """Parse and check the command line, whose first word is one of `KINDS`."""
     kind, rest = harness.kind_of(argv, __doc__, KINDS)
     parser = harness.Parser(f"calls {kind}", KINDS[kind])
     if kind == "long":
@@ -280,40 +293,36 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         )
         args = parser.parse(rest)
         named = args.text_file or args.dataset or args.dataset_config or args.split
-        lowest = 2 if args.passes else 10 * SAMPLES
-        parser.refuse(
-            {
-                "--passes measures perplexity, which means nothing with --random-weights": args.passes
-                and args.random_weights,
-                "a text would change nothing without --passes": named and not args.passes,
-                "--chunk-size would change nothing without --passes": args.chunk_size and not args.passes,
-                f"--tokens must be at least {lowest}, but is {args.tokens}": args.tokens < lowest,
-                "calls long has one cache: give one of --capacities": len(args.capacities or [1]) > 1,
-            }
-        )
-        harness.fill_in(args, capacities=[1024], chunk_size=512)
+        lowest = 2 if args.passes else 10 * NOTES
+        nothing = "means nothing with --random-weights"
+        parser.refuse(args.passes and args.random_weights, f"--passes measures perplexity, which {nothing}")
+        parser.refuse(named and not args.passes, "a text would change nothing without --passes")
+        parser.refuse(args.chunk_size and not args.passes, "--chunk-size would change nothing without --passes")
+        parser.refuse(args.tokens < lowest, f"--tokens must be at least {lowest}, but is {args.tokens}")
+        parser.fill_in_sizes(args, [1024])
+        parser.refuse(len(args.capacities) > 1, "calls long has one cache: give one of --capacities")
+        harness.fill_in(args, chunk_size=512)
     else:
         parser.numbers(
-            new_tokens=(220, "of each call"),
+            new_tokens=(220, "of each call", WARM_UP_TOKENS + 2),
             rounds=(6, "of turns"),
             contexts=([4096], "lengths of prompts"),
             call_tokens=(1024, "of each whole call"),
         )
-        parser.least["new_tokens"] = WARM_UP_TOKENS + 2
         parser.names("--arms", of=NAMES)
         parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="also compiled steps (on CUDA)")
         parser.add_argument("--profile", action="store_true", help="in the end, the kernels of a step; CUDA, one shape")
         args = parser.parse(rest)
-        harness.fill_in(args, capacities=[1024])
-        least = args.new_tokens + args.n_sink + 8
+        parser.fill_in_sizes(args, [1024])
+        least, smallest = args.new_tokens + args.n_sink + 8, min(args.capacities)
         limit = f"--capacities must be at least --new-tokens + --n-sink + 8 = {least}"
-        parser.refuse({f"{limit}, but one is {min(args.capacities)}": min(args.capacities) < least})
+        parser.refuse(smallest < least, f"{limit}, but one is {smallest}")
     args.kind = kind
     return args
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Return some of the rows, ratios and slopes as text tables."""
+    """Return the rows (every tenth of many) and their ratios, or the slopes of a long run, as text tables."""
     rows = result["rows"] if len(result["rows"]) <= 20 else result["rows"][9::10]
     if result["harness"] == "calls":
         more = list(ratios(rows))

@@ -17,7 +17,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,27 +37,29 @@ from transformers import Cache
 from sink_cache import SinkWindowCache
 
 SCHEMA, SCHEMA_VERSION = "sink_cache.benchmarks", 2
+N_SINK = 4  # by default
 QUANTIZE = ("no", "int8", "int4")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "numpy", "torchao", "sink-cache")
 MIB = 2**20
 BACKENDS = ("flash", "mem_efficient", "math", "cudnn")
 SDPA_CHOICES = ("auto", "flash", "efficient", "math", "cudnn", "no-cudnn")
-SPIN_CYCLES_PER_MS = 2_000_000  # of the fastest GPUs
+SPIN_CYCLES_PER_MS = 2_000_000  # the fastest GPUs have about 2 GHz
 MAX_MISSES = 4
-# Beyond these spreads nothing is concluded; an earlier study's ± 43% is one of them.
+# A wider spread allows no conclusion. Standard deviation over mean, p95 - p5 over median, and interval over ratio.
 WIDEST_STD, WIDEST_PERCENTILES, WIDEST_INTERVAL = 0.2, 0.5, 0.2
-FEWEST_ROUNDS = 5  # for an interval that is made by resampling them: of four it would hold 88% instead of 95%
+FEWEST_ROUNDS = 5  # for an interval: resampling four rounds covers 88% instead of 95%
 RESAMPLES = 2000
 NO_CONCLUSION = "no conclusion: "
 TOO_WIDE = f"{NO_CONCLUSION}the spread is too wide"
-KERNEL_KINDS = {  # the first whose sign is in a kernel's name; attention kernels have signs of matrix products, too
+# What a kernel does, by a pattern in its name. The first match counts: names of attention kernels match "cutlass", too.
+KERNEL_KINDS = {
     "attention": "flash|fmha|attention",
     "matrix products": "gemm|gemv|nvjet|cutlass|splitk|cublas",
-    "cache": "index_copy|index_put",  # writing keys and values, and moving sinks (but for a cosine and a sine a step)
+    "cache": "index_copy|index_put",  # writes keys and values, and moves sinks
     "other": "",
 }
-# Signs of attention backends. In this order: the kernels of cuDNN call themselves flash, too.
+# Attention backends by a word in the names of their kernels. The first match counts: cuDNN's names contain "flash", too.
 ATTENTION = {
     "cudnn": "cudnn",
     "flash": "flash",
@@ -72,7 +73,20 @@ ATTENTION = {
 
 
 class BenchmarkError(Exception):
-    """Something that the user can mend; the message is one sentence that says what and how."""
+    """An error that the user can mend. The message is one sentence that says how."""
+
+
+def at_least(lowest: float, kind: type = int) -> Callable[[str], float]:
+    """Return a `type` for argparse: numbers of this kind that are not below `lowest`."""
+
+    def number(text: str) -> float:
+        value: float = kind(text)
+        if not value >= lowest:  # also refuses nan
+            raise argparse.ArgumentTypeError(f"must be at least {lowest}, but is {text}")
+        return value
+
+    number.__name__ = kind.__name__  # argparse names it if `text` is no number
+    return number
 
 
 class Parser(argparse.ArgumentParser):
@@ -81,7 +95,6 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, says: str | None, *, measures: bool = True) -> None:
         epilog = "The manual and the result format are in docs/benchmarks.md."
         super().__init__(f"python -m benchmarks.{prog}", description=says, epilog=epilog, allow_abbrev=False)
-        self.least = {"n_sink": 0}
         self.add_argument("--output", default="build/benchmarks", help="folder of what is written (%(default)s)")
         if not measures:
             return
@@ -95,7 +108,7 @@ class Parser(argparse.ArgumentParser):
         )
         source.add_argument("--attn-implementation", help="sdpa or eager (the model's default)")
         source.add_argument("--capacities", nargs="+", type=int, metavar="N", help="of the caches, sinks included")
-        source.add_argument("--n-sink", type=int, default=4, help="(%(default)s)")
+        source.add_argument("--n-sink", type=at_least(0), help=f"({N_SINK})")
         machine = self.add_argument_group("machine and output")
         machine.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (%(default)s)")
         machine.add_argument("--dtype", choices=DTYPES, help="(bfloat16 on CUDA, else float32; ppl: float32)")
@@ -106,61 +119,56 @@ class Parser(argparse.ArgumentParser):
         """Raise the message as a `BenchmarkError`."""
         raise BenchmarkError(f"{message} (--help lists all options)")
 
-    def refuse(self, reasons: dict[str, Any]) -> None:
-        """Refuse for the first reason that holds: options that do nothing together, or a number beyond its limit."""
-        for reason, holds in reasons.items():
-            if holds:
-                self.error(reason)
+    def refuse(self, holds: object, reason: str) -> None:
+        """Refuse the command line for this reason, if it holds."""
+        if holds:
+            self.error(reason)
 
-    def numbers(self, **options: tuple[Any, str]) -> None:
-        """Add options for numbers: their defaults and help; whole ones must be at least 1, others at least 0."""
-        for name, (default, says) in options.items():
+    def numbers(self, **options: tuple[Any, ...]) -> None:
+        """Add an option for each number: its default, its help, and its lowest value if that is not 1, or 0 of a float.
+
+        A list as default makes the option take several numbers. An empty list is no default.
+        """
+        for name, (default, says, *lowest) in options.items():
             kind = float if isinstance(default, float) else int
-            several = {"nargs": "+", "metavar": "N"} if isinstance(default, list) or name == "contexts" else {}
-            shown = says if default is None else f"{says} (%(default)s)"
-            self.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=shown, **several)
-            self.least[name] = 0 if kind is float else 1
+            several = {"nargs": "+", "metavar": "N"} if isinstance(default, list) else {}
+            number = at_least(lowest[0] if lowest else int(kind is int), kind)
+            says += " (%(default)s)" if default else ""
+            flag = f"--{name.replace('_', '-')}"
+            self.add_argument(flag, type=number, default=default or None, help=says, **several)
 
     def names(self, *flags: str, of: Sequence[str], default: Sequence[str] | None = None) -> None:
-        """Add an option for some of these names; by default for all."""
+        """Add an option for some of the names `of`; by default for all."""
         says = f"{', '.join(of)} ({'all' if default is None else ', '.join(default)})"
         default = list(of if default is None else default)
         self.add_argument(*flags, nargs="+", choices=of, default=default, metavar="NAME", help=says)
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """Parse, and refuse numbers that are too low and shared options that do nothing together."""
+        """Parse, and refuse shared options that do nothing together."""
         args = self.parse_args(argv)
-        for name, lowest in self.least.items():
-            found = getattr(args, name)
-            values = [] if found is None else found if isinstance(found, list) else [found]
-            below = min(values, default=lowest)
-            self.refuse({f"--{name.replace('_', '-')} must be at least {lowest}, but is {below}": below < lowest})
         args.module = self.prog.rpartition(".")[2].partition(" ")[0]
-        self.check_capacities(args)
         several = len(args.random_weights or []) > 1 or len(args.quantize) > 1
-        self.refuse(
-            {
-                "--model has trained weights: leave out it or --random-weights": args.model and args.random_weights,
-                "--gguf-file is a file of --model: name that, too": args.gguf_file and not args.model,
-                "--name is for one result file: give one shape and one --quantize": args.name and several,
-                "--profile is for one shape: what the profiler attaches to CUDA would slow down the next": several
-                and getattr(args, "profile", False),
-            }
-        )
+        slow = "what the profiler attaches to CUDA would slow down the next"
+        self.refuse(args.model and args.random_weights, "--model has trained weights: leave out it or --random-weights")
+        self.refuse(args.gguf_file and not args.model, "--gguf-file is a file of --model: name that, too")
+        self.refuse(args.name and several, "--name is for one result file: give one shape and one --quantize")
+        self.refuse(several and getattr(args, "profile", False), f"--profile is for one shape: {slow}")
         return args
 
-    def check_capacities(self, args: argparse.Namespace) -> None:
-        """Refuse capacities that the sinks fill."""
+    def fill_in_sizes(self, args: argparse.Namespace, capacities: Sequence[int] | None = None) -> None:
+        """Set the sizes of caches that were not given, and refuse capacities that the sinks fill."""
+        fill_in(args, capacities=capacities, n_sink=N_SINK)
         least = min(args.capacities or [args.n_sink + 1])
         sinks = f"it includes the {args.n_sink} sinks of --n-sink"
-        self.refuse({f"capacity {least} leaves no window: {sinks}": least <= args.n_sink})
+        self.refuse(least <= args.n_sink, f"capacity {least} leaves no window: {sinks}")
 
 
 def kind_of(argv: Sequence[str] | None, says: str | None, kinds: dict[str, str]) -> tuple[str, list[str]]:
-    """Return the first argument, which says what is measured, and the rest; or show what there is."""
+    """Return the first argument, which names one of the `kinds`, and the other arguments; or print the kinds."""
     kind, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     if kind in ("-h", "--help"):
-        print(says, *(f"  {name:10} {what}" for name, what in kinds.items()), "Options: NAME --help", sep="\n")
+        lines = [f"  {name:10} {what}" for name, what in kinds.items()]
+        print(says, *lines, "Options: NAME --help", sep="\n")
         sys.exit(0)
     if kind not in kinds:
         raise BenchmarkError(f"what is to be measured comes first: {', '.join(kinds)}, not {kind!r}")
@@ -168,7 +176,7 @@ def kind_of(argv: Sequence[str] | None, says: str | None, kinds: dict[str, str])
 
 
 def fill_in(args: argparse.Namespace, **defaults: Any) -> None:
-    """Set what was not asked for."""
+    """Set the options that were not given."""
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
 
 
@@ -197,25 +205,29 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def choose_device(name: str, index: int | None = None) -> torch.device:
-    """Return the device called `auto`, `cuda`, `cuda:1`, `mps` or `cpu`; auto takes the first of these that is there.
+    """Return the device called `auto`, `cuda`, `cuda:1`, `mps` or `cpu`; `auto` prefers cuda to mps, and mps to cpu.
 
-    `index` is the CUDA device that `cuda` and `auto` mean, for runs of several processes.
+    `index` is the number of the CUDA device if the name has none, for runs of several processes.
     """
     here = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     kind, _, number = name.partition(":")
-    kind = next(one for one in here if here[one]) if kind == "auto" else kind
+    if kind == "auto":
+        kind = next(kind for kind, devices in here.items() if devices)
     if kind not in here or not (number or "0").isdecimal():
         raise BenchmarkError(f"unknown device {name!r}: choose auto, cuda, mps or cpu")
-    chosen = int(number or (index if kind == "cuda" else 0) or 0)
+    chosen = int(number or 0)
+    if kind == "cuda" and not number and index is not None:
+        chosen = index
     if chosen >= here[kind]:
         raise BenchmarkError(f"--device {name}: torch {torch.__version__} sees {here[kind]} such devices here")
-    if kind == "cuda":
-        torch.cuda.set_device(chosen)
-    return torch.device(kind, chosen) if kind == "cuda" else torch.device(kind)
+    if kind != "cuda":
+        return torch.device(kind)
+    torch.cuda.set_device(chosen)
+    return torch.device(kind, chosen)
 
 
 def set_up(args: argparse.Namespace, index: int | None = None) -> tuple[torch.device, torch.dtype]:
-    """Return what `--device` and `--dtype` ask for; make the folder of `--output`, and do what `--sdpa-backend` says."""
+    """Return the device and dtype of the options, make the folder of `--output`, and switch `--sdpa-backend`."""
     output_folder(args.output)
     device = choose_device(args.device, index)
     if getattr(args, "profile", False) and device.type != "cuda":
@@ -230,7 +242,7 @@ def set_up(args: argparse.Namespace, index: int | None = None) -> tuple[torch.de
 def choose_sdpa(name: str) -> dict[str, bool]:
     """Switch torch's attention backends for this process, and return which are on.
 
-    `auto` changes nothing, `no-cudnn` leaves out one, any other name is that of the only one left.
+    `auto` changes nothing, `no-cudnn` switches off cuDNN, and any other name switches off all others.
     """
     for backend in BACKENDS if name != "auto" else ():
         on = backend != "cudnn" if name == "no-cudnn" else backend.endswith(name)
@@ -239,7 +251,7 @@ def choose_sdpa(name: str) -> dict[str, bool]:
 
 
 def synchronize(device: torch.device) -> str:
-    """Wait until the device has done everything that it was given, and return how that was done."""
+    """Wait until the device has finished all work, and return the name of the function that waited."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return "torch.cuda.synchronize"
@@ -262,7 +274,7 @@ class Clock:
 
 
 def timed_steps(step: Callable[[], Any], steps: int, clock: Clock) -> list[float]:
-    """Return the time of each step in ms, the device being synchronised before and after every one."""
+    """Return the time of each step in ms. The device is synchronised before and after every step."""
     times = []
     for _ in range(steps):
         start = clock.now()
@@ -272,15 +284,18 @@ def timed_steps(step: Callable[[], Any], steps: int, clock: Clock) -> list[float
 
 
 def unsynchronized_step_ms(step: Callable[[], Any], steps: int, clock: Clock) -> float:
-    """Return the time of a step in ms when the device is synchronised only before the first and after the last."""
-    return timed_steps(lambda: [step() for _ in range(steps)], 1, clock)[0] / steps
+    """Return the mean time of a step in ms. The device is synchronised before the first step and after the last."""
+    start = clock.now()
+    for _ in range(steps):
+        step()
+    return 1e3 * (clock.now() - start) / steps
 
 
 def gpu_times(step: Callable[[], Any], steps: int, clock: Clock, queue_ms: float) -> list[float]:
-    """Return times in ms that the GPU itself works for a step, which is launched while the GPU is still spinning.
+    """Return the GPU's own work for a step, in ms, `steps` times. Each step is launched while the GPU is still spinning.
 
-    `queue_ms` is how long it spins at first; longer, when the CPU has needed more than that to launch a step. Fewer times
-    than `steps`, or none, come of steps that wait for the GPU, as these cannot be queued.
+    The GPU spins for `queue_ms`, and twice as long after each launch that outlasted the spinning. A step that itself
+    waits for the GPU cannot be queued: then fewer times are returned than `steps`, or none.
     """
     times: list[float] = []
     misses = 0
@@ -288,8 +303,8 @@ def gpu_times(step: Callable[[], Any], steps: int, clock: Clock, queue_ms: float
         clock.now()
         torch.cuda._sleep(int(queue_ms * SPIN_CYCLES_PER_MS))
         work, launching, waiting = event_ms(step, clock)
-        # A step of more kernels than a queue holds (about 1,000) is launched to the end while the GPU is at work already. It
-        # has not waited for the CPU, which is slower, if that was far ahead at the end.
+        # A queue holds about 1,000 kernels, so the last ones of a longer step are launched while the GPU already works.
+        # If the CPU then waits for more than half of the work, the GPU never waited for the CPU.
         if launching < queue_ms or waiting > work / 2:
             times.append(work)
         else:
@@ -298,7 +313,7 @@ def gpu_times(step: Callable[[], Any], steps: int, clock: Clock, queue_ms: float
 
 
 def event_ms(step: Callable[[], Any], clock: Clock) -> tuple[float, float, float]:
-    """Return in ms the time of a step by CUDA events, which see its launches, too; and those of launching and then waiting."""
+    """Return three times in ms: of a step between two CUDA events, of launching it, and of waiting for its end."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     before = time.perf_counter()
     start.record()
@@ -310,16 +325,20 @@ def event_ms(step: Callable[[], Any], clock: Clock) -> tuple[float, float, float
 
 
 def kernel_times(work: Callable[[], Any], clock: Clock) -> dict[str, tuple[int, float]]:
-    """Return for each kernel that runs in `work` how often, and for how many ms in all, by torch.profiler."""
+    """Return for each kernel how often it runs in `work`, and its total ms, by torch.profiler."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         work()
         clock.now()
-    found = [one for one in profiler.key_averages() if one.device_type == torch.autograd.DeviceType.CUDA]
-    return {one.key: (one.count, one.self_device_time_total / 1e3) for one in found if not one.is_user_annotation}
+    events = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in events if not event.is_user_annotation]
+    return {kernel.key: (kernel.count, kernel.self_device_time_total / 1e3) for kernel in kernels}
 
 
 def kernel_sums(kernels: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """Return ms summed by what kernels do, as far as their names tell, `all` of them, and how many `kernels` there are."""
+    """Return the ms of each of `KERNEL_KINDS`, the ms of `all` kernels, and the number of `kernels`.
+
+    Takes for each kernel how often it ran, and its total ms.
+    """
     sums = dict.fromkeys(KERNEL_KINDS, 0.0)
     for name, (_, ms) in kernels.items():
         sums[next(kind for kind, sign in KERNEL_KINDS.items() if re.search(sign, name, re.IGNORECASE))] += ms
@@ -327,21 +346,21 @@ def kernel_sums(kernels: dict[str, tuple[float, float]]) -> dict[str, float]:
 
 
 def attention_of(step: Callable[[], Any]) -> str:
-    """Return which attention an eager step runs. What a profiler attaches to CUDA would stay, so it sees operators only."""
+    """Return which attention an eager step runs, by its operators: profiling CUDA would slow down later steps."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
-    return attention_kernel({one.name for one in profiler.events()})
+    return attention_kernel({event.name for event in profiler.events()})
 
 
 def attention_kernel(names: Iterable[str]) -> str:
-    """Return which attention is among the names of kernels or operators."""
+    """Return which attention backend the names of kernels or operators belong to."""
     every = "\n".join(names).lower()
-    return next((kernel for sign, kernel in ATTENTION.items() if sign in every), "unknown")
+    return next((backend for word, backend in ATTENTION.items() if word in every), "unknown")
 
 
 @contextlib.contextmanager
 def garbage_collector_off() -> Iterator[None]:
-    """Within, Python does not stop to look for garbage; it is collected before."""
+    """Collect garbage, and switch the collector off for the `with` block."""
     gc.collect()
     gc.disable()
     try:
@@ -355,11 +374,11 @@ progress_bar = functools.partial(tqdm, unit=" tokens", unit_scale=True, leave=Fa
 
 
 def machine_rates(device: torch.device) -> dict[str, float]:
-    """Return the bytes that a large copy reads and writes per second, and the share of the CPU that other programs use."""
+    """Return the bytes per second that a large copy reads and writes, and the share of the CPU that other programs use."""
     source = torch.ones((2**30 if device.type != "cpu" else 2**27) // 4, device=device)
     target = torch.empty_like(source)
     best_ms = min(timed_steps(lambda: target.copy_(source), 10, Clock(device))[2:])
-    others = float(psutil.cpu_percent(0.5)) / 100  # while this process sleeps
+    others = float(psutil.cpu_percent(0.5)) / 100  # this process sleeps meanwhile
     return {"copy_bytes_per_s": 2e3 * source.nbytes / best_ms, "cpu_share_of_others": others}
 
 
@@ -367,21 +386,24 @@ def machine_rates(device: torch.device) -> dict[str, float]:
 
 
 def cache_bytes(cache: Cache | None) -> int:
-    """Return the bytes of the keys and values that a cache holds (of the allocated slots, not the used ones)."""
-    if cache is None or isinstance(cache, SinkWindowCache):
-        return cache.nbytes if cache is not None else 0
+    """Return the bytes of a cache's tensors: of all allocated slots, used or not."""
+    if cache is None:
+        return 0
+    if isinstance(cache, SinkWindowCache):
+        return cache.nbytes
     tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
 
 
 class PeakMemory:
-    """A context: afterwards `bytes` is by how much memory in use grew at most, where the allocator keeps a high-water mark.
+    """A context that measures memory on CUDA: afterwards `bytes` is the peak minus what was in use before.
 
-    It is None on MPS and the CPU, where a thread that samples memory would disturb the times of steps.
+    `bytes` is None on other devices: their allocators keep no peak, and sampling would disturb the times of steps.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.bytes = device, None if device.type != "cuda" else 0
+        self.device = device
+        self.bytes: int | None = None
 
     def __enter__(self) -> PeakMemory:
         if self.device.type == "cuda":
@@ -405,7 +427,7 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95% percentile bootstrap interval of the median of independent numbers, the same at every call."""
+    """Return the 95% bootstrap interval of the median of independent numbers. Equal numbers give equal intervals."""
     if len(values) < 2:
         return values[0], values[0]
     rng = np.random.default_rng(0)
@@ -414,12 +436,12 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def percentile_spread(numbers: dict[str, float]) -> float:
-    """Return (p95 - p5) / median of a `summary`, which a few numbers far away do not change."""
+    """Return (p95 - p5) / median of a `summary`. A few outliers do not change it."""
     return (numbers["p95"] - numbers["p5"]) / numbers["median"]
 
 
 def spread_warning(values: Sequence[float]) -> str:
-    """Return in words that measurements are too far apart to conclude anything from them, or an empty string."""
+    """Return in words that measurements are too far apart for a conclusion, or an empty string."""
     numbers = summary(values)
     std, percentiles = numbers["std"] / numbers["mean"], percentile_spread(numbers)
     wide = std > WIDEST_STD or percentiles > WIDEST_PERCENTILES
@@ -429,16 +451,18 @@ def spread_warning(values: Sequence[float]) -> str:
 def ratio_of_rounds(above: Sequence[Sequence[float]], below: Sequence[Sequence[float]]) -> dict[str, Any]:
     """Compare two arms that took turns, given the raw numbers of each turn.
 
-    Each round is a pair: the ratio of the medians of its two turns. What slows down the machine for longer than a round
-    is in both and cancels, as it does not in the medians of all steps. Returns `value`, the median of the rounds' ratios;
-    `low` and `high`, its 95% interval when rounds are resampled; `note`, in words what cannot be concluded, or an empty
-    string: nothing if that interval is too wide, or the steps of turns are too far apart for their median to mean anything.
+    Each round has a ratio: of the medians of its two turns. A machine that is slow for longer than a round slows down
+    both turns, and its slowness cancels. Returns `value`, the median of these ratios; `low` and `high`, its 95% interval
+    over resampled rounds; and `note`, in words what cannot be concluded, or an empty string. Nothing can be concluded
+    from an interval that is too wide, nor from turns whose steps are too far apart.
     """
     of_rounds = [float(np.median(turn) / np.median(other)) for turn, other in zip(above, below, strict=True)]
     value = float(np.median(of_rounds))
     low, high = median_interval(of_rounds)
-    within_turns = [[number / float(np.median(turn)) for turn in side for number in turn] for side in (above, below)]
-    disturbed = any(percentile_spread(summary(numbers)) > WIDEST_PERCENTILES for numbers in within_turns)
+    disturbed = False
+    for turns in (above, below):
+        steps_over_median = [step / float(np.median(turn)) for turn in turns for step in turn]
+        disturbed |= percentile_spread(summary(steps_over_median)) > WIDEST_PERCENTILES
     note = "no difference can be told" if low <= 1 <= high else ""
     if len(of_rounds) < FEWEST_ROUNDS:
         note = f"{NO_CONCLUSION}{len(of_rounds)} round(s) are too few for an interval"
@@ -451,11 +475,14 @@ def ratio_of_rounds(above: Sequence[Sequence[float]], below: Sequence[Sequence[f
 
 
 class Result:
-    """A result file that grows: what was run where, and `rows`. Within it, Ctrl-C keeps what is there, marked `interrupted`."""
+    """A result file that grows: what was run where, and `rows`. Ctrl-C keeps the rows so far, marked `interrupted`.
+
+    `what` are words for the name of the file. `more` are further entries of the file.
+    """
 
     def __init__(self, harness: str, model: Any, args: Any, argv: Any, what: Sequence[str] = (), **more: Any) -> None:
         device, dtype = model.model.device, str(model.model.dtype).removeprefix("torch.")
-        elsewhere = ("output", "name", "device", "dtype", "module")  # in the file, or no matter
+        elsewhere = ("output", "name", "device", "dtype", "module")  # options that `protocol` leaves out
         words = " ".join([harness, model.name, *what, device.type, dtype]).lower()
         stem = args.name or re.sub(r"[^a-z0-9.]+", "-", words).strip("-")
         self.path = output_folder(args.output) / f"{stem}.json"
@@ -475,7 +502,7 @@ class Result:
             "dtype": dtype,
             "threads": torch.get_num_threads(),
             "model": model.description,
-            "protocol": {name: portable(one) for name, one in vars(args).items() if name not in elsewhere},
+            "protocol": {name: portable(value) for name, value in vars(args).items() if name not in elsewhere},
             "interrupted": False,
             "swapped_bytes": 0,
             **more,
@@ -483,7 +510,7 @@ class Result:
         }
 
     def keep(self) -> None:
-        """Write what there is, in one rename: a reader never sees half of it."""
+        """Write the file with the rows so far."""
         self.data["swapped_bytes"] = max(0, psutil.swap_memory().used - self.swapped)
         write_json(self.path, self.data)
 
@@ -499,7 +526,7 @@ class Result:
             print(f"wrote {self.path}")
         if self.data["swapped_bytes"] > 64 * MIB:
             print(f"the machine swapped {self.data['swapped_bytes'] / MIB:,.0f} MiB meanwhile: do not trust the times")
-        torch.compiler.reset()  # the next model finds no graphs of this one
+        torch.compiler.reset()  # frees the graphs of this model
         gc.collect()
         if self.data["device"]["type"] == "cuda":
             torch.cuda.empty_cache()
@@ -508,12 +535,13 @@ class Result:
 
 
 def portable(argument: Any) -> Any:
-    """Return an argument as others can type it: an absolute path is cut to what does not depend on this machine."""
+    """Return an argument without this machine's folders: of an absolute path the part below here, or only the name."""
     option, equals, value = argument.rpartition("=") if isinstance(argument, str) else ("", "", "")
     path = Path(value)
     if not path.is_absolute():
         return argument
-    return option + equals + (str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name)
+    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name
+    return f"{option}{equals}{shown}"
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
@@ -530,14 +558,14 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of Python and of the packages that matter, None for those that are not installed."""
-    # The last one wins, so the order is turned round: `import` takes the first of two installed versions.
-    found = {one.metadata["Name"].lower(): one.version for one in reversed([*distributions()])}
+    """Return the versions of Python and of `PACKAGES`, None where a package is not installed."""
+    # Of two installed versions `import` takes the first. A dictionary keeps the last, so the order is reversed.
+    found = {package.metadata["Name"].lower(): package.version for package in reversed([*distributions()])}
     return {"python": platform.python_version(), **{name: found.get(name) for name in PACKAGES}}
 
 
 def commit() -> str | None:
-    """Return the commit of this checkout, with a mark if it was changed."""
+    """Return the commit of this checkout, ending in "-dirty" if files were changed since."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         return subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
@@ -545,7 +573,7 @@ def commit() -> str | None:
 
 
 def output_folder(path: str | Path) -> Path:
-    """Return the folder for results, made if need be."""
+    """Return the folder for results; make it if need be."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -559,12 +587,11 @@ def output_folder(path: str | Path) -> Path:
 def write_json(path: Path, result: dict[str, Any]) -> None:
     """Write a result file in one rename, so that a reader never sees half of it and an interruption loses nothing."""
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
-    # Raw numbers on one line; strings have no line ends in JSON.
+    # A list of numbers goes on one line. JSON strings have no line ends, so none of them is touched.
     text = re.sub(r"\[\n([-+.e\d,\s]+)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as temporary:
-        temporary.write(text + "\n")
-    os.chmod(temporary.name, 0o644)  # a temporary file is private to its owner; a result is for everybody
-    os.replace(temporary.name, path)
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(text + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -582,24 +609,28 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def figure(value: Any, doubtful: object = "") -> str:
-    """Return a number with three significant digits, and a question mark if it is doubtful; a dash for none; text as it is."""
+    """Return a float with three significant digits, and a question mark if it is doubtful; a missing value as a dash."""
     if pd.isna(value):
         return "–"
-    if isinstance(value, (str, bool, int, np.integer)):
-        return str(value) if isinstance(value, (str, bool)) else f"{value:,}"
-    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
-    return f"{value:,.{max(0, 3 - whole)}f}{' ?' if doubtful else ''}"
+    if isinstance(value, (str, bool)):
+        return str(value)
+    if isinstance(value, (int, np.integer)):
+        return f"{value:,}"
+    digits_before_point = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    return f"{value:,.{max(0, 3 - digits_before_point)}f}{' ?' if doubtful else ''}"
 
 
 def table(rows: Any, columns: Sequence[str] = (), hidden: Sequence[str] = (), **more: Any) -> str:
-    """Return rows, or some columns of them, as a Markdown table of figures; `more` are columns of values beside these.
+    """Return rows, or some `columns` of them, as a Markdown table of figures; `more` are columns to add, with values.
 
-    Bytes are shown in MiB. What no row has is left out, and so are raw numbers.
+    Bytes are shown in MiB. Columns without any value, and columns of lists, are left out.
     """
     frame = rows if isinstance(rows, pd.DataFrame) else pd.json_normalize(rows)
-    frame = frame[[name for name in columns or frame if name in frame and name not in hidden]].assign(**more)
+    shown = [name for name in columns or frame if name in frame and name not in hidden]
+    frame = frame[shown].assign(**more)
     for name in [name for name in frame if name.endswith("_bytes")]:
-        frame = frame.assign(**{name: frame[name].astype(float) / MIB}).rename(columns={name: f"{name[:-6]}, MiB"})
+        frame[name] = frame[name].astype(float) / MIB
+        frame = frame.rename(columns={name: f"{name.removesuffix('_bytes')}, MiB"})
     frame = frame.astype(object).replace("", None).dropna(axis=1, how="all")
     frame = frame.loc[:, ~frame.map(lambda value: isinstance(value, list)).any()]
     return str(frame.map(figure).to_markdown(index=False, disable_numparse=True)) if len(frame) else ""

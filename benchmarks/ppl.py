@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
@@ -31,17 +32,17 @@ from .perplexity_metric.sums import perplexity_and_accuracy
 NAMES = ("dense", "sink", "window", "dense-batched", "recompute", "line-breaks")
 TAKING_TURNS = ("dense", "sink", "window")  # in step mode
 DEFAULTS: dict[str, Any] = {"capacities": [256, 512, 1024, 2048], "recompute_tokens": 1024}
-# Two CPU cores should need less than three minutes for this.
+# For two CPU cores and less than three minutes.
 OFFLINE_DEFAULTS = {"capacities": [256, 512], "recompute_tokens": 16, "max_tokens": 2048, "num_samples": 1}
 MODE_DEFAULTS = {"step": {"chunk_size": 1, "batch_size": 1}, "chunk": {"chunk_size": 128, "batch_size": 8}}
 POSITION_BINS = 20
-SCORED_AT_ONCE = 64  # tokens, and a turn: one at a time, scoring would weigh in the times of small models
+SCORED_AT_ONCE = 64  # tokens, also of a turn: scoring each by itself would add to the time of small models
 LOGITS_BYTES_AT_ONCE = 2 * 2**30  # in float32, for dense-batched
 WARM_UP_TOKENS = 32
 
 Floats = npt.NDArray[np.floating[Any]]
 Bools = npt.NDArray[np.bool_]
-NllAndCorrect = tuple[torch.Tensor, torch.Tensor]  # what `score` yields
+NllAndCorrect = tuple[torch.Tensor, torch.Tensor]  # see `score`
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,18 @@ class Batch:
 
 
 def cut_into_batches(samples: Sequence[torch.Tensor], batch_size: int) -> list[Batch]:
-    """Return the samples in batches of equal length, in their order, at most `batch_size` in each."""
+    """Return the samples in their order, in batches of equal length, at most `batch_size` in each."""
     batches: list[Batch] = []
-    for _, alike in itertools.groupby(enumerate(samples), key=lambda numbered: len(numbered[1])):
-        numbers, ids = zip(*alike, strict=True)
+    for _, same_length in itertools.groupby(range(len(samples)), key=lambda number: len(samples[number])):
+        numbers = list(same_length)
         for start in range(0, len(numbers), batch_size):
-            some = slice(start, start + batch_size)
-            batches.append(Batch(list(numbers[some]), torch.stack(ids[some])))
+            some = numbers[start : start + batch_size]
+            batches.append(Batch(some, torch.stack([samples[number] for number in some])))
     return batches
 
 
 def scored_tokens(samples: Sequence[torch.Tensor], score_from: int) -> Bools:
-    """Return which tokens are scored, `[samples, tokens]`: those with at least `score_from` before them."""
+    """Return which tokens are scored, `[samples, tokens]`: those after at least `score_from` tokens."""
     lengths = np.array([len(sample) - 1 for sample in samples])
     before = np.arange(1, lengths.max() + 1)
     return (before >= score_from) & (before <= lengths[:, None])
@@ -90,28 +91,30 @@ def dense_logits(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, chunk_
 
 
 def score(chunks: Iterable[torch.Tensor], targets: torch.Tensor, bar: tqdm[Any]) -> Iterator[NllAndCorrect]:
-    """Compare logits with the tokens that came, at least `SCORED_AT_ONCE` of each sample at a time, and let the logits go.
+    """Score the tokens of a batch by the logits that predict them, and free the logits.
 
-    Takes logits `[batch, q, vocab]` of all tokens, one after the other, and targets `[batch, tokens]`. Yields negative
-    log-likelihoods in nats, float32 `[batch, some tokens]`, and whether the token was the first choice.
+    Takes logits in chunks `[batch, q, vocab]`, and the tokens that came, `targets` `[batch, tokens]`. Yields negative
+    log-likelihoods in nats, float32 `[batch, some tokens]`, and whether the token was the first choice. Small chunks are
+    collected until `SCORED_AT_ONCE` tokens of each sample are there.
     """
     held: list[torch.Tensor] = []
     start = 0
     for logits in chunks:
         bar.update(logits.shape[0] * logits.shape[1])
         held.append(logits)
-        stop = start + sum(one.shape[1] for one in held)
-        if stop - start < SCORED_AT_ONCE and stop < targets.shape[1]:
+        tokens = sum(one.shape[1] for one in held)
+        if tokens < SCORED_AT_ONCE and start + tokens < targets.shape[1]:
             continue
         nll, correct = [], []
-        for piece in (held[0] if len(held) == 1 else torch.cat(held, dim=1)).split(SCORED_AT_ONCE, dim=1):
+        all_held = held[0] if len(held) == 1 else torch.cat(held, dim=1)
+        for piece in all_held.split(SCORED_AT_ONCE, dim=1):
             wanted = targets[:, start : start + piece.shape[1]]
             losses = F.cross_entropy(piece.flatten(0, 1).float(), wanted.flatten(), reduction="none")
             nll.append(losses.view_as(wanted))
             correct.append(piece.argmax(-1) == wanted)
             start += piece.shape[1]
         held = []
-        del logits, piece  # or they would still be in memory while the next ones are made
+        del logits, all_held, piece  # frees their memory before the next logits are made
         yield torch.cat(nll, dim=1), torch.cat(correct, dim=1)
 
 
@@ -120,8 +123,8 @@ def score_recomputed(
 ) -> Iterator[NllAndCorrect]:
     """Score the `chosen` `[batch, tokens]` of samples `[batch, tokens + 1]`, reading `capacity` tokens anew for each.
 
-    The first `capacity` tokens of a sample see all before them, so one forward scores these. Yields once, like
-    `score`; values that were not asked for are left at zero.
+    The first `capacity` predictions of a sample see the whole text before them, so one forward makes all of them.
+    Yields once, as `score` does. Values of tokens that are not chosen are zero.
     """
     keep_last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     nll = torch.zeros(chosen.shape, device=ids.device)
@@ -133,21 +136,21 @@ def score_recomputed(
         bar.update(int(chosen[:, :capacity].sum()))
     for some in torch.nonzero(chosen[:, capacity:]).split(rows_at_once):
         row, first = some[:, 0], some[:, 1] + 1
-        last = first + capacity
-        window = ids[row[:, None], first[:, None] + torch.arange(capacity, device=ids.device)]
-        if not len(window):
+        if not len(row):  # an empty tensor splits into one empty piece
             break
+        predicted = first + capacity
+        window = ids[row[:, None], first[:, None] + torch.arange(capacity, device=ids.device)]
         logits = model(window, use_cache=False, **keep_last).logits[:, -1]
-        nll[row, last - 1] = F.cross_entropy(logits.float(), ids[row, last], reduction="none")
-        correct[row, last - 1] = logits.argmax(-1) == ids[row, last]
+        nll[row, predicted - 1] = F.cross_entropy(logits.float(), ids[row, predicted], reduction="none")
+        correct[row, predicted - 1] = logits.argmax(-1) == ids[row, predicted]
         bar.update(len(row))
     yield nll, correct
 
 
 class Reading:
-    """A batch that one arm reads from an empty cache, turn by turn, with time and memory.
+    """One arm reading a batch from an empty cache, turn by turn, with time and memory.
 
-    `chosen`, `[all samples of the run, tokens]`, are the tokens that `recompute` predicts; the other arms predict all.
+    `chosen`, `[all samples of the run, tokens]`, are the tokens that `recompute` predicts. The other arms predict all.
     """
 
     def __init__(self, run: Run, batch: Batch, arm: Arm, chosen: Bools, bar: tqdm[Any]) -> None:
@@ -155,22 +158,21 @@ class Reading:
         self.batch, self.arm, self.chosen = batch, arm, chosen[batch.samples, : batch.ids.shape[1] - 1]
         self.clock, self.cache = harness.Clock(model.device), arm.make_cache(model, run.args.n_sink)
         ids = batch.ids.to(model.device)
-        inputs = ids[:, :-1]
+        inputs, targets = ids[:, :-1], ids[:, 1:]
+        # All arms are read lazily, by `take_turn`.
         if arm.name == "recompute":
-            rows_at_once = max(1, run.args.batch_size * chunk // int(arm.capacity or 1))
+            rows_at_once = max(1, run.args.batch_size * chunk // arm.capacity)
             wanted = torch.from_numpy(self.chosen).to(model.device)
-            self.unread = score_recomputed(model, ids, wanted, int(arm.capacity or 1), rows_at_once, bar)
+            self.unread = score_recomputed(model, ids, wanted, arm.capacity, rows_at_once, bar)
+        elif arm.name == "dense-batched":
+            self.unread = score((model(some, use_cache=False).logits for some in [inputs]), targets, bar)
+        elif arm.name == "dense":
+            self.unread = score(dense_logits(model, inputs, self.cache, chunk), targets, bar)
         else:
-            if self.cache is None:
-                logits: Iterable[torch.Tensor] = (model(some, use_cache=False).logits for some in [inputs])
-            elif arm.name == "dense":
-                logits = dense_logits(model, inputs, self.cache, chunk)
-            else:
-                if arm.name == "line-breaks":  # they come before the text, and nothing of them is scored
-                    breaks = torch.full_like(inputs[:, : self.cache.n_sink], models.line_break(run.loaded.tokenizer))
-                    list(stream(model, breaks, self.cache, chunk_size=chunk))
-                logits = stream(model, inputs, self.cache, chunk_size=chunk)
-            self.unread = score(logits, ids[:, 1:], bar)
+            if arm.name == "line-breaks":  # they become the sinks; their own predictions are not scored
+                breaks = torch.full_like(inputs[:, : self.cache.n_sink], models.line_break(run.loaded.tokenizer))
+                list(stream(model, breaks, self.cache, chunk_size=chunk))
+            self.unread = score(stream(model, inputs, self.cache, chunk_size=chunk), targets, bar)
         self.read: list[NllAndCorrect] = []
         self.turn_seconds: list[float] = []
         self.peak_bytes: int | None = None
@@ -187,7 +189,7 @@ class Reading:
         return sum(len(nll[0]) for nll, _ in self.read) < len(self.chosen[0])
 
     def scores(self) -> dict[str, Any]:
-        """Return what was measured; `nll` and `correct` are `[samples, tokens]`, column i the token after i + 1 others."""
+        """Return what was measured. `nll` and `correct` are `[samples, tokens]`; column i is token i + 1 of a sample."""
         nll, correct = (torch.cat(pieces, dim=1).cpu().numpy() for pieces in zip(*self.read, strict=True))
         return {
             "samples": self.batch.samples,
@@ -203,7 +205,10 @@ class Reading:
 
 @dataclass
 class Run:
-    """A run over samples: which tokens are scored, which of them `recompute` predicts, and what was measured so far."""
+    """A run over samples: which tokens are scored, which of them `recompute` predicts, and the scores so far.
+
+    An arm that failed has a reason in words in `reasons`.
+    """
 
     loaded: models.LoadedModel
     args: argparse.Namespace
@@ -215,12 +220,12 @@ class Run:
     reasons: dict[Arm, str] = field(default_factory=dict)
 
     def measure(self, arms: Sequence[Arm]) -> None:
-        """Score all samples with arms that take turns, or with a single one; each process its share of the batches."""
+        """Score all samples with one arm, or with several arms in turns. Each process takes its share of the batches."""
         batch_size, state = self.args.batch_size, self.state
         if arms[0].name == "dense-batched":
             vocab_size = self.loaded.model.config.get_text_config(decoder=True).vocab_size
             batch_size = max(1, min(batch_size, LOGITS_BYTES_AT_ONCE // (4 * vocab_size * len(self.samples[0]))))
-        # The same batches however many processes there are, so that rounding is the same, too.
+        # Batches do not depend on the number of processes, so rounding does not either.
         batches = cut_into_batches(self.samples, batch_size)[state.process_index :: state.num_processes]
         total, in_turns = sum(b.ids[:, 1:].numel() for b in batches) * len(arms), len(arms) > 1
         self.scores |= {arm: [] for arm in arms}
@@ -230,22 +235,22 @@ class Run:
                     self.warm_up(batches[0], arm)
             for batch in batches:
                 readings: dict[Arm, Reading] = {}
-                for arm in (one for one in arms if one not in self.reasons):
+                for arm in [arm for arm in arms if arm not in self.reasons]:
                     with self.noting_failure(arm, in_turns):
                         readings[arm] = Reading(self, batch, arm, self.recompute_sample, bar)
                 for arm, of_batch in self.read_batch(readings, in_turns).items():
                     self.scores[arm].append(of_batch)
-        gc.collect()  # a cache whose layers refer to each other is not freed before
+        gc.collect()  # frees caches whose layers refer to each other
         for scores, reasons in gather_object([(self.scores, self.reasons)]) if state.num_processes > 1 else ():
             self.reasons |= reasons
             for arm in arms:
-                known = [one["samples"] for one in self.scores[arm]]
-                self.scores[arm] += [one for one in scores[arm] if one["samples"] not in known]
+                known = [batch["samples"] for batch in self.scores[arm]]
+                self.scores[arm] += [batch for batch in scores[arm] if batch["samples"] not in known]
         for arm in arms:
-            self.scores[arm].sort(key=lambda one: one["samples"])
+            self.scores[arm].sort(key=lambda batch: batch["samples"])
 
     def read_batch(self, readings: dict[Arm, Reading], in_turns: bool) -> dict[Arm, dict[str, Any]]:
-        """Read a batch with several arms in turns, or with one at once, and return the scores of those that did not fail."""
+        """Read a batch with several arms in turns, or with one arm in one go. Return the scores of arms that did not fail."""
         scores = {}
         while readings:
             for arm in list(readings):
@@ -255,12 +260,12 @@ class Run:
                     if not has_more:
                         scores[arm] = readings[arm].scores()
                 if not has_more:
-                    del readings[arm]  # and its cache, which others may need the memory of
+                    del readings[arm]  # frees the memory of its cache
         return scores
 
     @contextlib.contextmanager
     def noting_failure(self, arm: Arm, in_turns: bool) -> Iterator[None]:
-        """Note in words why an arm cannot go on; the others can."""
+        """Note in words why an arm fails in the `with` block, and let the other arms go on."""
         try:
             yield
         except (NotImplementedError, ValueError) as error:
@@ -269,11 +274,12 @@ class Run:
             if not harness.is_out_of_memory(error):
                 raise
             ways_out = "a smaller one, or a smaller --max-tokens"
-            ways_out += ", or fewer --arms or --capacities, whose caches are in memory at once" if in_turns else ""
+            if in_turns:
+                ways_out += ", or fewer --arms or --capacities, whose caches are in memory at once"
             self.reasons[arm] = f"out of memory with --batch-size {self.args.batch_size}: choose {ways_out}"
 
     def warm_up(self, batch: Batch, arm: Arm) -> None:
-        """Read the start of a batch untimed: the first arm of a run would else pay for what all of them share."""
+        """Read the start of a batch untimed. Otherwise the first arm of a run would pay for the set-up that all share."""
         ids = batch.ids[:, : WARM_UP_TOKENS + 1]
         chosen = np.ones((len(ids), ids.shape[1] - 1), dtype=bool)
         bar = harness.progress_bar(disable=True)
@@ -284,7 +290,7 @@ class Run:
 
 
 def put_together(batches: Sequence[dict[str, Any]], scored: Bools) -> tuple[Floats, Bools]:
-    """Return nll and correct of all samples, `[samples, tokens]`."""
+    """Return nll and correct of all samples, `[samples, tokens]`, from the scores of batches."""
     nll, correct = np.zeros(scored.shape, dtype=np.float32), np.zeros_like(scored)
     for batch in batches:
         tokens = batch["nll"].shape[1]
@@ -294,9 +300,8 @@ def put_together(batches: Sequence[dict[str, Any]], scored: Bools) -> tuple[Floa
 
 def sums(nll: Floats, correct: Bools, scored: Bools) -> dict[str, list[Any]]:
     """Return `nll_sum` (nats), `correct` and `tokens` of the scored tokens, each a list over samples."""
-    nll_sum = np.where(scored, nll, 0).sum(axis=1, dtype=np.float64).tolist()
     return {
-        "nll_sum": nll_sum,
+        "nll_sum": np.where(scored, nll, 0).sum(axis=1, dtype=np.float64).tolist(),
         "correct": (correct & scored).sum(axis=1).tolist(),
         "tokens": scored.sum(axis=1).tolist(),
     }
@@ -311,55 +316,63 @@ def totals(nll: Floats, correct: Bools, scored: Bools) -> dict[str, float | int]
 
 
 def make_row(run: Run, arm: Arm) -> dict[str, Any]:
-    """Return a row of the result file from what was measured."""
+    """Return a row of the result file from the scores of an arm, or with the reason why it has none."""
     numbers = ("perplexity", "accuracy", "tokens", "seconds", "tokens_per_second", "cache_bytes", "peak_bytes")
     row = {"arm": arm.name, "capacity": arm.capacity, "n_sink": arm.sinks(run.args.n_sink), "reason": "", "warning": ""}
     row |= dict.fromkeys(numbers)
     if arm in run.reasons:
         return row | {"reason": run.reasons[arm]}
-    batches, n = run.scores[arm], run.state.num_processes
     scored = run.recompute_sample if arm.name == "recompute" else run.scored
+    batches, n = run.scores[arm], run.state.num_processes
     nll, correct = put_together(batches, scored)
     if (everything := totals(nll, correct, scored)) is None:
         return row | {"reason": "no finite perplexity in this dtype: choose another --dtype"}
-    before, longest = np.arange(1, scored.shape[1] + 1), scored.shape[1]
+    longest = scored.shape[1]
     trained = run.loaded.trained_context or longest
-    masked = {"same_tokens": run.recompute_sample, "within_trained_context": before <= trained}
-    masked["beyond_trained_context"] = before > trained
-    bounds = itertools.pairwise([*range(1, longest + 1, run.args.position_bin), longest + 1])
-    bins = ((a, b, totals(nll, correct, scored & (before >= a) & (before < b))) for a, b in bounds)
-    by_sample = sums(nll, correct, scored)
-    # Process i had every n-th batch, and they worked side by side.
-    seconds = max(sum(one["seconds"] for one in batches[i::n]) for i in range(n))
-    processed = sum(one["tokens_processed"] for one in batches)
-    row |= {"seconds": seconds, "tokens_processed": processed, "tokens_per_second": processed / seconds}
-    row["cache_bytes"] = max(one["cache_bytes"] for one in batches)
-    row["peak_bytes"] = max((one["peak_bytes"] for one in batches if one["peak_bytes"] is not None), default=None)
-    row |= {name: totals(nll, correct, scored & mask) for name, mask in masked.items()}
-    row["by_position"] = [{"start": start, "stop": stop, **found} for start, stop, found in bins if found]
-    row["samples"] = [dict(zip(by_sample, values, strict=True)) for values in zip(*by_sample.values(), strict=True)]
-    raw = ("samples", "seconds", "turn_seconds", "tokens_processed")
-    row["batches"] = [{name: one[name] for name in raw} for one in batches]
+    before = np.arange(1, longest + 1)  # how many tokens come before the token of each column
+    by_position = []
+    for start, stop in itertools.pairwise([*range(1, longest + 1, run.args.position_bin), longest + 1]):
+        if found := totals(nll, correct, scored & (before >= start) & (before < stop)):
+            by_position.append({"start": start, "stop": stop, **found})
     if min(arm.capacity or longest, longest) > trained:
         row["warning"] = f"beyond the trained context of {trained:,} positions"
-    return row | everything
+    batches = pd.DataFrame(batches)
+    # Process i read batches i, i + n, i + 2n …, at the same time as the other processes.
+    seconds = max(float(batches["seconds"][i::n].sum()) for i in range(n))
+    processed = int(batches["tokens_processed"].sum())
+    return {
+        **row,
+        **everything,
+        "seconds": seconds,
+        "tokens_processed": processed,
+        "tokens_per_second": processed / seconds,
+        "cache_bytes": int(batches["cache_bytes"].max()),
+        "peak_bytes": int(batches["peak_bytes"].max()) if batches["peak_bytes"].notna().any() else None,
+        "same_tokens": totals(nll, correct, scored & run.recompute_sample),
+        "within_trained_context": totals(nll, correct, scored & (before <= trained)),
+        "beyond_trained_context": totals(nll, correct, scored & (before > trained)),
+        "by_position": by_position,
+        "samples": pd.DataFrame(sums(nll, correct, scored)).to_dict("records"),
+        "batches": batches[["samples", "seconds", "turn_seconds", "tokens_processed"]].to_dict("records"),
+    }
 
 
 def groups_of(args: argparse.Namespace) -> list[list[Arm]]:
-    """Return what is to be measured, in its order, those together that take turns."""
-    chosen = sorted(choose(args.arms, args.capacities), key=lambda arm: NAMES.index(arm.name))
-    arms = [
-        replace(arm, n_sink=n_sink)
-        for arm in chosen
-        for n_sink in (args.n_sinks if arm.name in WITH_SINKS and args.n_sinks else [None])
-        if arm.name != "line-breaks" or n_sink != 0
-    ]
-    together = [one for one in arms if args.mode == "step" and one.name in TAKING_TURNS]
-    return [together] * bool(together) + [[one] for one in arms if one not in together]
+    """Return the arms in the order of measuring, in groups: arms of one group take turns."""
+    arms: list[Arm] = []
+    for arm in sorted(choose(args.arms, args.capacities), key=lambda arm: NAMES.index(arm.name)):
+        if arm.name in WITH_SINKS and args.n_sinks:
+            several = [n_sink for n_sink in args.n_sinks if n_sink or arm.name != "line-breaks"]
+            arms += [replace(arm, n_sink=n_sink) for n_sink in several]
+        else:
+            arms.append(arm)
+    in_turns = [arm for arm in arms if args.mode == "step" and arm.name in TAKING_TURNS]
+    alone = [[arm] for arm in arms if arm not in in_turns]
+    return [in_turns, *alone] if in_turns else alone
 
 
 def measure_rows(run: Run, groups: Sequence[Sequence[Arm]]) -> Iterator[dict[str, Any]]:
-    """Measure one group after the other and yield the rows of its arms, as soon as it is finished."""
+    """Measure one group of arms after the other, and yield the rows of each group as soon as it is finished."""
     dense: Floats | None = None
     for group in groups:
         run.measure(group)
@@ -380,9 +393,11 @@ COLUMNS += ["tokens_per_second", "cache_bytes", "peak_bytes", "reason", "warning
 def tables(rows: Sequence[dict[str, Any]]) -> str:
     """Return the rows as a text table; `spread` is the standard deviation of perplexity over samples."""
     dense = next((row["tokens_per_second"] for row in rows if row["arm"] == "dense"), None) or math.nan
-    samples = [[one for one in row.get("samples", ()) if one["tokens"]] for row in rows]
-    of_samples = [[math.exp(one["nll_sum"] / one["tokens"]) for one in some] for some in samples]
-    spread = [np.std(found, ddof=1) if len(found) > 1 else None for found in of_samples]
+    spread = []
+    for row in rows:
+        samples = [sample for sample in row.get("samples", ()) if sample["tokens"]]
+        perplexities = [math.exp(sample["nll_sum"] / sample["tokens"]) for sample in samples]
+        spread.append(np.std(perplexities, ddof=1) if len(samples) > 1 else None)
     gain = [(row["tokens_per_second"] or math.nan) / dense for row in rows]
     sinks = ["" if row["n_sink"] is None else str(row["n_sink"]) for row in rows]
     return harness.table(rows, COLUMNS, sinks=sinks, spread=spread, **{"× dense": gain})
@@ -392,50 +407,42 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse and check the command line, with the defaults filled in that do not depend on the model."""
+    """Parse and check the command line, and fill in the defaults that do not depend on the model."""
     parser = harness.Parser("ppl", __doc__)
     models.add_text_options(parser)
     parser.names("--arms", "--methods", of=NAMES, default=NAMES[:-1])
-    several = "several numbers of sinks, each with rows of its own, instead of --n-sink"
-    parser.add_argument("--n-sinks", nargs="+", type=int, metavar="N", help=several)
-    parser.least["n_sinks"] = 0
     mode = "tokens a forward: many, or one (%(default)s)"
     parser.add_argument("--mode", choices=MODE_DEFAULTS, default="chunk", help=mode)
     parser.numbers(
+        n_sinks=([], "several numbers of sinks, each with rows of its own, instead of --n-sink", 0),
         max_tokens=(None, "to predict in each sample (the model's trained context)"),
         num_samples=(None, "from the start of the text (all of it)"),
-        score_from=(1, "score tokens after at least so many others"),
+        score_from=(1, "score tokens after at least so many tokens"),
         position_bin=(None, "tokens of the bins by position (a 20th of a sample)"),
         recompute_tokens=(None, "to predict with recompute (1024)"),
         chunk_size=(None, "tokens per forward in chunk mode (128)"),
         batch_size=(None, "samples read together (8 in chunk mode, 1 in step mode)"),
     )
     args = parser.parse(argv)
-    chunks, recompute = args.chunk_size is not None, args.recompute_tokens is not None
-    parser.refuse(
-        {
-            "--chunk-size is for --mode chunk: --mode step reads one token per forward": args.mode == "step" and chunks,
-            "--recompute-tokens is for the arm recompute, which --arms leaves out": recompute
-            and "recompute" not in args.arms,
-        }
-    )
-    # Small only if everything is left to this module.
+    one_token = args.mode == "step" and args.chunk_size
+    no_recompute = args.recompute_tokens and "recompute" not in args.arms
+    no_sinks = args.n_sinks and not set(WITH_SINKS) & set(args.arms)
+    twice = args.n_sinks and args.n_sink is not None
+    parser.refuse(one_token, "--chunk-size is for --mode chunk: --mode step reads one token per forward")
+    parser.refuse(no_recompute, "--recompute-tokens is for the arm recompute, which --arms leaves out")
+    parser.refuse(no_sinks, "--n-sinks is for the arms sink, line-breaks, which --arms leaves out")
+    parser.refuse(twice, "--n-sink and --n-sinks both give numbers of sinks: give one of them")
+    # Small runs are for a call that names neither a model nor a text.
     small = args.offline and not (args.model or args.text_file or args.dataset)
     harness.fill_in(args, **MODE_DEFAULTS[args.mode], **(OFFLINE_DEFAULTS if small else DEFAULTS))
-    parser.check_capacities(args)
+    parser.fill_in_sizes(args)
     least, most = min(args.capacities), max(args.n_sinks or [0])
-    sinks, without = ", ".join(one for one in NAMES if one in WITH_SINKS), not set(WITH_SINKS) & set(args.arms)
-    parser.refuse(
-        {
-            f"capacity {least} leaves no window: it includes the {most} sinks of --n-sinks": least <= most,
-            f"--n-sinks is for the arms {sinks}, which --arms leaves out": args.n_sinks and without,
-        }
-    )
+    parser.refuse(least <= most, f"capacity {least} leaves no window: it includes the {most} sinks of --n-sinks")
     return args
 
 
 def plan(args: argparse.Namespace, loaded: models.LoadedModel, text: models.Text, state: PartialState) -> Run:
-    """Return the samples of a run and which of their tokens are scored."""
+    """Return a run over samples of the text, before anything is measured."""
     args.max_tokens = args.max_tokens or loaded.trained_context or 2048
     samples = models.cut(models.tokenize(text, loaded.tokenizer), args.max_tokens, args.num_samples)
     scored = scored_tokens(samples, args.score_from)

@@ -6,14 +6,15 @@
     python -m benchmarks.recall --task questions     # time of a question about a text: reading it anew, copying the cache
     python -m benchmarks.recall --task choices       # multiple-choice questions, one after the other
 
-The first three read texts exactly as `benchmarks.ppl` does, every token predicted from what it would see in one-token steps. What
-came before is in the text, so the right answer to a question is read after it, whatever the model would have said.
+The first three tasks read texts exactly as `benchmarks.ppl` does: every token is predicted as in one-token steps. The
+right answers are part of the text, so the model reads them after each question, whatever it predicted itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -43,7 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "text_tokens": 30_000,
     "question_tokens": 32,
 }
-# Two CPU cores should need less than a minute for this.
+# For two CPU cores and less than a minute.
 OFFLINE_DEFAULTS: dict[str, Any] = {
     "num_samples": 1,
     "max_tokens": 700,
@@ -56,8 +57,11 @@ OFFLINE_DEFAULTS: dict[str, Any] = {
     "text_tokens": 500,
     "question_tokens": 32,
 }
-OF_TASKS = {  # options that do nothing in others
+OF_TASKS = {  # options that not all tasks have
     "arms": "copy, streameval, pinned, choices",
+    "seed": "copy, streameval, pinned",
+    "batch_size": "copy, streameval, pinned",
+    "chunk_size": "copy, streameval, pinned, questions",
     "max_tokens": "copy, streameval",
     "distances": "copy",
     "pairs": "copy",
@@ -67,20 +71,22 @@ OF_TASKS = {  # options that do nothing in others
     "further": "pinned",
     "text_file": "pinned, questions",
     "dataset": "pinned, questions, choices",
+    "dataset_config": "pinned, questions, choices",
+    "split": "pinned, questions, choices",
     "text_tokens": "questions",
     "question_tokens": "questions",
 }
 PINNED, PINNED_OFFLINE, WINDOW, WINDOW_OFFLINE = 1000, 120, 1020, 124
-DENSE_FAILS = 0.1  # accuracy of the best distance
+DENSE_FAILS = 0.1  # below this accuracy at its best distance, the dense cache cannot do the task
 
 
 @dataclass(frozen=True)
 class Question:
-    """Tokens of a sample that come a second time; `asked` is what the task varies, a distance in its own unit."""
+    """Some tokens of a sample that come a second time. `asked` is the distance that the task varies, in its own unit."""
 
     sample: int
-    first: int  # index of the first of them
-    again: int  # where they come again
+    first: int  # index of their start at the first time
+    again: int  # index of their start at the second time
     tokens: int
     asked: int
 
@@ -99,13 +105,13 @@ def vocabulary(loaded: models.LoadedModel) -> np.ndarray:
 
 
 def random_ids(tokens: int, loaded: models.LoadedModel, rng: np.random.Generator) -> np.ndarray:
-    """Return random tokens, each at most once where there are so many: no other place shows what comes next."""
+    """Return random tokens, each at most once if the vocabulary is large enough: then no other place shows what follows."""
     known = vocabulary(loaded)
     return rng.choice(known, tokens, replace=tokens > len(known))
 
 
 def copy_texts(loaded: models.LoadedModel, args: argparse.Namespace, rng: np.random.Generator) -> Texts:
-    """Return texts of random tokens, of which segments come back. The first token of a segment cannot be known."""
+    """Return texts of random tokens in which segments come back. Nothing is asked about the first token of a segment."""
     samples, questions, size = [], [], args.segment
     for sample in range(args.num_samples):
         ids = random_ids(args.max_tokens + 1, loaded, rng)
@@ -126,7 +132,7 @@ def copy_texts(loaded: models.LoadedModel, args: argparse.Namespace, rng: np.ran
 
 
 def streameval_texts(loaded: models.LoadedModel, args: argparse.Namespace, rng: np.random.Generator) -> Texts:
-    """Return the paper's StreamEval, from its description: every ten lines a question about a line some lines back."""
+    """Return texts of the paper's StreamEval, from its description: every ten lines a question about an earlier line."""
     if loaded.tokenizer is None:
         raise BenchmarkError("--task streameval is made of words: name a model with a tokenizer (--model)")
     samples, questions = [], []
@@ -136,8 +142,8 @@ def streameval_texts(loaded: models.LoadedModel, args: argparse.Namespace, rng: 
 
     for sample in range(args.num_samples):
         ids: list[int] = []
-        contents, places = [""], [0]  # of each line, from 1
-        # One distance in a text: so no line is asked about twice. The first answer would be nearer than the line.
+        contents, places = [""], [0]  # of each line; lines are numbered from 1
+        # One distance for each text, so that no line is asked about twice: an earlier answer would be nearer than the line.
         back = args.line_distances[sample % len(args.line_distances)]
         while len(ids) <= args.max_tokens:
             line = len(contents)
@@ -159,7 +165,10 @@ def streameval_texts(loaded: models.LoadedModel, args: argparse.Namespace, rng: 
 
 
 def pinned_texts(loaded: models.LoadedModel, args: argparse.Namespace, rng: np.random.Generator) -> Texts:
-    """Return texts whose first `n_sink` tokens are random; their segments come back after a real text, some at each length."""
+    """Return texts of `n_sink` random tokens and a real text, in which segments of the random tokens come back.
+
+    The segments are shared out over the lengths of `--further`.
+    """
     size, moments = args.segment, sorted(args.further)
     filler = models.tokenize(models.chosen_text(args), loaded.tokenizer).numpy()
     samples, questions = [], []
@@ -169,9 +178,8 @@ def pinned_texts(loaded: models.LoadedModel, args: argparse.Namespace, rng: np.r
         real = np.resize(np.roll(filler, -sample * len(filler) // args.num_samples), args.n_sink + moments[-1])
         for further, some in zip(moments, np.array_split(starts, len(moments)), strict=True):
             if len(ids) > args.n_sink + further:
-                raise BenchmarkError(
-                    f"--further {further:,} lies within the segments that come again before: leave more between"
-                )
+                within = "lies within the segments that come again before"
+                raise BenchmarkError(f"--further {further:,} {within}: leave more between")
             ids = np.concatenate([ids, real[len(ids) : args.n_sink + further]])
             for start in some:
                 questions.append(Question(sample, start + 1, len(ids) + 1, size - 1, further))
@@ -180,67 +188,71 @@ def pinned_texts(loaded: models.LoadedModel, args: argparse.Namespace, rng: np.r
     return samples, questions
 
 
-# --- what is known when ---
+# --- what each arm recalls ---
 
 
 def answered(run: ppl.Run, arm: Arm, questions: Sequence[Question], whole: bool) -> dict[str, Any]:
-    """Return the numbers of a row. An answer is right as a `whole`, or each of its tokens is a question of its own."""
+    """Return the numbers of a row. Either each answer is right as a `whole`, or each of its tokens by itself."""
     nll, correct = ppl.put_together(run.scores[arm], run.scored)
     right, saved = [], []
-    for one in questions:
-        # Column i is the token after i + 1 others.
-        first, again = ((one.sample, slice(at - 1, at - 1 + one.tokens)) for at in (one.first, one.again))
+    for question in questions:
+        # Token i is predicted in column i - 1.
+        places = (slice(at - 1, at - 1 + question.tokens) for at in (question.first, question.again))
+        first, again = ((question.sample, columns) for columns in places)
         right.append(float(correct[again].all() if whole else correct[again].mean()))
         saved.append(float(nll[first].mean() - nll[again].mean()))
-    asked = len(questions) if whole else sum(one.tokens for one in questions)
-    texts = [one.sample for one in questions]
+    asked = len(questions) if whole else sum(question.tokens for question in questions)
+    texts = [question.sample for question in questions]
     return accuracy(right, texts) | {"questions": asked, "nats_saved": statistics.fmean(saved)}
 
 
 def measure(loaded: models.LoadedModel, args: argparse.Namespace, texts: Texts) -> Iterator[dict[str, Any]]:
-    """Read all texts with one method after the other, and yield a row for each and each of what was asked."""
+    """Read all texts with one arm after the other. Yield a row for each arm and each distance that was asked."""
     samples, questions = texts
     length, state = max(map(len, samples)) - 1, PartialState(cpu=loaded.model.device.type == "cpu")
     trained = loaded.trained_context or length
-    every = {asked: [q for q in questions if q.asked == asked] for asked in sorted({q.asked for q in questions})}
-    few = {asked: some[:: -(-len(some) // args.recompute_questions)] for asked, some in every.items()}
+    every: dict[int, list[Question]] = {}
+    for question in sorted(questions, key=lambda question: question.asked):
+        every.setdefault(question.asked, []).append(question)
+    few = {asked: some[:: math.ceil(len(some) / args.recompute_questions)] for asked, some in every.items()}
     for arm in choose(args.arms, args.capacities):
-        # Recomputation is dear: some questions must do.
-        groups, reasons = (few if arm.name == "recompute" else every).copy(), {}
-        if arm.name == "dense":  # beyond its training it would only show that the model breaks
-            for asked, some in groups.items():
-                groups[asked] = [q for q in some if q.again + q.tokens <= trained + 1]
-                reasons[asked] = "" if groups[asked] else f"beyond the trained context of {trained:,} positions"
+        groups = few if arm.name == "recompute" else every  # recomputation is too slow for all questions
+        if arm.name == "dense":  # beyond the trained context the model itself fails
+            groups = {asked: [q for q in some if q.again + q.tokens <= trained + 1] for asked, some in every.items()}
         chosen = np.zeros((len(samples), length), dtype=bool)
-        for one in itertools.chain(*groups.values()):
-            for at in (one.first, one.again):
-                chosen[one.sample, at - 1 : at - 1 + one.tokens] = True
+        for question in itertools.chain(*groups.values()):
+            for at in (question.first, question.again):
+                chosen[question.sample, at - 1 : at - 1 + question.tokens] = True
         limit = trained if arm.name == "dense" else length
-        run = ppl.Run(loaded, args, [s[: limit + 1] for s in samples], np.ones_like(chosen), chosen, state)
+        run = ppl.Run(loaded, args, [ids[: limit + 1] for ids in samples], np.ones_like(chosen), chosen, state)
         if any(groups.values()):
             run.measure([arm])
         for asked, some in groups.items():
             row = make_row(args, arm.name, arm.sinks(args.n_sink), arm.capacity, asked=asked)
-            row["reason"] = run.reasons.get(arm) or reasons.get(asked, "")
-            if not row["reason"]:
+            if arm in run.reasons:
+                row["reason"] = run.reasons[arm]
+            elif not some:
+                row["reason"] = f"beyond the trained context of {trained:,} positions"
+            else:
                 row["distance_tokens"] = round(statistics.median(q.again - q.first for q in some))
                 row |= answered(run, arm, some, whole=args.task == "streameval")
-                both = [right for q, right in zip(some, row["right"], strict=True) if q in few[asked]]
-                row["same_accuracy"] = statistics.fmean(both) if both else None
+                of_few = [right for q, right in zip(some, row["right"], strict=True) if q in few[asked]]
+                row["same_accuracy"] = statistics.fmean(of_few) if of_few else None
             yield row
 
 
 def warn(rows: Sequence[dict[str, Any]]) -> None:
-    """Say in all rows that nothing follows from them if the dense cache fails wherever it can be asked."""
+    """Warn in all rows if even the dense cache fails at every distance: then the task is too hard for the model."""
     dense = [row["accuracy"] for row in rows if row["method"] == "dense" and row["accuracy"] is not None]
     if dense and max(dense) < DENSE_FAILS:
         for row in rows:
-            row["warning"] = f"the dense cache is right in {max(dense):.0%} at best: this model cannot do the task"
+            cannot = f"the dense cache is right in {max(dense):.0%} at best: this model cannot do the task"
+            row["warning"] = f"{row['warning']}; {cannot}" if row["warning"] else cannot
 
 
 TASKS: dict[str, tuple[str, Callable[..., Texts] | None]] = {
     "copy": ("segments of random tokens that come back after a distance", copy_texts),
-    "streameval": ("numbered lines, and questions about lines before", streameval_texts),
+    "streameval": ("numbered lines, and questions about earlier lines", streameval_texts),
     "pinned": ("segments of the sinks that come back after a real text", pinned_texts),
     "questions": ("time of a question about a text: reading it anew, copying the cache, loading it", None),
     "choices": ("multiple-choice questions, one after the other", None),
@@ -251,7 +263,7 @@ TASKS: dict[str, tuple[str, Callable[..., Texts] | None]] = {
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse and check the command line, with the defaults filled in that do not depend on the model."""
+    """Parse and check the command line, and fill in the defaults that do not depend on the model."""
     parser = harness.Parser("recall", __doc__.partition("\n")[0])
     tasks = "; ".join(f"{name}: {says}" for name, (says, _) in TASKS.items())
     parser.add_argument("--task", choices=TASKS, default="copy", help=f"{tasks} (%(default)s)")
@@ -263,44 +275,41 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         distances=([], "of copy, in tokens (64 to 4096)"),
         line_distances=([], "of streameval, from a line to the question about it (20 to 200)"),
         further=([], "of pinned: tokens from the sinks to where they come again (2000 10000 100000)"),
-        segment=(None, "tokens that come again together (60)"),
+        segment=(None, "tokens that come again together (60)", 2),
         pairs=(None, "segments of copy for each distance in a text (3)"),
         recompute_questions=(None, "for each distance, with recompute (8)"),
         text_tokens=(None, "of the text of questions (30000)"),
         question_tokens=(None, "of each of its questions (32)"),
-        chunk_size=(256, "tokens per forward"),
-        batch_size=(16, "texts read together"),
+        chunk_size=(None, "tokens per forward (256)"),
+        batch_size=(None, "texts read together (16)"),
+        seed=(None, "of texts (0)", 0),
     )
-    parser.add_argument("--seed", type=int, default=0, help="of texts (%(default)s)")
-    parser.set_defaults(arms=None, distances=None, line_distances=None, further=None)
-    parser.least["segment"] = 2
+    parser.set_defaults(arms=None)  # so that given arms can be told from the default ones
     args = parser.parse(argv)
     for name, tasks in OF_TASKS.items():
         idle = getattr(args, name) is not None and args.task not in tasks.split(", ")
-        parser.refuse({f"--{name.replace('_', '-')} is for --task {tasks}": idle})
+        parser.refuse(idle, f"--{name.replace('_', '-')} is for --task {tasks}")
+    recomputed = args.task == "choices" and "recompute" in (args.arms or [])
+    parser.refuse(recomputed, "--task choices asks a cache, and the arm recompute has none")
     several = args.task == "questions" and len(args.capacities or []) > 1
-    parser.refuse({"--task questions has one cache: give one of --capacities": several})
-    # Small only if everything is left to this module.
+    parser.refuse(several, "--task questions has one cache: give one of --capacities")
+    # Small runs are for a call that names neither a model nor a text.
     small = args.offline and not (args.model or args.text_file or args.dataset)
-    if args.task == "pinned" and args.n_sink == parser.get_default("n_sink"):  # which hold no segment
-        args.n_sink = PINNED_OFFLINE if small else PINNED
-    harness.fill_in(args, capacities=[args.n_sink + (WINDOW_OFFLINE if small else WINDOW)])
-    dear = small or args.task == "pinned"  # too dear for recompute, if it is not asked for
-    harness.fill_in(args, arms=list(METHODS[: 3 if dear else 4]), **(OFFLINE_DEFAULTS if small else DEFAULTS))
-    parser.check_capacities(args)
+    if args.task == "pinned":  # the default of other tasks holds no segment
+        harness.fill_in(args, n_sink=PINNED_OFFLINE if small else PINNED)
+    sinks = harness.N_SINK if args.n_sink is None else args.n_sink
+    parser.fill_in_sizes(args, [sinks + (WINDOW_OFFLINE if small else WINDOW)])
+    slow = small or args.task in ("pinned", "choices")  # for recompute, unless it is asked for
+    harness.fill_in(args, arms=[name for name in METHODS if name != "recompute" or not slow])
+    harness.fill_in(args, **(OFFLINE_DEFAULTS if small else DEFAULTS), chunk_size=256, batch_size=16, seed=0)
     least, fewest = min(args.distances), args.segment * len(args.further)
     texts, asked = args.num_samples, len(args.line_distances)
+    overlap = f"distance {least} is less than --segment {args.segment}: a segment would overlap itself"
     needs = f"--task pinned needs an --n-sink of at least {fewest}: a segment of the sinks for each of --further"
-    parser.refuse(
-        {
-            f"distance {least} is less than --segment {args.segment}: a segment would overlap itself": least
-            < args.segment,
-            needs: args.task == "pinned" and args.n_sink < fewest,
-            f"--num-samples {texts} is too few for {asked} --line-distances: each text has one": args.task
-            == "streameval"
-            and texts < asked,
-        }
-    )
+    too_few = f"--num-samples {texts} is too few for {asked} --line-distances: each text has one"
+    parser.refuse(least < args.segment, overlap)
+    parser.refuse(args.task == "pinned" and args.n_sink < fewest, needs)
+    parser.refuse(args.task == "streameval" and texts < asked, too_few)
     return args
 
 
@@ -325,7 +334,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 result.rows.append(row)
                 result.keep()
             warn(result.rows)
-            print(harness.table(result.rows, hidden=["task", "n_sink", *["asked"] * (args.task == "copy")]))
+            in_tokens = ["asked"] if args.task == "copy" else []  # the same as distance_tokens
+            print(harness.table(result.rows, hidden=["task", "n_sink", *in_tokens]))
 
 
 if __name__ == "__main__":

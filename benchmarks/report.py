@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
+import functools
 import itertools
 import re
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -20,18 +21,18 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import StrMethodFormatter
 
-from . import calls, harness, latency
+from . import harness, latency
 from .harness import MIB, BenchmarkError, figure
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("results/h200", "results/cpu")
-CAPACITY = 1024  # of the tables that show one
+CAPACITY = 1024  # of tables that show a single capacity
 CONTEXTS = (4096, 16384, 32768, 65536)
-BESIDE_THE_STUDY = (4096, 8192)  # contexts: it does not say which it had
+BESIDE_THE_STUDY = (4096, 8192)  # contexts; the study does not say which it measured
 DOUBTS = "too wide|no conclusion"
-NEW_LENGTHS_COST = 1.2  # from this ratio on, what new lengths cost is part of a prediction
+NEW_LENGTHS_COST = 1.2  # predictions count the price of new lengths if it makes a step at least so many times slower
 MARK = re.compile(r"(?<!`)(<!-- (table|figure): (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
-OTHERS = ROOT / "results" / "others"  # figures of other people
+OTHERS = ROOT / "results" / "others"  # figures of the paper and of an earlier study
 
 COLUMNS = [
     "shape", "device", "on", "attention", "file", "arm", "compiled", "context", "capacity", "name", "note", "warning", "what",
@@ -50,73 +51,72 @@ class Results(list[dict[str, Any]]):
         folders = [sorted(Path(path).glob("*.json")) if Path(path).is_dir() else [Path(path)] for path in paths]
         for file in itertools.chain(*folders):
             try:
-                result = harness.read_json(file) | {"file": file.stem}
+                self.append(harness.read_json(file) | {"file": file.stem})
             except BenchmarkError as error:
                 print(f"left out: {error}", file=sys.stderr)
-            else:
-                self += [result] if result["harness"] != "serve" else []  # which is no comparison
-        self.sort(key=lambda one: (one["model"]["parameters"], one["date"]))
-        self.made: dict[str, pd.DataFrame] = {}
+        self.sort(key=lambda result: (result["model"]["parameters"], result["date"]))
+        self.frames: dict[str, pd.DataFrame] = {}
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         """Return the results of one harness."""
-        return [one for one in self if one["harness"] == kind]
+        return [result for result in self if result["harness"] == kind]
 
     def frame(self, kind: str) -> pd.DataFrame:
-        """Return the rows that have numbers, of `latency`, `calls`, `ppl` …; or `latency-ratios`, `calls-ratios`."""
-        if kind not in self.made:
-            make = {"latency-ratios": latency.ratios, "calls-ratios": calls.ratios}.get(kind, list)
-            found = []
-            for one in self.of(kind.removesuffix("-ratios")):
-                tags = {"shape": shape(one), "device": one["device"]["name"], "on": one["device"]["type"]}
-                tags |= {"attention": attention(one), "file": one["file"]}
-                tags |= {"max_tokens": one.get("data", {}).get("max_tokens")}
-                found += [{"note": "", "warning": "", "reason": ""} | row | tags for row in make(one["rows"])]
-            rows = [row for row in found if not row["reason"]]
-            self.made[kind] = pd.DataFrame(rows) if rows else pd.DataFrame(columns=COLUMNS)
-        return self.made[kind]
+        """Return all rows that have numbers of a harness, `latency`, `ppl` …, or `latency-ratios`."""
+        if kind not in self.frames:
+            rows = []
+            for result in self.of(kind.removesuffix("-ratios")):
+                about = {"shape": shape(result), "device": result["device"]["name"], "on": result["device"]["type"]}
+                about |= {"attention": attention(result), "file": result["file"]}
+                about["max_tokens"] = result.get("data", {}).get("max_tokens")
+                found = latency.ratios(result["rows"]) if kind == "latency-ratios" else result["rows"]
+                rows += [{"note": "", "warning": "", **row, **about} for row in found if not row.get("reason")]
+            self.frames[kind] = pd.DataFrame(rows, columns=None if rows else COLUMNS)
+        return self.frames[kind]
 
-    def cells(self, kind: str) -> pd.DataFrame:
-        """Return figures as a long table, one in a row: `what` it is, and how it is `shown`, of `latency` or `calls`."""
-        if f"{kind} cells" not in self.made:
-            rows, gains = self.frame(kind), self.frame(f"{kind}-ratios")
-            rows, gains = (one.assign(how=one["compiled"].map({True: " compiled", False: ""})) for one in (rows, gains))
-            arm, gain = rows["arm"] + rows["how"], gains["name"] + gains["how"]
-            parts = [rows.assign(what=arm + ", ms", value=rows["median_ms"]), gains.assign(what=gain)]
-            if kind == "latency":
-                parts.append(rows.assign(what=arm + ", GPU ms", value=rows["gpu_ms"]))
-                parts.append(rows.assign(what=rows["arm"] + ", cache MiB", value=rows["cache_bytes"] / MIB))
-                parts.append(gains.assign(what=gain + ", GPU", value=gains["gpu_value"]))
-            cells = pd.concat(parts).dropna(subset=["value"])
-            wide = (cells["note"] + cells["warning"]).str.contains(DOUBTS)
-            doubts = wide & ~cells["what"].str.contains("GPU|MiB")
-            shown = [figure(value, doubt) for value, doubt in zip(cells["value"], doubts, strict=True)]
-            self.made[f"{kind} cells"] = cells.assign(shown=shown)
-        return self.made[f"{kind} cells"]
+    @functools.cached_property
+    def cells(self) -> pd.DataFrame:
+        """The figures of `latency`, each in a row of its own: `what` it is, its `value`, and the value as it is `shown`."""
+        rows, gains = self.frame("latency"), self.frame("latency-ratios")
+        how = {True: " compiled", False: ""}
+        arm, gain = rows["arm"] + rows["compiled"].map(how), gains["name"] + gains["compiled"].map(how)
+        by_clock = [rows.assign(what=arm + ", ms", value=rows["median_ms"]), gains.assign(what=gain)]
+        of_gpu = rows.assign(what=arm + ", GPU ms", value=rows["gpu_ms"])
+        gains_of_gpu = gains.assign(what=gain + ", GPU", value=gains["gpu_value"])
+        cells = pd.concat([*by_clock, of_gpu, gains_of_gpu]).dropna(subset=["value"])
+        wide = (cells["note"] + cells["warning"]).str.contains(DOUBTS)
+        doubts = wide & ~cells["what"].str.contains("GPU")  # the spread is that of the clock
+        shown = [figure(value, doubt) for value, doubt in zip(cells["value"], doubts, strict=True)]
+        return cells.assign(shown=shown)
 
 
 def shape(result: dict[str, Any]) -> str:
-    """Return the name of a result's model, without what it says of the weights."""
+    """Return the name of a result's model, without the note on its weights."""
     return str(result["model"]["name"].removesuffix(" (random weights)"))
 
 
 def pick(frame: pd.DataFrame, **where: Any) -> pd.DataFrame:
-    """Return the rows with these values; of a list, any of them. None is no value."""
+    """Return the rows whose columns have these values, or any value of a list. None stands for a missing value."""
     for name, wanted in where.items() if len(frame) else ():
-        every = wanted if isinstance(wanted, (list, tuple)) else [wanted]
-        known = frame[name].isin([one for one in every if one is not None])
-        frame = frame[known | (frame[name].isna() & (None in every))]
+        values = wanted if isinstance(wanted, (list, tuple)) else [wanted]
+        found = frame[name].isin([value for value in values if value is not None])
+        if None in values:
+            found |= frame[name].isna()
+        frame = frame[found]
     return frame
 
 
 def pivot(cells: pd.DataFrame, index: Sequence[str], wanted: Sequence[str] = (), what: str = "what") -> pd.DataFrame:
-    """Return the last figure for each index as rows, with what is `wanted` as columns in that order, or with all there is."""
+    """Return one row for each value of the `index` columns, and one column of `shown` figures for each value of `what`.
+
+    `wanted` chooses and orders the columns. Of several figures for the same place, the last one is taken.
+    """
     found = cells.groupby([*index, what], sort=False)["shown"].last().unstack(what, sort=False).reset_index()
     return found.reindex(columns=[*index, *wanted]) if wanted or found.empty else found
 
 
 def arrow(frame: pd.DataFrame, before: str, after: str) -> Any:
-    """Return two columns of figures as one, none where one is missing."""
+    """Return two columns of figures as one column "before → after", missing where either is missing."""
     return frame[before].astype("string") + " → " + frame[after].astype("string")
 
 
@@ -124,20 +124,29 @@ def arrow(frame: pd.DataFrame, before: str, after: str) -> Any:
 
 
 def single_steps(results: Results, *, compiled: bool) -> pd.DataFrame:
-    """Return single steps with one capacity, eager or compiled: no table holds both. The GPU's own work leads the eager ones."""
-    wanted = {"dense, GPU ms": "dense, GPU ms", "sink, GPU ms": "ours, GPU ms", "achieved, GPU": "gain, GPU"}
-    wanted |= {"achieved": "gain, clock"}
+    """Return single steps at one capacity, either eager or compiled: no table holds both."""
     if compiled:
-        wanted = {"static compiled, ms": "dense, ms", "static-at-capacity compiled, ms": "dense of that capacity, ms"}
-        wanted |= {"sink compiled, ms": "ours, ms", "achieved compiled": "gain"}
-    cells = pick(results.cells("latency"), compiled=compiled, context=CONTEXTS, capacity=[CAPACITY, None], on="cuda")
+        wanted = {
+            "static compiled, ms": "dense, ms",
+            "static-at-capacity compiled, ms": "dense of that capacity, ms",
+            "sink compiled, ms": "ours, ms",
+            "achieved compiled": "gain",
+        }
+    else:
+        wanted = {
+            "dense, GPU ms": "dense, GPU ms",
+            "sink, GPU ms": "ours, GPU ms",
+            "achieved, GPU": "gain, GPU",
+            "achieved": "gain, clock",
+        }
+    cells = pick(results.cells, compiled=compiled, context=CONTEXTS, capacity=[CAPACITY, None], on="cuda")
     cells = cells.assign(**{"shape, tokens before": cells["shape"] + cells["context"].map(", {:,}".format)})
     found = pivot(cells, ["shape, tokens before"], list(wanted)).rename(columns=wanted)
-    return found[found.iloc[:, 1:].notna().sum(axis=1) > 1]
+    return found[found.iloc[:, 1:].notna().sum(axis=1) > 1]  # one figure alone compares nothing
 
 
 def memory(results: Results) -> pd.DataFrame:
-    """Return the bytes of the caches."""
+    """Return the sizes of the caches."""
     rows = pick(results.frame("latency"), context=CONTEXTS, capacity=[CAPACITY, None], on="cuda")
     rows = rows.assign(what=rows["arm"].replace("static", "dense"), shown=rows["cache_bytes"].astype(float) / MIB)
     found = pivot(rows, ["shape", "context"], ["dense", "sink"]).dropna()
@@ -146,7 +155,7 @@ def memory(results: Results) -> pd.DataFrame:
 
 
 def time_and_memory(results: Results) -> pd.DataFrame:
-    """Return memory, the GPU's work in eager steps and compiled steps after the longest text, from a dense cache to ours."""
+    """Return memory, the GPU's work in eager steps, and compiled steps, each "dense → ours", after the longest text."""
     key = "shape, tokens before"
     found = memory(results).drop_duplicates("shape", keep="last")
     found[key] = found["shape"] + found["tokens before"].map(", {:,}".format)
@@ -158,16 +167,8 @@ def time_and_memory(results: Results) -> pd.DataFrame:
     return found[[key]].assign(**columns, gain=found["gain"])
 
 
-def whole_calls(results: Results) -> pd.DataFrame:
-    """Return compiled steps of `generate()` and of `endless`, beside the compiled StaticCache of the same size."""
-    wanted = {f"{arm} compiled, ms": f"{arm}, ms" for arm in ("static-at-capacity", "sink", "endless")}
-    wanted["endless / static-at-capacity compiled"] = "endless / static"
-    cells = pick(results.cells("calls"), compiled=True, capacity=CAPACITY)
-    return pivot(cells.drop_duplicates(["shape", "what"]), ["shape"], list(wanted)).rename(columns=wanted)
-
-
 def kernels(results: Results) -> pd.DataFrame:
-    """Return what the GPU does in a compiled step, in ms, kernel by kernel."""
+    """Return the GPU's work in a compiled step, in ms, by the kind of kernel."""
     rows = results.frame("latency").reindex(columns=COLUMNS).dropna(subset=["kernel_ms"])
     rows = pick(rows, compiled=True, arm=["static", "static-at-capacity", "sink"], capacity=[CAPACITY, None])
     sums = pd.DataFrame(list(rows["kernel_ms"]), rows.index, ["attention", "matrix products", "cache", "other"])
@@ -176,9 +177,10 @@ def kernels(results: Results) -> pd.DataFrame:
 
 
 def study_steps(results: Results) -> pd.DataFrame:
-    """Return the study's steps, which were eager, beside the same here: by the clock, and the GPU's own work."""
-    theirs, found = pd.read_csv(OTHERS / "study-steps.csv"), pick(results.cells("latency"), compiled=False, on="cuda")
-    found = pick(found, context=BESIDE_THE_STUDY, capacity=[*theirs["capacity"], None])
+    """Return the study's eager steps beside ours: by the clock, and the GPU's own work."""
+    theirs = pd.read_csv(OTHERS / "study-steps.csv")
+    capacities = [*theirs["capacity"], None]
+    found = pick(results.cells, compiled=False, on="cuda", context=BESIDE_THE_STUDY, capacity=capacities)
     dense = pivot(pick(found, arm="dense"), ["shape"], ["dense, ms", "dense, GPU ms"])
     wanted = ["sink, ms", "sink, GPU ms", "achieved", "achieved, GPU"]
     ours = pivot(found.dropna(subset=["capacity"]), ["shape", "capacity"], wanted)
@@ -197,36 +199,38 @@ def study_runs(results: Results) -> pd.DataFrame:
 
 
 def study_quality(results: Results) -> pd.DataFrame:
-    """Return the study's perplexities and accuracies beside those of SmolLM2, whose trained context is 8,192 tokens."""
-    lines, styles = [], {"perplexity": ".2f", "accuracy": ".2%", "tokens_per_second": ".1f"}
-    for one in results.of("ppl"):
-        if one["protocol"]["mode"] == "step" and one["model"]["weights"] == "trained":
-            both = [row for row in one["rows"] if (row["arm"], row["capacity"]) in (("dense", None), ("sink", 256))]
-            shown = [" → ".join(f"{row[name]:{style}}" for row in both) for name, style in styles.items()]
-            data, name = one["data"], f"{shape(one)}, {one['device']['name']}"
-            lines.append([name, f"{data['max_tokens']:,} × {data['samples']}", *shown])
+    """Return the study's perplexities and accuracies beside ours of a trained model, in the order of the texts' lengths."""
     theirs = pd.read_csv(OTHERS / "study-quality.csv")
-    found = pd.concat([theirs, pd.DataFrame(lines, columns=theirs.columns)])
+    ours = []
+    for result in results.of("ppl"):
+        if result["protocol"]["mode"] == "step" and result["model"]["weights"] == "trained":
+            data = result["data"]
+            line = [f"{shape(result)}, {result['device']['name']}", f"{data['max_tokens']:,} × {data['samples']}"]
+            both = [row for row in result["rows"] if (row["arm"], row["capacity"]) in (("dense", None), ("sink", 256))]
+            for name, style in (("perplexity", ".2f"), ("accuracy", ".2%"), ("tokens_per_second", ".1f")):
+                line.append(" → ".join(f"{row[name]:{style}}" for row in both))
+            ours.append(line)
+    found = pd.concat([theirs, pd.DataFrame(ours, columns=theirs.columns)])
     return found.sort_values("tokens × samples", key=lambda shown: shown.str[0], kind="stable")
 
 
 def quality(results: Results) -> pd.DataFrame:
-    """Return perplexities by capacity, of the last run that scores tokens far from the start of a text only."""
-    runs = [one for one in results.of("ppl") if (one["data"] | one["protocol"]).get("score_from", 1) > 1]
-    runs = [one for one in runs if not one["protocol"].get("n_sinks")]
-    rows = pick(results.frame("ppl"), file=[one["file"] for one in runs[-1:]]).sort_values("capacity")
+    """Return perplexities by capacity, of the last run that scores only tokens far from the start of a text."""
+    far = [run for run in results.of("ppl") if run["protocol"].get("score_from", 1) > 1]
+    files = [run["file"] for run in far if not run["protocol"].get("n_sinks")]
+    rows = pick(results.frame("ppl"), file=files[-1:]).sort_values("capacity")
     rows = rows[rows["arm"] != "dense-batched"].assign(shown=rows["perplexity"])
-    rows["capacity"] = ["dense" if pd.isna(one) else int(one) for one in rows["capacity"]]
-    rows["arm"] = rows["arm"].replace("dense", "sink")  # in one column: its row says that it is dense
-    same = rows[rows["arm"] == "sink"]
-    same = same.assign(shown=[(one or {}).get("perplexity") for one in same["same_tokens"]])
-    return pivot(pd.concat([rows, same.assign(arm="this row, same tokens")]), ["capacity"], what="arm")
+    rows["capacity"] = ["dense" if pd.isna(capacity) else int(capacity) for capacity in rows["capacity"]]
+    rows["arm"] = rows["arm"].replace("dense", "sink")  # the same column: the row's capacity says that it is dense
+    same = rows[rows["arm"] == "sink"].assign(arm="this row, same tokens")
+    same["shown"] = [tokens["perplexity"] if tokens else None for tokens in same["same_tokens"]]
+    return pivot(pd.concat([rows, same]), ["capacity"], what="arm")
 
 
 def paper(results: Results) -> pd.DataFrame:
-    """Return the paper's recomputation of Llama-2-7B beside that of the same shape here, in eager steps."""
+    """Return the paper's gain over recomputation with Llama-2-7B beside ours with the same shape, in eager steps."""
     theirs = pd.read_csv(OTHERS / "paper.csv")
-    cells = pick(results.cells("latency"), shape="llama-2-7b", compiled=False, capacity=list(theirs["capacity"]))
+    cells = pick(results.cells, shape="llama-2-7b", compiled=False, capacity=list(theirs["capacity"]))
     wanted = ["recompute, ms", "sink, ms", "recompute_over_sink"]
     every = theirs.merge(pivot(cells, ["capacity"], wanted), how="left", on="capacity")
     here = arrow(every, "recompute, ms", "sink, ms")
@@ -234,7 +238,7 @@ def paper(results: Results) -> pd.DataFrame:
 
 
 def new_lengths(results: Results) -> pd.DataFrame:
-    """Return what a dense step takes on a GPU at a length that the process has never seen, and when it comes again."""
+    """Return the times of dense steps on a GPU at lengths that are new to the process, and at the same lengths again."""
     rows = pick(results.frame("latency"), arm="dense", attention="auto", on="cuda")
     rows = rows[rows["first_time_ms"].map(len) > 0].drop_duplicates(["shape", "context"], keep="last")
     rows = rows.assign(**{name: rows[name].map(statistics.median) for name in ("first_time_ms", "again_ms")})
@@ -243,13 +247,12 @@ def new_lengths(results: Results) -> pd.DataFrame:
 
 
 def throughput_rows(results: Results, what: str, columns: dict[str, str]) -> pd.DataFrame:
-    """Return some columns of what `benchmarks.throughput` measured, with names for a reader."""
+    """Return some columns of a mode of `benchmarks.throughput`, renamed for readers."""
     rows = pick(pd.json_normalize(results.frame("throughput").to_dict("records")), what=what)
-    rows = rows.reindex(columns=list(dict.fromkeys(["shape", "streams", *columns])))
-    rows["streams"] = [
-        f"{name} × {n:.0f}" if n > 0 else name for name, n in zip(rows["shape"], rows["streams"], strict=True)
-    ]
-    return rows.rename(columns={"streams": "shape × streams"} | columns).drop(columns="shape")
+    rows = rows.reindex(columns=["shape", "streams", *columns])
+    both = [f"{name} × {streams:.0f}" for name, streams in zip(rows.pop("shape"), rows.pop("streams"), strict=True)]
+    rows.insert(0, "shape × streams", both)
+    return rows.rename(columns=columns)
 
 
 THROUGHPUT = {
@@ -281,104 +284,107 @@ THROUGHPUT = {
 
 
 def recall(results: Results, task: str = "copy") -> pd.DataFrame:
-    """Return the rows of a task of `recall` at the capacity of the tables, of each model's last run."""
+    """Return the rows of a task of `recall`, of the last run of each model; of copy at the capacity of the tables."""
     rows = results.frame("recall").reindex(columns=[*RECALL, "shape", "file"])
     rows = pick(rows, task=task, capacity=[CAPACITY, None] if task == "copy" else list(rows["capacity"].unique()))
     return rows[rows["file"].isin(rows.drop_duplicates(["shape", "n_sink"], keep="last")["file"])]
 
 
 def recall_table(results: Results, task: str, index: str) -> pd.DataFrame:
-    """Return accuracies and their intervals, the methods side by side; `index` is what a reader calls that which was asked."""
+    """Return accuracies and their intervals, the methods side by side. `index` is the title of the column `asked`."""
     rows = recall(results, task)
-    rows = rows[rows["file"] == rows["file"].iloc[-1]] if len(rows) else rows
-    spans = rows[["accuracy_low", "accuracy_high"]].astype(float).itertuples(index=False)
-    known = [f" ({low:.2f}–{high:.2f})" if low == low else "" for low, high in spans]
-    shown = [f"{one:.2f}{span}" for one, span in zip(rows["accuracy"], known, strict=True)]
+    rows = pick(rows, file=list(rows["file"][-1:]))
+    shown = []
+    for row in rows.itertuples():
+        interval = "" if pd.isna(row.accuracy_low) else f" ({row.accuracy_low:.2f}–{row.accuracy_high:.2f})"
+        shown.append(f"{row.accuracy:.2f}{interval}")
     return pivot(rows.assign(shown=shown, **{index: rows["asked"].astype(int)}), [index], what="method")
 
 
 def one_text(results: Results) -> pd.DataFrame:
-    """Return ms of a question about a long text, by how the cache comes to know the text."""
+    """Return the time of a question about a long text, by the way in which a cache gets the text."""
     return recall(results, "questions")[["shape", "text_tokens", "capacity", "method", "ms_per_question"]]
 
 
 def sink_runs(results: Results, **where: Any) -> pd.DataFrame:
-    """Return the perplexities of runs with several numbers of sinks; `text` is the model and the text."""
-    runs = [one for one in results.of("ppl") if one["protocol"].get("n_sinks")]
-    rows = [row | {"text": f"{shape(one)}, {one['data']['name']}"} for one in runs for row in one["rows"]]
-    found = pd.DataFrame(rows, columns=["text", "arm", "n_sink", "capacity", "perplexity"]).dropna(
-        subset=["perplexity"]
-    )
-    return pick(found.assign(shown=found["perplexity"]), **where)
+    """Return the perplexities of runs with several numbers of sinks. The column `text` names the model and the text."""
+    rows = []
+    for run in results.of("ppl"):
+        if run["protocol"].get("n_sinks"):
+            text = f"{shape(run)}, {run['data']['name']}"
+            rows += [{"text": text, "shown": row["perplexity"], **row} for row in run["rows"] if not row["reason"]]
+    return pick(pd.DataFrame(rows, columns=["text", "arm", "n_sink", "capacity", "shown"]), **where)
 
 
 def beside_the_paper(results: Results, file: str, index: str, **where: Any) -> pd.DataFrame:
-    """Return two models of one of the paper's tables beside ours."""
+    """Return two models from one of the paper's tables beside ours. `where` chooses our rows."""
     theirs, ours = pd.read_csv(OTHERS / file).iloc[:, :3], sink_runs(results, arm="sink", **where)
     return theirs.merge(pivot(ours, [index], what="text"), how="left", on=index) if len(ours) else theirs
 
 
 def line_breaks(results: Results) -> pd.DataFrame:
-    """Return the paper's perplexities with sinks that are line breaks beside ours."""
-    rows = pd.concat([sink_runs(results, n_sink=n, capacity=CAPACITY) for n in (0, 4)])
+    """Return perplexities without sinks, with the first tokens as sinks, and with line breaks as sinks: paper, then ours."""
+    rows = sink_runs(results, n_sink=[0, 4], capacity=CAPACITY)
     names = {("sink", 0): "no sinks", ("sink", 4): "first tokens", ("line-breaks", 4): "line breaks"}
-    rows = rows.assign(what=[names.get(both) for both in zip(rows["arm"], rows["n_sink"], strict=True)])
-    ours = pivot(rows.dropna(subset=["what"]), ["text"])
-    return pd.concat([pd.read_csv(OTHERS / "paper-line-breaks.csv"), ours])
+    rows = rows.assign(what=[names[row.arm, row.n_sink] for row in rows.itertuples()])
+    return pd.concat([pd.read_csv(OTHERS / "paper-line-breaks.csv"), pivot(rows, ["text"])])
 
 
 # --- the two regimes ---
 
 
 class Curve:
-    """Milliseconds of an eager step against the tokens before it, not synchronised where that was measured."""
+    """Eager steps of an arm in one result: `ms` is the time of a step by the number of tokens before it.
+
+    The times are those without synchronisation, if they were measured.
+    """
 
     def __init__(self, result: dict[str, Any], arm: str, capacity: int | None = None) -> None:
-        wanted = (arm, False, capacity, "")
-        rows = [
-            row for row in result["rows"] if (row["arm"], row["compiled"], row["capacity"], row["reason"]) == wanted
-        ]
-        self.rows = {row["context"]: row for row in sorted(rows, key=lambda row: row["context"])}
-        free = all(row["unsynchronized_ms"] for row in rows)
-        self.ms = {
-            n: statistics.median(r["unsynchronized_ms"]) if free else r["median_ms"] for n, r in self.rows.items()
-        }
+        wanted = {"arm": arm, "compiled": False, "capacity": capacity, "reason": ""}
+        rows = [row for row in result["rows"] if all(row[name] == value for name, value in wanted.items())]
+        rows.sort(key=lambda row: row["context"])
+        self.rows = {row["context"]: row for row in rows}
+        self.ms = {row["context"]: row["median_ms"] for row in rows}
+        if all(row["unsynchronized_ms"] for row in rows):
+            self.ms = {row["context"]: statistics.median(row["unsynchronized_ms"]) for row in rows}
 
-    def ratio_to(self, other: Curve, context: int) -> dict[str, Any]:
-        """Return what this arm takes over what `other` does in turns with it; unsynchronised turns if there are enough."""
+    def ratio_to(self, other: Curve, context: int) -> float:
+        """Return the ratio of this arm's steps to the `other` arm's. Takes unsynchronised turns if there are enough."""
         rows = self.rows[context], other.rows[context]
-        free = [[[ms] for ms in row["unsynchronized_ms"] or ()] for row in rows]
-        enough = min(map(len, free)) >= harness.FEWEST_ROUNDS
-        return harness.ratio_of_rounds(*(free if enough else [row["step_ms"] for row in rows]))
+        turns = [[[ms] for ms in row["unsynchronized_ms"] or ()] for row in rows]  # None in older files
+        if min(map(len, turns)) < harness.FEWEST_ROUNDS:
+            turns = [row["step_ms"] for row in rows]
+        return harness.ratio_of_rounds(*turns)["value"]
 
     def beside(self, other: Curve) -> dict[int, float]:
-        """Return the same as `other`'s median times the ratio to it, in which what slows down both cancels."""
-        return {n: other.ms[n] * self.ratio_to(other, n)["value"] if n in other.ms else ms for n, ms in self.ms.items()}
+        """Return this arm's times as the `other` arm's times their ratio. A slow machine cancels in the ratio."""
+        return self.ms | {n: other.ms[n] * self.ratio_to(other, n) for n in self.ms if n in other.ms}
 
     def new_length_ms(self) -> float:
-        """Return what a step pays more at a length that the process has never seen; 0 if that is not worth counting.
+        """Return how much longer a step takes at a length that is new to the process; 0 if that is not worth counting.
 
-        The price, a plan for the kernels, does not depend on the length. A machine that is twice as slow for some seconds doubles
-        it, and doubles a small step, too. So the ratio of both, taken within a second, is what is measured best.
+        The extra time, for planning kernels, does not depend on the length. It is measured as a ratio of neighbouring
+        steps: a machine that is slow for some seconds slows down both.
         """
-        known = [(row.get("first_time_ms", ()), row.get("again_ms", ())) for row in self.rows.values()]
-        factors = [first / again for pair in known for first, again in zip(*pair, strict=True)]
+        factors = list[float]()
+        for row in self.rows.values():
+            factors += np.divide(row.get("first_time_ms", []), row.get("again_ms", [])).tolist()
         factor = statistics.median(factors or [1.0])
         return (factor - 1) * statistics.median(self.ms.values()) if factor >= NEW_LENGTHS_COST else 0.0
 
 
-def sum_ms(ms: dict[int, float], tokens: int, new: range = range(0), new_length_ms: float = 0.0) -> float:
-    """Return the time of reading so many tokens one by one, of which those at `new` lengths take so much longer."""
-    return float(np.interp(np.arange(tokens), list(ms), list(ms.values())).sum()) + len(new) * new_length_ms
+def sum_ms(ms: dict[int, float], tokens: int) -> float:
+    """Return the time of reading `tokens` tokens one by one, from the times of steps by the number of tokens before."""
+    return float(np.interp(np.arange(tokens), list(ms), list(ms.values())).sum())
 
 
 def attention(result: dict[str, Any]) -> str:
-    """Return which attention backends were asked for."""
+    """Return the `--sdpa-backend` of a result."""
     return str(result["protocol"].get("sdpa_backend", "auto"))
 
 
 def setting(result: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what two results must share to be compared. Times depend on how weights are stored, and not on their values."""
+    """Return what two results must share to be compared. Times depend on how weights are stored, not on their values."""
     device, model = result["device"], result["model"]
     threads = result["threads"] if device["type"] == "cpu" else None
     weights = model["type"], model["parameters"], model["weight_bytes"]
@@ -386,52 +392,69 @@ def setting(result: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def regimes(results: Results) -> pd.DataFrame:
-    """Return whole runs beside steps: the gain that was measured, and that which the steps, summed over the run, predict.
+    """Return the measured gains of whole runs beside the gains that their steps, summed over the run, predict.
 
-    Of several latency results it is the one nearest in time. Only runs of one token per step and sample are predicted, up to
-    the last context that was measured. To the first text of a process all lengths are new but those of the warm-up: for a dense
-    cache, and for a bounded one until it is full. To later texts none is.
+    Only runs that read one token of one sample per step are predicted.
     """
     lines = []
-    runs = [one for one in results.of("ppl") if (one["protocol"]["mode"], one["protocol"]["batch_size"]) == ("step", 1)]
-    pairs = [(one, row) for one in runs for row in one["rows"] if row["arm"] == "sink" and not row["reason"]]
-    for run, sink_row in pairs:
-        capacity, moment = sink_row["capacity"], datetime.fromisoformat(run["date"])
-        dense_row = next((row for row in run["rows"] if row["arm"] == "dense" and not row["reason"]), None)
-        near = [one for one in results.of("latency") if setting(one) == setting(run)]
-        near.sort(key=lambda one: abs(datetime.fromisoformat(one["date"]) - moment))
-        curves = ((Curve(one, "dense"), Curve(one, "sink", capacity)) for one in near)
-        dense, sink = next((both for both in curves if both[0].ms and both[1].ms), (None, None))
-        if dense is None or sink is None or dense_row is None:
+    for run in results.of("ppl"):
+        if (run["protocol"]["mode"], run["protocol"]["batch_size"]) == ("step", 1):
+            rows = [row for row in run["rows"] if not row["reason"]]
+            for dense_row, sink_row in itertools.product(rows, rows):
+                if (dense_row["arm"], sink_row["arm"]) == ("dense", "sink"):
+                    lines += regimes_of_run(results, run, dense_row, sink_row)
+    return pd.DataFrame(lines, columns=None if lines else COLUMNS)
+
+
+def regimes_of_run(
+    results: Results, run: dict[str, Any], dense_row: dict[str, Any], sink_row: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Yield the lines of `regimes` for the first text of a run, and for the later texts together.
+
+    Steps are those of the latency result with the same setting that is nearest in time. They predict nothing beyond their
+    last context. To the first text of a process all lengths but those of the warm-up are new: to a dense cache up to the
+    end of the text, to a bounded cache until it is full.
+    """
+    capacity, moment = sink_row["capacity"], datetime.fromisoformat(run["date"])
+    near = [result for result in results.of("latency") if setting(result) == setting(run)]
+    near.sort(key=lambda result: abs(datetime.fromisoformat(result["date"]) - moment))
+    curves = [(Curve(result, "dense"), Curve(result, "sink", capacity)) for result in near]
+    curves = [(dense, sink) for dense, sink in curves if dense.ms and sink.ms]
+    if not curves:
+        return
+    dense, sink = curves[0]
+    for text, some in (("first", slice(0, 1)), ("later", slice(1, None))):
+        dense_batches, sink_batches = dense_row["batches"][some], sink_row["batches"][some]
+        if not dense_batches:
             continue
-        where = {"shape": shape(run), "device": run["device"]["name"], "capacity": capacity}
-        batches = pd.DataFrame(dense_row["batches"]).assign(
-            sink_seconds=[one["seconds"] for one in sink_row["batches"]]
-        )
-        known, of_sink, price = run["run"]["warm_up_tokens"], sink.beside(dense), dense.new_length_ms()
-        for name, some in (("first", batches[:1]), ("later", batches[1:])):
-            if some.empty:
-                continue
-            tokens, ms = int(some["tokens_processed"].iloc[0]), price if name == "first" else 0.0
-            times = (
-                sum_ms(dense.ms, tokens, range(known, tokens), ms),
-                sum_ms(of_sink, tokens, range(known, min(capacity, tokens)), ms),
-            )
-            last = max((n for n in dense.ms if n in sink.ms and n <= tokens), default=min(sink.ms))
-            measured = some["seconds"].sum() / some["sink_seconds"].sum()
-            predicted = times[0] / times[1] if tokens <= min(max(dense.ms), max(*sink.ms, capacity)) else None
-            line = {"text": name, "tokens": tokens, "last step": dense.ratio_to(sink, last)["value"]}
-            lines.append(where | line | {"measured": measured, "predicted": predicted})
-    return pd.DataFrame(lines) if lines else pd.DataFrame(columns=COLUMNS)
+        tokens = dense_batches[0]["tokens_processed"]
+        last = max((n for n in dense.ms if n in sink.ms and n <= tokens), default=min(sink.ms))
+        predicted = None
+        if tokens <= min(max(dense.ms), max(*sink.ms, capacity)):
+            dense_ms, sink_ms = sum_ms(dense.ms, tokens), sum_ms(sink.beside(dense), tokens)
+            if text == "first":
+                known, price = run["run"]["warm_up_tokens"], dense.new_length_ms()
+                dense_ms += price * max(0, tokens - known)
+                sink_ms += price * max(0, min(capacity, tokens) - known)
+            predicted = dense_ms / sink_ms
+        yield {
+            "shape": shape(run),
+            "device": run["device"]["name"],
+            "capacity": capacity,
+            "text": text,
+            "tokens": tokens,
+            "last step": dense.ratio_to(sink, last),
+            "measured": sum(b["seconds"] for b in dense_batches) / sum(b["seconds"] for b in sink_batches),
+            "predicted": predicted,
+        }
 
 
 def two_regimes(results: Results) -> pd.DataFrame:
     """Return `regimes` in five columns."""
     rows = regimes(results)
+    sizes = rows["capacity"].map("{:,.0f}".format) + rows["tokens"].map(" of {:,.0f}".format)
     rows["shape, device"] = rows["shape"] + ", " + rows["device"]
-    rows["run"] = (
-        rows["text"] + " text, " + rows["capacity"].map("{:,.0f}".format) + rows["tokens"].map(" of {:,.0f}".format)
-    )
+    rows["run"] = rows["text"] + " text, " + sizes
     return rows[["shape, device", "run", "last step", "measured", "predicted"]]
 
 
@@ -440,7 +463,6 @@ TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
     "eager steps": partial(single_steps, compiled=False),
     "memory": memory,
     "time and memory": time_and_memory,
-    "whole calls": whole_calls,
     "kernels": kernels,
     "regimes": two_regimes,
     "new lengths": new_lengths,
@@ -460,10 +482,10 @@ TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
 }
 
 
-# --- pictures: each part draws on axes and returns a title that says the finding, or nothing if there are no numbers ---
+# --- pictures: each part draws on axes and returns a title made of the numbers, or nothing if there are no numbers ---
 
 OURS = "sinks + window (ours)"
-COLOURS = {"dense cache": "C0", OURS: "C1", "window without sinks": "C2"}  # the same in all panels
+COLOURS = {"dense cache": "C0", OURS: "C1", "window without sinks": "C2"}  # in all pictures
 
 
 def line(axes: Axes, x: Any, y: Any, label: str) -> None:
@@ -476,42 +498,49 @@ def line(axes: Axes, x: Any, y: Any, label: str) -> None:
 
 def by_position(results: Results, axes: Axes) -> str:
     """Draw perplexity by position on the longest text that was read beyond the trained context."""
-    runs = [one for one in results.of("ppl") if one["model"]["weights"] == "trained"]
-    run = max(runs, key=lambda one: one["data"]["max_tokens"], default=None)
+    runs = [result for result in results.of("ppl") if result["model"]["weights"] == "trained"]
+    run = max(runs, key=lambda result: result["data"]["max_tokens"], default=None)
     if run is None or run["data"]["max_tokens"] <= run["model"]["trained_context"]:
         return ""
+    beyond = []
     for arm, label in (("dense", "dense cache"), ("window", "window without sinks"), ("sink", OURS)):
-        for row in [row for row in run["rows"] if row["arm"] == arm][:1]:
-            bins = row["by_position"]
-            line(axes, [(one["start"] + one["stop"]) / 2 for one in bins], [one["perplexity"] for one in bins], label)
+        for row in [row for row in run["rows"] if row["arm"] == arm and not row["reason"]][:1]:
+            bins = pd.DataFrame(row["by_position"])
+            line(axes, (bins["start"] + bins["stop"]) / 2, bins["perplexity"], label)
+            name = {"sink": "ours", "window": "no sinks"}.get(arm, arm)
+            beyond.append(f"{name} {figure(row['beyond_trained_context']['perplexity'])}")
     axes.axvline(run["model"]["trained_context"], color="grey", linestyle=":")
     axes.set(xlabel="tokens before", ylabel="perplexity (lower is better)", yscale="log")
-    return "Dense breaks beyond its training; without sinks a window is worse throughout"
+    return f"Perplexity beyond the trained context: {', '.join(beyond)}"
 
 
 def by_context(results: Results, axes: Axes, column: str) -> str:
-    """Draw bytes of the cache, or ms per token (or the GPU's own work where only that is known), of the largest shape."""
+    """Draw `cache_bytes` or `median_ms` by context, of the largest shape.
+
+    Times are of compiled steps. Where no dense cache was compiled at several contexts, they are the GPU's own work.
+    """
     rows = pick(results.frame("latency"), capacity=[CAPACITY, None])
-    compiled = pick(rows, compiled=True, arm="static").groupby("shape", sort=False)["context"].nunique().gt(1)
-    is_compiled = column == "median_ms" and compiled.any()
-    column = "gpu_ms" if column == "median_ms" and not is_compiled else column
-    eager = pick(rows, arm="dense").dropna(subset=[column])["shape"].unique()
-    chosen, ends = next(reversed(compiled[compiled].index if is_compiled else eager), None), []
-    for arm, label in (("static" if is_compiled else "dense", "dense cache"), ("sink", OURS)) if chosen else ():
-        found = pick(rows, shape=chosen, arm=arm, compiled=is_compiled).dropna(subset=[column])
+    contexts = pick(rows, compiled=True, arm="static").groupby("shape", sort=False)["context"].nunique()
+    shapes = list(contexts[contexts > 1].index)
+    is_compiled = column == "median_ms" and bool(shapes)
+    if not is_compiled:
+        column = "gpu_ms" if column == "median_ms" else column
+        shapes = list(pick(rows, arm="dense").dropna(subset=[column])["shape"].unique())
+    ends = []
+    for arm, label in (("static" if is_compiled else "dense", "dense cache"), ("sink", OURS)) if shapes else ():
+        found = pick(rows, shape=shapes[-1], arm=arm, compiled=is_compiled).dropna(subset=[column])
         found = found.drop_duplicates("context", keep="last")
         line(axes, found["context"], found[column] / (MIB if column == "cache_bytes" else 1), label)
         ends += list(found[column][-1:])
-    units = {
-        "cache_bytes": "cache, MiB",
-        "median_ms": "ms per token, compiled",
-        "gpu_ms": "ms per token, GPU's own work",
-    }
-    axes.set(xlabel="context, tokens", ylabel=f"{units[column]} (lower is better)", ylim=(0, None))
     if len(ends) < 2:
         return ""
-    what = units[column].split(",")[0].capitalize()
-    return f"{what}: {ends[0] / ends[1]:.2g} times less in the end ({chosen})"
+    what, unit = {
+        "cache_bytes": ("Cache", "cache, MiB"),
+        "median_ms": ("Ms per token", "ms per token, compiled"),
+        "gpu_ms": ("Ms per token", "ms per token, GPU's own work"),
+    }[column]
+    axes.set(xlabel="context, tokens", ylabel=f"{unit} (lower is better)", ylim=(0, None))
+    return f"{what}: {ends[0] / ends[1]:.2g} times less in the end ({shapes[-1]})"
 
 
 def by_capacity(results: Results, axes: Axes) -> str:
@@ -524,7 +553,11 @@ def by_capacity(results: Results, axes: Axes) -> str:
         axes.axhline(dense, color="black", label="dense cache")
     axes.legend(fontsize="small")
     axes.set(xlabel="capacity, tokens", ylabel="perplexity (lower is better)")
-    return "Four sinks make up for most of what a window loses" if len(rows) else ""
+    if rows.empty:
+        return ""
+    last = rows.iloc[-1]
+    with_sinks, without = figure(last["sink"]), figure(last["window"])
+    return f"Perplexity at {last['capacity']:,} tokens: {with_sinks} with sinks, {without} without"
 
 
 def by_regime(results: Results, axes: Axes) -> str:
@@ -536,31 +569,36 @@ def by_regime(results: Results, axes: Axes) -> str:
         ("predicted", "whole run, predicted from steps", "x"),
     ):
         axes.plot(rows[column], range(len(rows)), marker, label=label)
-    where = [f"{one}\n{run}" for one, run in zip(rows["shape, device"], rows["run"], strict=True)]
-    axes.set_yticks(range(len(rows)), where, fontsize="x-small")
+    axes.set_yticks(range(len(rows)), rows["shape, device"] + "\n" + rows["run"], fontsize="x-small")
     axes.set(xlabel="times as fast as a dense cache (higher is better)")
     axes.legend(fontsize="small")
-    return "Whole runs gain what their steps gain, summed over all lengths" if len(rows) else ""
+    errors = (rows["predicted"] / rows["measured"] - 1).abs().dropna()
+    if errors.empty:
+        return ""
+    off = f"{errors.median():.0%} off (median), at most {errors.max():.0%}"
+    return f"Gains of whole runs, predicted from their steps: {off}"
 
 
 def price_of_new_lengths(results: Results, axes: Axes) -> str:
-    """Draw what a dense step takes at new lengths, and again, where that differs most."""
+    """Draw the times of dense steps at new lengths, and at the same lengths again, of the shape where they differ most."""
     rows = new_lengths(results)
-    worst = rows.loc[(rows["first_time_ms"] / rows["again_ms"]).idxmax()] if len(rows) else None
-    rows = pick(rows, shape=worst["shape"]) if worst is not None else rows
+    if rows.empty:
+        return ""
+    times = rows["first_time_ms"] / rows["again_ms"]
+    worst = rows["shape"][times.idxmax()]
+    rows = pick(rows, shape=worst)
     for column, label in (("first_time_ms", "at a length never seen"), ("again_ms", "at the same length again")):
         line(axes, rows["context"], rows[column], label)
     axes.set(xlabel="context, tokens", ylabel="ms per token, dense cache (lower is better)", ylim=(0, None))
-    return f"A dense cache pays for every new length, a ring has one ({worst['shape']})" if worst is not None else ""
+    return f"At a new length a dense step takes up to {figure(times.max())} times as long ({worst})"
 
 
 def by_streams(results: Results, axes: Axes) -> str:
-    """Draw tokens per second of many streams, and what reading weights and cache once a step allows the pool."""
-    rows = pick(results.frame("throughput"), what="steady").reindex(
-        columns=["shape", "arm", "streams", "tokens_per_second", "floor_ms"]
-    )
+    """Draw tokens per second of many streams, and the limit of the pool: weights and cache are read once a step."""
+    columns = ["shape", "arm", "streams", "tokens_per_second", "floor_ms"]
+    rows = pick(results.frame("throughput"), what="steady").reindex(columns=columns)
     rows = rows.dropna(subset=["tokens_per_second"])
-    rows = rows[rows["shape"] == rows["shape"].iloc[-1]].sort_values("streams") if len(rows) else rows
+    rows = pick(rows, shape=list(rows["shape"][-1:])).sort_values("streams")
     pool = pick(rows, arm="pool")
     limit, label = 1e3 * pool["streams"] / pool["floor_ms"], "limit of the pool:\nmemory is read once a step"
     if rows["streams"].nunique() == 1:  # bars, because a line needs two points
@@ -579,11 +617,11 @@ def by_streams(results: Results, axes: Axes) -> str:
 
 
 def by_distance(results: Results, axes: Axes) -> str:
-    """Draw what is recalled of a segment that comes back, by its distance; the dotted line is the capacity."""
+    """Draw how much of a segment that comes back is recalled, by its distance. The dotted line is the capacity."""
     rows = recall(results)
-    rows = rows[rows["file"] == rows["file"].iloc[-1]] if len(rows) else rows
+    rows = pick(rows, file=list(rows["file"][-1:]))
     axes.set_xscale("log", base=2)
-    # Without recomputation, which is asked too few questions for a line.
+    # Recomputation is left out: it is asked too few questions for a line.
     for method, label in (("dense", "dense cache"), ("sink", OURS), ("window", "window without sinks")):
         found = pick(rows, method=method).sort_values("distance_tokens")
         line(axes, found["distance_tokens"], found["accuracy"].astype(float), label)
@@ -605,7 +643,7 @@ PICTURES: dict[str, Sequence[Callable[[Results, Axes], str]]] = {
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Draw the pictures that there are numbers for, and return their paths."""
+    """Draw the pictures whose parts all have numbers, and return their paths."""
     written = []
     for name, parts in PICTURES.items():
         size = (2 + 5 * len(parts), 4.5)
@@ -624,45 +662,53 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 
 def number(results: Results, query: str) -> str:
-    """Return one figure: a frame, what its row must have, and a column, as in `latency shape=pythia-70m arm=sink median_ms`.
+    """Return one figure by its query: a frame, conditions on its row, and a column.
 
-    A column may lie within another (`same_tokens.perplexity`), and `_mib` stands for `_bytes` in MiB.
+    An example is `latency shape=pythia-70m arm=sink median_ms`. A column may lie within another column, as in
+    `same_tokens.perplexity`; `_mib` stands for `_bytes` in MiB. Of several rows, the last one is taken.
     """
     kind, *wanted, column = query.split()
     found = pick(results.frame(kind), **conditions(wanted))
-    value: Any = None if found.empty else found.iloc[-1]
+    row = None if found.empty else found.iloc[-1]
+    value: Any = row
     for name in column.replace("_mib", "_bytes").split("."):
         value = value.get(name) if hasattr(value, "get") else None
     if value is None or pd.isna(value):
         raise BenchmarkError(f"no result has the figure {query!r}")
-    last = found.iloc[-1]
-    doubtful = column in ("value", "median_ms") and re.search(DOUBTS, last["note"] + last["warning"])
-    value = value.item() if isinstance(value, np.generic) else value
+    doubtful = column in ("value", "median_ms") and re.search(DOUBTS, row["note"] + row["warning"])
     return figure(value / MIB if column.endswith("_mib") else value, doubtful)
 
 
 def conditions(wanted: Sequence[str]) -> dict[str, Any]:
-    """Return what `context=4096`, `compiled=True` and the like ask of a row, for `pick`."""
-    values = {"True": True, "False": False}
-    pairs = dict(one.split("=") for one in wanted)
-    return {name: values.get(v, int(v) if v.isdecimal() else v) for name, v in pairs.items()}
+    """Return conditions such as `context=4096` and `compiled=True` as arguments of `pick`."""
+    found: dict[str, Any] = dict(condition.split("=") for condition in wanted)
+    for name, value in found.items():
+        if value in ("True", "False"):
+            found[name] = value == "True"
+        elif value.isdecimal():
+            found[name] = int(value)
+    return found
 
 
 def some_table(results: Results, query: str) -> pd.DataFrame:
-    """Return a table by its name, and of it what is asked for after that: `eager steps; context=32768; shape; sink, ms`."""
+    """Return a table by its query: its name, conditions on rows and names of columns, after `; ` each.
+
+    An example is `eager steps; context=32768; shape; sink, ms`. Without columns in the query, all are taken.
+    """
     name, *wanted = query.split("; ")
     if name not in TABLES:
         raise BenchmarkError(f"unknown table {name!r}: choose {', '.join(TABLES)}")
-    rows, columns = [one for one in wanted if "=" in one], [one for one in wanted if "=" not in one]
-    every = TABLES[name](results)
-    if missing := {one.partition("=")[0] for one in wanted} - {*every.columns} if len(every) else set():
-        raise BenchmarkError(f"the table {name!r} has {', '.join(every.columns)}, but not {', '.join(sorted(missing))}")
-    found = pick(every, **conditions(rows))
+    found = TABLES[name](results)
+    missing = {word.partition("=")[0] for word in wanted} - {*found.columns}
+    if missing and len(found):
+        raise BenchmarkError(f"the table {name!r} has {', '.join(found.columns)}, but not {', '.join(sorted(missing))}")
+    found = pick(found, **conditions([word for word in wanted if "=" in word]))
+    columns = [word for word in wanted if "=" not in word]
     return found.reindex(columns=columns) if columns else found
 
 
 def write(text: str, results: Results) -> str:
-    """Return a text with its marked tables and figures made anew."""
+    """Return a text whose marked tables and figures are made anew."""
 
     def fill(found: re.Match[str]) -> str:
         if found[2] == "figure":
@@ -673,7 +719,7 @@ def write(text: str, results: Results) -> str:
 
 
 def page(results: Results, pictures: Sequence[Path]) -> str:
-    """Return one HTML page that holds everything."""
+    """Return one HTML page with all tables, pictures and sources."""
     frames = {name: table(results).dropna(axis=1, how="all") for name, table in TABLES.items()}
     shown = {name: frame.astype(object).map(figure) for name, frame in frames.items() if len(frame)}
     tables = {name: frame.to_html(index=False) for name, frame in shown.items()}

@@ -2,13 +2,14 @@
 
     python -m benchmarks.serve
 
-Starts `python -m examples.serve` with SmolLM2-135M-Instruct in float32. All clients ask at the same time and get streamed greedy
-answers; every third closes its connection halfway. The other answers are compared with those of `endless`, one text alone.
+Starts `python -m examples.serve` with SmolLM2-135M-Instruct in float32. All clients ask at the same time and get streamed
+greedy answers. Every third client closes its connection halfway. The other answers are compared with those that
+`endless` gives to each question alone.
 
-Results: `serve.json` in `--output`, with `rows`, one for each client: the pieces of text that it
-got, the time to the first in ms, and whether its text is that of `endless` (null for those who left). `overhead` is the time
-from the pool's step to the socket: bounds in ms that half and 95% of the tokens keep, from the server's own histogram, whose
-buckets grow by 20%.
+Writes `serve.json` in `--output`. `rows` has for each client the number of pieces of text that it got, the time to the
+first piece in ms, and whether the text is that of `endless` (null for clients who left). `overhead` is the time from the
+pool's step to the socket. It comes from the server's own histogram, whose buckets grow by 20%: upper bounds in ms for 50%
+and 95% of the tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ N_SINK, WINDOW, NAME = 4, 252, "SmolLM2-135M-Instruct"
 
 
 async def ask(client: openai.AsyncOpenAI, message: str, new_tokens: int, leaves: bool) -> dict[str, Any]:
-    """Return what one client got."""
+    """Ask the server as one client, and return what the client got."""
     start, first, pieces = time.perf_counter(), 0.0, list[str]()
     async with await client.chat.completions.create(
         model=NAME, messages=[{"role": "user", "content": message}], stream=True, temperature=0, max_tokens=new_tokens
@@ -60,7 +61,7 @@ async def ask(client: openai.AsyncOpenAI, message: str, new_tokens: int, leaves:
 
 
 async def ask_all(url: str, messages: list[str], new_tokens: int) -> list[dict[str, Any]]:
-    """Wait for the server, and return what the clients got."""
+    """Wait for the server, let all clients ask at once, and return what each got."""
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client:
         for _ in range(600):
             try:
@@ -72,7 +73,7 @@ async def ask_all(url: str, messages: list[str], new_tokens: int) -> list[dict[s
 
 
 def overhead(url: str) -> dict[str, float]:
-    """Return what the server's histogram says of its own time for a token."""
+    """Return the number of tokens in the server's histogram, and upper bounds of its own time for a token."""
     families = {family.name: family for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text)}
     samples = families["sink_cache_token_overhead_seconds"].samples
     buckets = [(float(s.labels["le"]), s.value) for s in samples if s.name.endswith("_bucket")]
@@ -82,7 +83,7 @@ def overhead(url: str) -> dict[str, float]:
 
 
 def alone(message: str, model: Any, tokenizer: Any, new_tokens: int) -> str:
-    """Return the answer of `endless`."""
+    """Return the answer of `endless` to one message."""
     chat = [{"role": "user", "content": message}]
     ids = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -102,25 +103,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=int, default=32, help="of each answer (%(default)s)")
     args = parser.parse_args(argv)
     args.module, args.name = "serve", "serve"
-    if hasattr(os, "sched_setaffinity"):  # the server inherits it; clients are on the same cores
+    if hasattr(os, "sched_setaffinity"):  # two cores for this process, and so for the server that it starts
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     torch.set_num_threads(2)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     sizes = {"n-sink": N_SINK, "window": WINDOW, "max-streams": args.clients}
     options = [f"--{name}={value}" for name, value in sizes.items()]
-    command = [
-        sys.executable,
-        "-m",
-        "examples.serve",
-        f"--model={smollm2.fetch()}",
-        f"--port={port}",
-        "--dtype=float32",
-    ]
+    options += [f"--model={smollm2.fetch()}", f"--port={port}", "--dtype=float32"]
     others = float(psutil.cpu_percent(0.5)) / 100
     messages = [f"What does Python's help say about {topic}?" for topic in sorted(topics)[: args.clients]]
     url = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen([*command, *options], env={**os.environ, "OMP_NUM_THREADS": "2"})
+    command = [sys.executable, "-m", "examples.serve", *options]
+    server = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "2"})
     try:
         rows = asyncio.run(ask_all(url, messages, args.new_tokens))
         spent = overhead(url)
@@ -129,14 +124,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         server.wait(timeout=60)
     model, tokenizer = smollm2.load()
     for row in rows:
-        row["as_alone"] = (
-            None if row["left"] else row["text"] == alone(row["message"], model, tokenizer, args.new_tokens)
-        )
+        row |= {"as_alone": None, "reason": ""}
+        if not row["left"]:
+            row["as_alone"] = row["text"] == alone(row["message"], model, tokenizer, args.new_tokens)
     stayed = [row["as_alone"] for row in rows if not row["left"]]
     loaded = models.LoadedModel(model, tokenizer, NAME)
     with harness.Result("serve", loaded, args, argv, sizes=sizes, cpu_share_of_others=others, overhead=spent) as result:
         result.data["versions"] |= {name: version(name) for name in ("fastapi", "uvicorn", "openai")}
-        result.rows += [row | {"reason": ""} for row in rows]
+        result.rows += rows
     print(f"{sum(stayed)} of {len(stayed)} that stayed got what they get alone; overhead of a token: {spent}")
 
 

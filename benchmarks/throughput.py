@@ -36,7 +36,7 @@ OPTIONS = {
     "text_tokens": (65536, "of each text"),
     "chunk_sizes": ([1020, 4096, 8192], "tokens per forward"),
 }
-MODES = {  # what is measured, and its own options
+MODES = {  # what each measures, and the options that only it or some of the modes have
     "steady": ("texts that begin at once and run without an end", ["prompt_tokens", "new_tokens", "others_new_tokens"]),
     "rows": ("steps in endless of batches whose rows have read different numbers of tokens", ["new_tokens", "rounds"]),
     "gap": ("steps of the others while a long text is read", ["prompt_tokens", "long_prompt"]),
@@ -64,7 +64,7 @@ class Bench:
         return [int(token) for token in self.random.integers(1, self.vocab_size, tokens)]
 
     def pool(self, streams: int) -> StreamPool:
-        """Return an empty pool in which all is compiled; the same one each time."""
+        """Return an empty pool whose graphs are compiled. Calls with equal `streams` return the same pool."""
         if streams not in self.pools:
             sizes = {"n_sink": self.args.n_sink, "window": self.capacity - self.args.n_sink, "max_streams": streams}
             chunk = self.args.prefill_chunk_size
@@ -76,32 +76,38 @@ class Bench:
         return self.pools[streams]
 
     def running_pool(self, streams: int) -> tuple[StreamPool, list[Stream]]:
-        """Return a pool in which all streams run, without an end."""
+        """Return a pool and its streams. All of them run, and none ends."""
         pool = self.pool(streams)
         added = [pool.add(self.text(self.args.prompt_tokens), seed=seed, **SAMPLING) for seed in range(streams)]
         while pool.counts["running"] < streams:
             pool.step()
         return pool, added
 
-    # --- steady: from the last first token to the first last one, all streams run ---
+    # --- steady ---
 
     def steady(self, arm: str, streams: int) -> dict[str, Any]:
-        """Return the rate of an arm, the time of a step, and the floor: reading the weights and the cache once."""
-        start, moments, cache_bytes = getattr(self, f"_{arm}")(streams)
+        """Return the rate of an arm, the time of a step, and the floor: reading the weights and the cache once.
+
+        Only the time in which all streams run counts. It begins when the last stream gets its first token, and ends when
+        the first stream gets its last token.
+        """
+        run = {"pool": self._pool, "generate": self._generate, "generate_batch": self._generate_batch}[arm]
+        start, moments, cache_bytes = run(streams)
         begin, end = max(times[0] for times in moments), min(times[-1] for times in moments)
         within = [np.diff([moment for moment in times if begin <= moment <= end]) for times in moments]
-        steps = 1e3 * np.concatenate(within)
-        first = np.median([times[0] - start for times in moments])
-        found = (
-            {"step_ms": float(np.median(steps)), "step_p99_ms": float(np.percentile(steps, 99))} if len(steps) else {}
-        )
-        return found | {
-            "tokens_per_second": len(steps) / (end - begin) if len(steps) else None,
-            "time_to_first_token_ms": 1e3 * float(first),
+        found = {
+            "time_to_first_token_ms": 1e3 * float(np.median([times[0] - start for times in moments])),
             "cache_bytes": cache_bytes,
             "floor_ms": (models.step_weight_bytes(self.model) + (cache_bytes or 0)) / self.bytes_per_ms,
             "raw_step_ms": (1e3 * within[-1]).round(4).tolist(),  # of the last stream
+            "tokens_per_second": None,
         }
+        if len(steps := 1e3 * np.concatenate(within)):
+            found["step_ms"], found["step_p99_ms"] = float(np.median(steps)), float(np.percentile(steps, 99))
+            found["tokens_per_second"] = len(steps) / (end - begin)
+        return found
+
+    # Each arm returns the moment of its start, the moments of each stream's tokens, and the bytes of its cache.
 
     def _pool(self, streams: int) -> tuple[float, list[Moments], int]:
         pool, texts = self.pool(streams), [self.text(self.args.prompt_tokens) for _ in range(streams)]
@@ -116,7 +122,7 @@ class Bench:
 
     def _generate(self, streams: int) -> tuple[float, list[Moments], int]:
         ids = torch.tensor([self.text(self.args.prompt_tokens) for _ in range(streams)], device=self.model.device)
-        for new_tokens in (3, self.args.others_new_tokens):  # the first to warm up
+        for new_tokens in (3, self.args.others_new_tokens):  # the first call warms up
             cache = DynamicCache(config=self.model.config)
             generate(self.model, ids, cache, new_tokens, streamer=(noted := StepTimes()), **SAMPLING)
         return noted.moments[0], [noted.moments[1:]] * streams, harness.cache_bytes(cache)
@@ -132,23 +138,21 @@ class Bench:
         return start, moments, None
 
     def rows(self, batch: int) -> list[dict[str, Any]]:
-        """Return the times of steps in `endless` of batches whose rows have read different numbers of tokens, in turns."""
-        made = []
+        """Return the times of steps in `endless`, in turns: of batches whose rows have read as `prompt_lengths` says."""
+        chunk, inputs, found = self.args.prefill_chunk_size, [], list[dict[str, Any]]()
         for kind in KINDS:
             lengths = prompt_lengths(kind, batch, self.capacity, self.args.new_tokens)
             ids = torch.tensor([self.text(int(lengths.max())) for _ in range(batch)], device=self.model.device)
-            mask = (torch.arange(ids.shape[1]) >= (ids.shape[1] - lengths)[:, None]).long().to(ids.device)
-            made.append((ids, {} if kind == "same" else {"attention_mask": mask}))
-        found: list[dict[str, Any]] = [
-            {"rows": kind, "prompt_ms": [], "warm_up_ms": [], "step_ms": []} for kind in KINDS
-        ]
-        for turn in range(self.args.rounds + 1):  # the first compiles
-            for (ids, options), row in zip(made, found, strict=True):
-                cache = Arm("endless", self.capacity).make_cache(self.model, self.args.n_sink)
-                options |= {"custom_generate": endless, "prefill_chunk_size": self.args.prefill_chunk_size}
-                generate(self.model, ids, cache, self.args.new_tokens, streamer=(noted := StepTimes()), **options)
+            is_text = torch.arange(ids.shape[1]) >= (ids.shape[1] - lengths)[:, None]  # after padding on the left
+            inputs.append((ids, {} if kind == "same" else {"attention_mask": is_text.long().to(ids.device)}))
+            found.append({"rows": kind, "prompt_ms": [], "warm_up_ms": [], "step_ms": []})
+        for turn in range(self.args.rounds + 1):  # turn 0 compiles
+            for (ids, mask), row in zip(inputs, found, strict=True):
+                cache, times = Arm("endless", self.capacity).make_cache(self.model, self.args.n_sink), StepTimes()
+                options = {"custom_generate": endless, "prefill_chunk_size": chunk, "streamer": times, **mask}
+                generate(self.model, ids, cache, self.args.new_tokens, **options)
                 if turn:
-                    noted.add_to(row)
+                    times.add_to(row)
         summarize(found)
         return found
 
@@ -156,7 +160,7 @@ class Bench:
         """Return how fast `stream` reads texts, by the number of tokens in a forward."""
         found = []
         for size in self.args.chunk_sizes:
-            for tokens in (2 * size, self.args.text_tokens):  # the first to warm up
+            for tokens in (2 * size, self.args.text_tokens):  # the first text warms up
                 ids = torch.tensor([self.text(tokens) for _ in range(batch)], device=self.model.device)
                 cache = SinkWindowCache(self.args.n_sink, self.capacity - self.args.n_sink)
                 harness.synchronize(self.model.device)
@@ -168,10 +172,10 @@ class Bench:
             found.append({"chunk_size": size, "seconds": seconds, "tokens_per_second": batch * tokens / seconds})
         return found
 
-    # --- what one pool does ---
+    # --- one pool ---
 
     def gap(self, streams: int) -> dict[str, Any]:
-        """Return the times between steps of the others while a long text is read."""
+        """Return the times between steps of running streams while a long text is read, and before."""
         (pool, added), found = self.running_pool(streams), dict[str, Any]()
         added[0].close()
         for name in ("before", "while"):
@@ -179,16 +183,16 @@ class Bench:
             long, times = pool.add(self.text(length), max_new_tokens=1, do_sample=False), list[float]()
             while long.is_active or len(times) < 50:
                 start = time.perf_counter()
-                pool.step()  # returns tokens, so it has waited; the device is at the next step already
+                pool.step()  # returns tokens, so it has waited for the device
                 times.append(1e3 * (time.perf_counter() - start))
             long.close()
             found[f"step_ms_{name}"] = harness.summary(times) | {"max": max(times), "n": len(times)}
         return {"streams": streams - 1, "prefill_chunk_size": self.args.prefill_chunk_size, **found}
 
     def traffic(self, streams: int) -> dict[str, Any]:
-        """Return how requests fare that arrive at random over the first half of `ideal_s`.
+        """Return how long requests take that arrive at random over the first half of `ideal_s`.
 
-        That is the time to read all prompts, and then to generate all answers with every row taken.
+        `ideal_s` is the time to read all prompts, and then to generate all answers with every row taken.
         """
         requests = self.args.requests
         lengths = [self.random.integers(low, high + 1, requests) * self.args.scale for low, high in (PROMPTS, ANSWERS)]
@@ -205,8 +209,10 @@ class Bench:
         reading = sample.sum() / (time.perf_counter() - start)
         pool.close()
         ideal = float(prompts.sum() / reading + answers.sum() / steady)
-        arrivals, texts = np.sort(self.random.random(requests) * ideal / 2), [self.text(int(n)) for n in prompts]
-        waits, arrived, states, done = dict[Stream, float](), dict[Stream, float](), list[dict[str, Any]](), 0
+        arrivals = np.sort(self.random.random(requests) * ideal / 2)
+        texts = [self.text(int(length)) for length in prompts]
+        arrived, waits = dict[Stream, float](), dict[Stream, float]()  # when, and how long for the first token
+        states, done = list[dict[str, Any]](), 0
         start = time.perf_counter()
         while done < requests:
             while len(arrived) < requests and arrivals[len(arrived)] <= time.perf_counter() - start:
@@ -221,18 +227,21 @@ class Bench:
                 states.append({"seconds": time.perf_counter() - start, **self._state()})
         seconds = time.perf_counter() - start
         found = {"requests": requests, "prompt_tokens": int(prompts.sum()), "answer_tokens": int(answers.sum())}
-        found |= {"reading_tokens_per_second": float(reading), "steady_tokens_per_second": steady}
-        found |= {"ideal_s": ideal, "seconds": seconds, "share_of_ideal": ideal / seconds, "states": states}
+        rates = {"reading_tokens_per_second": float(reading), "steady_tokens_per_second": steady}
+        times = {"ideal_s": ideal, "seconds": seconds, "share_of_ideal": ideal / seconds, "states": states}
         firsts = {f"p{p}": float(np.percentile(list(waits.values()), p)) for p in (50, 95)}
-        return {"streams": streams, **found, "time_to_first_token_s": firsts}
+        return {**found, **rates, **times, "time_to_first_token_s": firsts}
 
     def soak(self, streams: int) -> dict[str, Any]:
-        """Return what has grown over many steps, and how many of the checked streams got what they get by themselves."""
+        """Let streams join and leave. Return memory and graphs over time, and how many checked streams are right.
+
+        A checked stream is right if its text gets the same tokens when it runs alone.
+        """
         pool, steps, most = self.pool(streams), self.args.soak_steps, self.capacity
         texts, checked, states = dict[Stream, list[int]](), list[tuple[list[int], list[int]]](), list[dict[str, Any]]()
         finished, start = 0, time.perf_counter()
         for step in range(1, steps + 1):
-            if len(texts) < streams + 2 and self.random.random() < 0.3:  # now and then, one has to wait
+            if len(texts) < streams + 2 and self.random.random() < 0.3:  # sometimes two streams wait for a row
                 text, new = self.text(int(self.random.integers(1, 3 * most))), int(self.random.integers(1, 2 * most))
                 texts[pool.add(text, max_new_tokens=new, do_sample=False)] = text
             for stream, _ in pool.step():
@@ -251,7 +260,7 @@ class Bench:
             alone = pool.add(text, max_new_tokens=len(expected), do_sample=False)
             same += [token for _, token in pool] == expected
             alone.close()
-        return {"streams": streams, **found, "checked": len(checked), "the_same_alone": same, "states": states}
+        return {**found, "checked": len(checked), "the_same_alone": same, "states": states}
 
     def _state(self) -> dict[str, int]:
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -259,43 +268,45 @@ class Bench:
 
 
 def prompt_lengths(kind: str, batch: int, capacity: int, new_tokens: int) -> torch.Tensor:
-    """Return how many tokens each row reads, `[batch]`: the same, different ones, or every other row not filling its cache."""
+    """Return how many tokens each row reads, `[batch]`: equal or different numbers, or `half` of the rows with a full cache."""
     full = capacity + capacity // 16
     if kind == "same":
         return torch.full((batch,), full)
     if kind == "differ":
         return torch.linspace(full, 2 * capacity, batch).long()
-    short = torch.linspace(4, capacity - new_tokens - 4, batch).long()  # not full at the end of the call either
+    short = torch.linspace(4, capacity - new_tokens - 4, batch).long()  # still not full when the call ends
     return torch.where(torch.arange(batch) % 2 == 0, short, full)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse and check the command line: what is measured comes first."""
+    """Parse and check the command line, whose first word is one of `MODES`."""
     what, rest = harness.kind_of(argv, __doc__, {name: says for name, (says, _) in MODES.items()})
     parser = harness.Parser(f"throughput {what}", MODES[what][0])
-    options = OPTIONS | ({"streams": ([1], "texts at once")} if what == "read" else {})
+    options = OPTIONS | {
+        "read": {"streams": ([1], "texts at once")},
+        "gap": {"streams": (*OPTIONS["streams"], 2)},
+        "rows": {"new_tokens": (*OPTIONS["new_tokens"], WARM_UP_TOKENS + 2)},
+    }.get(what, {})
     shared = ("streams",) if what == "read" else ("streams", "prefill_chunk_size")
     parser.numbers(**{name: options[name] for name in (*shared, *MODES[what][1])})
-    parser.least |= {"gap": {"streams": 2}, "rows": {"new_tokens": WARM_UP_TOKENS + 2}}.get(what, {})
     parser.add_argument("--seed", type=int, default=0, help="of texts (%(default)s)")
     if what == "steady":
         parser.names("--arms", of=ARMS)
     args = parser.parse(rest)
     args.what = what
-    harness.fill_in(args, capacities=[1024])
-    harness.fill_in(args, **{"prompt_tokens": args.capacities[0]} if what in ("steady", "gap", "traffic") else {})
-    least = args.new_tokens + args.n_sink + 8 if what == "rows" else 0
-    parser.refuse(
-        {
-            "a pool has one capacity: give one of --capacities": len(args.capacities) > 1,
-            f"--capacities must be at least --new-tokens + --n-sink + 8 = {least}": args.capacities[0] < least,
-        }
-    )
+    parser.fill_in_sizes(args, [1024])
+    parser.refuse(len(args.capacities) > 1, "a pool has one capacity: give one of --capacities")
+    if "prompt_tokens" in args:
+        harness.fill_in(args, prompt_tokens=args.capacities[0])
+    if what == "rows":
+        least = args.new_tokens + args.n_sink + 8
+        says = f"--capacities must be at least --new-tokens + --n-sink + 8 = {least}"
+        parser.refuse(args.capacities[0] < least, says)
     return args
 
 
 def measure(bench: Bench, result: harness.Result) -> None:
-    """Measure what was asked for; of an arm that cannot run, the reason is noted."""
+    """Measure one of `MODES`. An arm of transformers that cannot run gets a row with the reason."""
     what, capacity = bench.args.what, bench.capacity
     arms = bench.args.arms if what == "steady" else [{"rows": "endless", "read": "stream"}.get(what, "pool")]
     for streams, arm in itertools.product(bench.args.streams, arms):
@@ -309,7 +320,8 @@ def measure(bench: Bench, result: harness.Result) -> None:
             if not arm.startswith("generate"):
                 raise
             found = {"reason": reason_for(error)}
-        result.rows += [row | one for one in (found if isinstance(found, list) else [found])]
+        several = found if isinstance(found, list) else [found]
+        result.rows += [row | numbers for numbers in several]
         result.keep()
 
 

@@ -1,4 +1,4 @@
-"""`benchmarks.calls`: arms that take turns and what they say about each other, and long runs."""
+"""`benchmarks.calls`: arms that take turns, their ratios, and long runs."""
 
 import functools
 import itertools
@@ -32,8 +32,8 @@ def model() -> PreTrainedModel:
 def _tiny(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model is tiny, and its text is read as bytes; long runs note 25 times."""
     monkeypatch.setattr(models, "chosen", lambda *_: [models.LoadedModel(model, None, "tiny")])
-    monkeypatch.setattr(calls, "SAMPLES", 25)
-    monkeypatch.setattr(calls.gc, "collect", lambda: 0)  # of all that a test run holds: a tenth of a second each
+    monkeypatch.setattr(calls, "NOTES", 25)
+    monkeypatch.setattr(calls.gc, "collect", lambda: 0)  # a call takes a tenth of a second within a test run
 
 
 def measured(folder: Path, *arguments: str) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def test_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_ratios_are_of_what_they_say() -> None:
-    # An eager step over an eager one, a compiled one over a compiled one: no headline divides one by the other.
+    # Eager steps over eager steps, compiled steps over compiled steps: no ratio mixes them.
     rows = [
         {"arm": arm, "compiled": compiled, "context": context, "capacity": 9 if arm != "dense" else None}
         | {"step_ms": [[ms] * 3] * 4}
@@ -89,7 +89,7 @@ def test_interrupted_steps_keep_their_rounds(tmp_path: Path, monkeypatch: pytest
 
     def interrupted(*args: Any, **more: Any) -> None:
         made.append(1)
-        if len(made) == 2 + 3 + 2:  # in the second round: two calls warm up, three are the first
+        if len(made) == 2 + 3 + 2:  # in the second round: two calls warm up, and the first round has three
             raise KeyboardInterrupt
         call(*args, **more)
 
@@ -121,7 +121,7 @@ def test_long_prompts_go_in_in_pieces(
 
 
 def test_kernels_are_those_of_the_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # 10 kernels of a prompt, whose gemm is slower than that of a step; of a step, 2 gemms, one attention, and our write.
+    # A prompt has 10 slow gemms, and 10 kernels of its own. Each step has 2 gemms, one attention, and one write of ours.
     lengths = iter((6, 18) * 4)
 
     def kernel_times(work: Any, clock: harness.Clock) -> dict[str, tuple[int, float]]:
@@ -135,7 +135,9 @@ def test_kernels_are_those_of_the_steps(monkeypatch: pytest.MonkeyPatch, tmp_pat
         }
 
     monkeypatch.setattr(harness, "kernel_times", kernel_times)
-    monkeypatch.setattr(harness, "set_up", lambda _: (torch.device("cpu"), torch.float32))  # not the refusal off CUDA
+    monkeypatch.setattr(
+        harness, "set_up", lambda _: (torch.device("cpu"), torch.float32)
+    )  # which would refuse --profile here
     result = measured(tmp_path, "steps", *SMALL, "--profile", "--contexts", "100", "--compile", "--call-tokens", "9")
     sums = {row["arm"]: row["kernel_ms"] for row in result["rows"] if row["compiled"]}
     assert list(sums) == ["static-at-capacity", "sink", "endless"]
@@ -162,7 +164,7 @@ def test_each_pass_predicts_the_same_tokens(tmp_path: Path, model: PreTrainedMod
     logits = streamed_logits(model, again[:, :-1], 4, 12)[0]
     losses = F.cross_entropy(logits, again[0, 1:], reduction="none").view(3, 100).double().mean(dim=1)
     assert [row["perplexity"] for row in result["rows"]] == pytest.approx(losses.exp().tolist(), rel=1e-5)
-    # Rebased after each 64 tokens, and what is left of a pass does not add up without end.
+    # A rebase comes after each 64 tokens, also across the ends of passes, so positions stay small.
     assert max(row["next_position"] for row in result["rows"]) <= 16 + 12 + 2 * 64
 
 
@@ -182,7 +184,7 @@ def test_a_run_that_dies_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_what_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: PreTrainedModel) -> None:
-    moments = itertools.count(0.0, 0.5)  # seconds at which the clock is looked at
+    moments = itertools.count(0.0, 0.5)  # each reading of the clock is half a second later
     monkeypatch.setattr(harness.Clock, "now", lambda _: next(moments))
     cache = SinkWindowCache(4, 12)
     with torch.no_grad():
@@ -193,7 +195,7 @@ def test_what_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: P
     for tokens in (4, 4, 4, 10):
         notes.took(tokens)
     assert [(row["tokens"], row["next_position"]) for row in result.rows] == [(12, 7), (22, 7)]
-    # From the start of the first to its note half a second, and again from the end of that note to the next.
+    # Half a second passes from the start to the first row, and from the end of the first row to the second.
     assert [row["ms_per_token"] for row in result.rows] == pytest.approx([500 / 12, 500 / 10])
 
 
@@ -210,7 +212,7 @@ def test_a_slope_is_the_rise_over_the_run() -> None:
 
 
 def test_neighbours_that_are_alike_are_no_trend() -> None:
-    # Values that wander from one to the next: a line through all of them would be much surer of its rise than it can be.
+    # The values wander, so neighbours are alike. A line through all of them would have far too small a standard error.
     generator, beyond = np.random.default_rng(0), 0
     for _ in range(200):
         noise = generator.normal(size=100)

@@ -59,9 +59,9 @@ def test_interval_of_a_median() -> None:
 
 
 def turns_of_a_slowing_machine() -> tuple[list[list[float]], list[list[float]]]:
-    """Of two arms, one of which takes twice as long.
+    """Return turns of two arms, of which the first takes twice as long.
 
-    The machine gets three times slower meanwhile, one arm's turns are longer at the slow end, and three of them are disturbed.
+    Meanwhile the machine becomes three times slower, turns of the first arm get longer, and three of them are disturbed.
     """
     drift = np.linspace(1, 3, 20).tolist()
     double = [[(20 if i in (3, 9, 12) else 2) * ms] * (9 if ms > 2 else 3) for i, ms in enumerate(drift)]
@@ -84,7 +84,7 @@ def test_a_ratio_says_what_cannot_be_concluded() -> None:
     assert found["low"] < 2 < found["high"]
     assert found["note"] == ""
     assert harness.ratio_of_rounds(one[::-1], one)["note"] == "no difference can be told"
-    # One round in two is disturbed, or one step in two of every round.
+    # Every second round is disturbed, and then every second step of every round.
     noisy = [[3 * ms for ms in turn] if i % 2 else turn for i, turn in enumerate(one)]
     assert harness.ratio_of_rounds(noisy, one)["note"].startswith("no conclusion")
     noisy = [[3 * ms if i % 2 else ms for i, ms in enumerate(turn)] for turn in one]
@@ -97,7 +97,7 @@ def test_a_ratio_says_what_cannot_be_concluded() -> None:
 
 
 def test_attention_kernels_by_their_names() -> None:
-    # As torch.profiler shows them; those of cuDNN contain "flash", too.
+    # Names as torch.profiler shows them. Those of cuDNN contain "flash", too.
     assert harness.attention_kernel(["gemv2T", "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma"]) == "cudnn"
     assert harness.attention_kernel(["void pytorch_flash::flash_fwd_splitkv_kernel"]) == "flash"
     assert harness.attention_kernel(["fmha_cutlassF_bf16_aligned_64x64_rf_sm80"]) == "efficient"
@@ -213,40 +213,87 @@ def test_the_dtype_is_that_of_the_device(
     assert harness.set_up(argparse.Namespace(**vars(args) | {"dtype": "float16"}))[1] == torch.float16
 
 
+OF_TEXT = "ppl --random-weights llama-tiny --max-tokens 64 --text-file {folder}"
+
+
 @pytest.mark.parametrize(
     "command, complaint",
     [
         ("latency --arms sinks", "'sinks'"),
         ("latency --capacities 4", "capacity 4 leaves no window"),
-        ("latency --contexts 1", "--contexts must be at least 2"),
+        ("latency --contexts 1", "--contexts: must be at least 2, but is 1"),
         ("latency --steps 64", "--steps must be at most 63"),
-        ("latency --n-sink -1", "--n-sink must be at least 0"),
+        ("latency --n-sink -1", "--n-sink: must be at least 0, but is -1"),
         ("latency --random-weights pythia-70m pythia-1b --profile", "--profile is for one shape"),
         ("latency --random-weights pythia-70m pythia-1b --name one", "--name is for one result file"),
         ("latency --no-compile --compile-static-at 32", "--no-compile leaves out"),
         ("latency --model here --random-weights pythia-70m", "--model has trained weights"),
         ("latency --gguf-file file", "--gguf-file is a file of --model"),
+        ("latency --min-seconds -0.1", "--min-seconds: must be at least 0, but is -0.1"),
+        ("latency --min-seconds nan", "--min-seconds: must be at least 0, but is nan"),
+        ("latency --rounds 2.5", "--rounds: invalid int value: '2.5'"),
+        ("latency --device tpu", "unknown device 'tpu'"),
+        ("latency --profile", "--profile is for CUDA, but the device is cpu"),
+        ("latency --random-weights llama-tiny --attn-implementation fast", "--attn-implementation fast: "),
+        ("latency --random-weights llama-tiny gpt-5", "unknown shape 'gpt-5'"),
+        ("latency --output {folder}/one.txt", "cannot make the folder"),
+        ("ppl --n-sink 4 --n-sinks 0 4", "--n-sink and --n-sinks both give numbers of sinks"),
+        ("ppl --n-sinks 0 -1", "--n-sinks: must be at least 0, but is -1"),
         ("ppl --mode step --chunk-size 4", "--chunk-size is for --mode chunk"),
         ("ppl --arms dense --recompute-tokens 9", "--recompute-tokens is for the arm recompute"),
-        ("ppl --max-tokens 0", "--max-tokens must be at least 1"),
+        ("ppl --max-tokens 0", "--max-tokens: must be at least 1, but is 0"),
+        ("ppl --n-sinks 0 1 --arms dense window", "--n-sinks is for the arms sink, line-breaks"),
+        ("ppl --n-sinks 0 8 --capacities 8", "capacity 8 leaves no window: it includes the 8 sinks of --n-sinks"),
+        ("ppl --text-file {folder}/one.txt --dataset one", "are different texts"),
+        ("ppl --text-file {folder}/text.txt --model {folder}/none", "cannot load the model"),
+        ("ppl --model here --random-weights gpt-5", "--model has trained weights"),
+        (f"{OF_TEXT}/text.txt --num-samples 4", "4 samples of 64 need 257"),
+        (f"{OF_TEXT}/text.txt --score-from 65", "--score-from 65 leaves nothing"),
+        (f"{OF_TEXT}/empty.txt", "empty.txt is empty"),
+        (f"{OF_TEXT}/one.txt", "one.txt has 1 tokens"),
+        (f"{OF_TEXT}/latin-1.txt", "not UTF-8"),
         ("calls step", "what is to be measured comes first: steps, long, not 'step'"),
         ("calls steps --capacities 40 --new-tokens 38", "--new-tokens + --n-sink + 8 = 50, but one is 40"),
-        ("calls steps --new-tokens 9", "--new-tokens must be at least 18, but is 9"),
+        ("calls steps --new-tokens 9", "--new-tokens: must be at least 18, but is 9"),
         ("calls long --capacities 300 400", "calls long has one cache"),
         ("calls long --random-weights llama-tiny --passes 2", "means nothing"),
         ("calls long --tokens 10", "--tokens must be at least 1000, but is 10"),
         ("calls long --text-file text", "a text would change nothing"),
         ("calls long --chunk-size 9", "--chunk-size would change nothing"),
-        ("throughput gap --streams 1", "--streams must be at least 2"),
+        ("throughput gap --streams 1", "--streams: must be at least 2, but is 1"),
         ("throughput steady --capacities 8 9", "one capacity"),
         ("throughput rows --capacities 40 --new-tokens 38", "--new-tokens + --n-sink + 8 = 50"),
         ("throughput gap --requests 9", "unrecognized arguments: --requests"),
+        ("recall --further 5", "--further is for --task pinned"),
+        ("recall --text-file a.txt", "--text-file is for --task pinned, questions"),
+        ("recall --split test", "--split is for --task pinned, questions, choices"),
+        ("recall --task questions --arms sink", "--arms is for --task copy"),
+        ("recall --task streameval --segment 9", "--segment is for --task copy, pinned"),
+        ("recall --task pinned --question-tokens 9", "--question-tokens is for --task questions"),
+        ("recall --task questions --batch-size 2", "--batch-size is for --task copy, streameval, pinned"),
+        ("recall --task choices --chunk-size 2", "--chunk-size is for --task copy, streameval, pinned, questions"),
+        ("recall --task choices --seed 0", "--seed is for --task copy, streameval, pinned"),
+        ("recall --task choices --arms recompute", "--task choices asks a cache"),
+        ("recall --task questions --capacities 512 1024", "has one cache"),
+        ("recall --distances 9 --segment 10", "distance 9 is less than"),
+        ("recall --task pinned --n-sink 70", "at least 180"),
+        ("recall --task pinned --n-sink 4", "at least 180"),  # the default of other tasks
+        ("recall --task streameval --random-weights llama-tiny", "made of words"),
+        ("recall --task streameval --num-samples 1", "--num-samples 1 is too few for 7"),
+        ("recall --task pinned --random-weights llama-tiny --offline --further 100 120", "--further 120 lies within"),
+        ("recall --random-weights llama-tiny --max-tokens 200 --distances 300", "no text of 200 tokens"),
     ],
 )
-def test_options_that_mean_nothing_get_one_sentence(command: str, complaint: str, capsys: Any) -> None:
-    module, *argv = command.split()
-    assert harness.run(importlib.import_module(f"benchmarks.{module}").parse, argv) == 2
+def test_bad_input_gets_one_sentence_and_exit_code_2(command: str, complaint: str, capsys: Any, tmp_path: Path) -> None:
+    texts = {"text.txt": b"w" * 200, "empty.txt": b"", "one.txt": b"w", "latin-1.txt": "caf\xe9".encode("latin-1")}
+    for name, content in texts.items():
+        (tmp_path / name).write_bytes(content)
+    module, *argv = command.format(folder=tmp_path).split()
+    kind = [argv.pop(0)] if module in ("calls", "throughput") else []
+    shared = ["--device", "cpu", "--output", str(out := tmp_path / "out")]
+    assert harness.run(importlib.import_module(f"benchmarks.{module}").main, [*kind, *shared, *argv]) == 2
     error = capsys.readouterr().err.strip()
     assert complaint in error
     assert error.startswith("error: ")
     assert len(error.splitlines()) == 1
+    assert not list(out.glob("*"))

@@ -25,7 +25,7 @@ CHOOSING = Path(__file__).parents[1] / "docs" / "choosing.md"
 
 @torch.no_grad()
 def copying_model(trained: int = TRAINED) -> SmolLM3ForCausalLM:
-    """Two layers without feed-forward parts: one fetches the token before, one finds the token that came after the current one.
+    """Return a model that can copy: its first layer fetches the token before, its second finds what followed the current token.
 
     Tokens are random signs, `CODE` numbers each. The residual stream holds the signs of the current token, of the token before,
     and of the predicted token, and a constant. The first layer has rotary embeddings, the second one none.
@@ -84,7 +84,7 @@ def guessing() -> models.LoadedModel:
 
 
 def rows_of(loaded: models.LoadedModel, *argv: str) -> list[dict[str, Any]]:
-    return list(recall.rows_of(loaded, recall.parse(["--batch-size", "2", "--num-samples", "3", *argv])))
+    return list(recall.rows_of(loaded, recall.parse(["--num-samples", "3", *argv])))
 
 
 def by_asked(rows: list[dict[str, Any]], method: str, what: str = "accuracy") -> dict[int, Any]:
@@ -99,7 +99,7 @@ def test_recall_ends_with_the_window_to_the_token(copying: models.LoadedModel, c
     assert by_asked(rows, "dense") == dict.fromkeys([8, 16, 17, 18, 19, 60], 1.0)
     assert by_asked(rows, "sink") == {8: 1, 16: 1, 17: 0, 18: 0, 19: 0, 60: 0}  # a window of 16
     assert by_asked(rows, "window") == {8: 1, 16: 1, 17: 1, 18: 1, 19: 0, 60: 0}  # of 18
-    # At 17 the first of the 18 tokens that are read anew is asked for, which takes itself for its forerunner.
+    # Distance 17 is left out: there the first of the 18 tokens is asked for, which has no token before it.
     assert by_asked(rows, "recompute") | {17: None} == {8: 1, 16: 1, 17: None, 18: 0, 19: 0, 60: 0}
     for row in rows:
         assert row["distance_tokens"] == row["asked"]
@@ -162,7 +162,7 @@ def test_streameval_asks_for_the_line_so_many_lines_back() -> None:
     samples, questions = recall.streameval_texts(loaded, args, np.random.default_rng(0))
     texts = [bytes(ids.tolist()).decode() for ids in samples]
     assert {one.asked for one in questions} == {10, 20}
-    # An answer that stands in an earlier question would be nearer than its line: each line is asked about once.
+    # Each line is asked about once: the answer in an earlier question would be nearer than the line.
     assert len({(one.sample, one.first) for one in questions}) == len(questions) > 5
     for one in questions:
         line, said = texts[one.sample][: one.again].splitlines()[-2:]
@@ -181,9 +181,8 @@ def test_streameval_asks_for_the_line_so_many_lines_back() -> None:
 def test_what_recompute_is_not_asked_is_left_out_of_the_same_accuracy(
     copying: models.LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rights = iter(
-        [[1.0, 0.0, 0.0, 1.0, 1.0, 1.0], [1.0, 1.0]]
-    )  # of sink, and of recompute, which is asked the first and fourth
+    # Answers of sink; and of recompute, which is asked the first and the fourth question.
+    rights = iter([[1.0, 0.0, 0.0, 1.0, 1.0, 1.0], [1.0, 1.0]])
     monkeypatch.setattr(recall, "answered", lambda *_, **__: {"right": next(rights)})
     sizes = ("--n-sink", "2", "--capacities", "18", "--segment", "5", "--max-tokens", "100", "--distances", "8")
     rows = rows_of(copying, *sizes, "--pairs", "2", "--recompute-questions", "2", "--arms", "sink", "recompute")
@@ -201,7 +200,7 @@ def test_an_answer_of_several_tokens_is_right_as_a_whole() -> None:
 
 
 def test_intervals_are_of_texts() -> None:
-    # Answers that are alike within a text say no more than one of each text does.
+    # Three equal answers in each text give the same interval as one answer in each text.
     rng = np.random.default_rng(1)
     alone = rng.random(40)
     assert asking.interval(np.repeat(alone, 3), np.repeat(range(40), 3)) == asking.interval(alone, range(40))
@@ -229,15 +228,18 @@ def test_the_likeliest_choice_is_that_of_the_oracle(guessing: models.LoadedModel
         assert cache.get_seq_length() == len(seen)
 
 
-def test_questions_one_after_the_other(guessing: models.LoadedModel, tmp_path: Path) -> None:
+def test_questions_one_after_the_other(
+    guessing: models.LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with (tmp_path / "test.jsonl").open("w") as lines:
         for n in range(12):
             choices = {"text": [f"{n}", f"{n + 9} {n + 3}", "none"], "label": ["A", "B", "C"]}
             lines.write(json.dumps({"question": f"{n}?", "choices": choices, "answerKey": "ABC"[n % 3]}) + "\n")
     sizes = ("--num-samples", "11", "--n-sink", "2", "--capacities", "12", "1000")
     rows = rows_of(guessing, "--task", "choices", "--dataset", str(tmp_path), *sizes)
-    assert [row["method"] for row in rows] == [asking.ALONE, "dense", "sink", "sink", "window", "window"]
-    assert rows[3]["accuracy"] == rows[5]["accuracy"]  # of caches that evict nothing
+    assert [row["method"] for row in rows] == ["dense", "sink", "sink", "window", "window", asking.ALONE]
+    dense, small, large, _, without_sinks, alone = rows
+    assert large["accuracy"] == without_sinks["accuracy"]  # of caches that evict nothing
     by_hand = []
     for n in range(11):
         prompt, *choices = (
@@ -245,11 +247,21 @@ def test_questions_one_after_the_other(guessing: models.LoadedModel, tmp_path: P
             for text in (f"Question: {n}?\nAnswer:", f" {n}", f" {n + 9} {n + 3}", " none")
         )
         by_hand.append(asking.choose_answer(guessing.model, DynamicCache(), prompt, choices) == n % 3)
-    assert rows[0]["right"] == by_hand
+    assert alone["right"] == by_hand
     assert 0 < sum(by_hand) < 11
-    fits = rows[1]["questions"]
-    assert f"after {fits} questions the trained context of {TRAINED}" in rows[1]["warning"]
-    assert 8 <= fits < rows[0]["questions"] == rows[2]["questions"] == 11
+    fits = dense["questions"]
+    assert f"after {fits} questions the trained context of {TRAINED}" in dense["warning"]
+    assert 8 <= fits < alone["questions"] == small["questions"] == 11
+    # Arms that have answered more questions say so, and compare on those that the dense cache has answered.
+    for row in rows:
+        assert row["same_accuracy"] == pytest.approx(np.mean(row["right"][:fits]))
+        assert row is dense or row["warning"].startswith(f"dense has answered {fits} of these questions")
+    assert dense["same_accuracy"] == large["same_accuracy"] == dense["accuracy"]
+    monkeypatch.setattr(guessing.model.config, "max_position_embeddings", 5)
+    first, *others = rows_of(guessing, "--task", "choices", "--dataset", str(tmp_path), *sizes)
+    assert "after 0 questions" in first["reason"]
+    assert {row["questions"] for row in others} == {11}
+    assert {row["same_accuracy"] for row in others} == {None}
 
 
 def test_the_recipe_for_many_questions_answers_as_if_the_text_were_read_anew(guessing: models.LoadedModel) -> None:
@@ -279,28 +291,3 @@ def test_the_command_line(task: str, tmp_path: Path) -> None:
         assert row["questions"] > 0
     if task == "questions":
         assert [row["same_first_tokens"] for row in rows] == [True] * 3
-
-
-@pytest.mark.parametrize(
-    "argv, complaint",
-    [
-        (["--further", "5"], "--further is for --task pinned"),
-        (["--text-file", "a.txt"], "--text-file is for --task pinned, questions"),
-        (["--task", "questions", "--arms", "sink"], "--arms is for --task copy"),
-        (["--task", "streameval", "--segment", "9"], "--segment is for --task copy, pinned"),
-        (["--task", "pinned", "--question-tokens", "9"], "--question-tokens is for --task questions"),
-        (["--task", "questions", "--capacities", "512", "1024"], "has one cache"),
-        (["--distances", "9", "--segment", "10"], "distance 9 is less than"),
-        (["--task", "pinned", "--n-sink", "70"], "at least 180"),
-        (["--task", "streameval", "--random-weights", "llama-tiny"], "made of words"),
-        (["--task", "streameval", "--num-samples", "1"], "--num-samples 1 is too few for 7"),
-        (
-            ["--task", "pinned", "--random-weights", "llama-tiny", "--offline", "--further", "100", "120"],
-            "--further 120 lies within",
-        ),
-        (["--random-weights", "llama-tiny", "--max-tokens", "200", "--distances", "300"], "no text of 200 tokens"),
-    ],
-)
-def test_bad_input_gets_one_sentence(argv: list[str], complaint: str, capsys: Any, tmp_path: Path) -> None:
-    assert harness.run(recall.main, [*argv, "--device", "cpu", "--output", str(tmp_path)]) == 2
-    assert complaint in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """`benchmarks.report`: sums of a curve written out by hand, the right results side by side, and the numbers of the pages."""
 
+import copy
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,26 +60,30 @@ def ppl_result(
     return result("ppl", rows=rows, protocol=protocol, run={"warm_up_tokens": 32}) | more
 
 
-# By hand: contexts 0 to 100 take 1 ms, and 101 to 299 take n / 100 ms.
+# A run of 300 tokens by hand: steps after 0 to 100 tokens take 1 ms, and steps after n = 101 to 299 tokens n / 100 ms.
 DENSE_MS = 101 + sum(n / 100 for n in range(101, 300))
 SINK_MS = 300
 
 
+def results_of(*found: dict[str, Any]) -> report.Results:
+    results = report.Results([])
+    results.extend(found)
+    return results
+
+
 def regimes(*found: dict[str, Any]) -> list[dict[str, Any]]:
-    one = report.Results([])
-    one.extend(found)
-    return report.regimes(one).to_dict("records")
+    return report.regimes(results_of(*found)).to_dict("records")
 
 
 def test_a_run_is_the_sum_of_the_curve_over_its_contexts() -> None:
-    # Off by one token, or the mean of the measured points for the mean over the run, would be other numbers.
+    # A sum that is off by one token, or a mean of the measured points, gives other numbers.
     curve = report.Curve(latency_result(), "dense")
     assert report.sum_ms(curve.ms, 1) == 1.0
     assert report.sum_ms(curve.ms, 300) == pytest.approx(DENSE_MS)
     (one,) = regimes(latency_result(), ppl_result(DENSE_MS / 1e3, SINK_MS / 1e3))
     assert [one["predicted"], one["measured"]] == pytest.approx([DENSE_MS / SINK_MS] * 2)
     assert one["last step"] == pytest.approx(2.0)  # 400 tokens are beyond the run
-    # Samples begin anew with an empty cache.
+    # Each sample begins with an empty cache.
     first, later = regimes(latency_result(), ppl_result(1.0, 2.0, tokens=(100, 100, 100)))
     found = [first["predicted"], later["predicted"], first["measured"], later["measured"]]
     assert found == pytest.approx([1.0, 1.0, 0.5, 0.5])
@@ -90,7 +95,7 @@ def test_steps_that_are_not_waited_for_make_the_prediction() -> None:
         row["unsynchronized_ms"] = [row["median_ms"] / (4 if row["arm"] == "dense" else 2)] * 6
     (one,) = regimes(steps, ppl_result(1.0, 1.0))
     assert one["predicted"] == pytest.approx(DENSE_MS / 4 / (SINK_MS / 2))
-    for row in steps["rows"]:  # too few for a ratio: then that of the others, which are waited for
+    for row in steps["rows"]:  # too few for a ratio, so synchronised steps make it
         del row["unsynchronized_ms"][3:]
     assert regimes(steps, ppl_result(1.0, 1.0))[0]["predicted"] == pytest.approx(DENSE_MS / SINK_MS)
 
@@ -99,13 +104,13 @@ def test_steps_that_are_not_waited_for_make_the_prediction() -> None:
 def test_only_the_first_text_pays_for_new_lengths(times: float, price: float) -> None:
     steps = latency_result()
     for row in steps["rows"]:
-        if row["arm"] == "dense":  # at one length the machine is three times as slow, and so is what new lengths cost
+        if row["arm"] == "dense":  # at one length a slow machine triples the times of new and of known lengths
             slow = 3.0 if row["context"] == 100 else 1.0
             row |= {"first_time_ms": [times * slow] * 3, "again_ms": [slow] * 3}
     price *= 1.5  # the median of dense steps of 1, 1, 2 and 4 ms
     run = ppl_result(1.0, 1.0, tokens=(300, 300))
     for warm_up in (32, 10):
-        # The lengths of the warm-up are not new; with a sink cache those from there to its capacity of 100 are.
+        # The lengths of the warm-up are not new. To a sink cache, lengths from there to its capacity of 100 are new.
         run["run"]["warm_up_tokens"] = warm_up
         first, later = regimes(steps, run)
         predicted = (DENSE_MS + price * (300 - warm_up)) / (SINK_MS + price * (100 - warm_up))
@@ -138,7 +143,8 @@ def test_only_results_of_one_setting_are_put_side_by_side(change: dict[str, Any]
 
 
 def test_what_slows_down_both_arms_is_not_predicted_as_a_gain() -> None:
-    # In two rounds of three the machine is twice as slow; of sink's turns the fast ones are longer, so its median is of those.
+    # In two rounds of three the machine is twice as slow. Fast turns of sink have more steps, so its median is that of
+    # the fast turns; dense has its median from slow turns.
     steps = latency_result()
     for row in steps["rows"]:
         ms, short, long = row["median_ms"], 2, 5 if row["arm"] == "sink" else 2
@@ -158,15 +164,13 @@ def test_the_latency_result_nearest_in_time_is_taken() -> None:
 
 
 def test_no_table_holds_eager_and_compiled_steps() -> None:
-    one = report.Results([])
-    cells = [
-        ("dense", None, 9.0, False),
-        ("sink", 1024, 3.0, False),
-        ("static", None, 4.0, True),
-        ("sink", 1024, 2.0, True),
+    rows = [
+        step_row("dense", 4096, 9.0, gpu_ms=9.0),
+        step_row("sink", 4096, 3.0, 1024, gpu_ms=1.0),
+        step_row("static", 4096, 4.0, compiled=True, gpu_ms=0.8),
+        step_row("sink", 4096, 2.0, 1024, compiled=True, gpu_ms=0.6),
     ]
-    rows = [step_row(arm, 4096, ms, capacity, compiled=how, gpu_ms=ms**2 / 9 - how) for arm, capacity, ms, how in cells]
-    one.append(result("latency", rows=rows, protocol={}) | {"device": {"type": "cuda", "name": "a GPU"}})
+    one = results_of(result("latency", rows=rows, protocol={}, device={"type": "cuda", "name": "a GPU"}))
     compiled, eager = (report.single_steps(one, compiled=compiled).iloc[0] for compiled in (True, False))
     assert (compiled["dense, ms"], compiled["ours, ms"], compiled["gain"]) == ("4.00", "2.00", "2.00")
     assert (eager["dense, GPU ms"], eager["ours, GPU ms"], eager["gain, clock"]) == ("9.00", "1.00", "3.00")
@@ -192,9 +196,8 @@ def test_the_streams_that_were_measured_are_shown(results: report.Results) -> No
 
 
 def test_a_table_has_five_columns_at_most(results: report.Results) -> None:
-    assert {
-        name: len(table(results).columns) for name, table in report.TABLES.items() if len(table(results).columns) > 5
-    } == {}
+    columns = {name: len(table(results).columns) for name, table in report.TABLES.items()}
+    assert [name for name, number in columns.items() if number > 5] == []
 
 
 def recall_row(method: str, asked: int, accuracy: float, capacity: int | None, **more: Any) -> dict[str, Any]:
@@ -206,13 +209,11 @@ def recall_row(method: str, asked: int, accuracy: float, capacity: int | None, *
 def test_recall_is_shown_by_distance_at_one_capacity() -> None:
     rows = [recall_row("dense", 64, 0.6, None), recall_row("dense", 2048, 0.5, None)]
     rows += [recall_row("sink", 64, 0.5, 1024), recall_row("sink", 2048, 0.0, 1024), recall_row("sink", 64, 0.1, 256)]
-    rows += [
-        recall_row("window", 64, 0.2, 1024, accuracy_low=None),
-        recall_row("window", 2048, 0.0, 1024, reason="none"),
-    ]
+    rows += [recall_row("window", 64, 0.2, 1024, accuracy_low=None)]
+    rows += [recall_row("window", 2048, 0.0, 1024, reason="none")]
     pinned = [recall_row("sink", 10_000, 0.4, 2024, task="pinned", n_sink=1000)]
-    one = report.Results([])
-    one += [result("recall", rows=rows, protocol={}), result("recall", rows=pinned, protocol={}, file="pinned")]
+    files = result("recall", rows=rows, protocol={}), result("recall", rows=pinned, protocol={}, file="pinned")
+    one = results_of(*files)
     (near, far), (of_pinned,) = (report.TABLES[name](one).to_dict("records") for name in ("recall", "pinned"))
     assert near == {"distance, tokens": 64, "dense": "0.60 (0.30–1.00)", "sink": "0.50 (0.25–1.00)", "window": "0.20"}
     assert far["sink"] == "0.00 (0.00–1.00)"
@@ -224,11 +225,10 @@ def test_recall_is_shown_by_distance_at_one_capacity() -> None:
 
 
 def test_of_several_runs_of_recall_the_last_is_shown() -> None:
-    one = report.Results([])
-    for file, accuracy in (("older", 0.1), ("newer", 0.7)):
-        rows = [recall_row("sink", asked, accuracy, 1024) for asked in ((64, 128) if file == "older" else (64,))]
-        one.append(result("recall", rows=rows, protocol={}, file=file))
-    (row,) = report.TABLES["recall"](one).to_dict("records")
+    older = [recall_row("sink", asked, 0.1, 1024) for asked in (64, 128)]
+    newer = [recall_row("sink", 64, 0.7, 1024)]
+    files = [result("recall", rows=rows, protocol={}, file=file) for file, rows in (("a", older), ("b", newer))]
+    (row,) = report.TABLES["recall"](results_of(*files)).to_dict("records")
     assert row["sink"] == "0.70 (0.35–1.00)"
 
 
@@ -243,20 +243,14 @@ def test_numbers_of_sinks_stand_beside_those_of_the_paper() -> None:
         for (arm, n_sink), capacity in numbers
     ]
     rows[-1]["perplexity"] = 9.0
-    one = report.Results([])
-    one.append(result("ppl", rows=rows, protocol={"n_sinks": [0, 4]}, data={"name": "a book"}))
-    sinks, sizes, breaks = (
-        report.TABLES[name](one) for name in ("the paper's sinks", "the paper's sizes", "line breaks")
-    )
+    one = results_of(result("ppl", rows=rows, protocol={"n_sinks": [0, 4]}, data={"name": "a book"}))
+    sinks, sizes = report.TABLES["the paper's sinks"](one), report.TABLES["the paper's sizes"](one)
+    breaks = report.TABLES["line breaks"](one)
     assert list(sinks["n_sink"]) == [0, 1, 2, 4, 8]
     assert list(sinks["tiny, a book"].dropna()) == [0 + 1024 / 1000, 4 + 1024 / 1000]
     assert list(sizes.set_index("capacity")["tiny, a book"].dropna()) == [4 + 512 / 1000, 4 + 1024 / 1000]
-    assert breaks.iloc[1].to_dict() == {
-        "text": "tiny, a book",
-        "no sinks": 1.024,
-        "first tokens": 5.024,
-        "line breaks": 9.0,
-    }
+    assert list(breaks.columns) == ["text", "no sinks", "first tokens", "line breaks"]
+    assert list(breaks.iloc[1]) == ["tiny, a book", 1.024, 5.024, 9.0]
     assert sinks["the paper: Llama-2-7B"].iloc[0] > 3000
     assert breaks["line breaks"].iloc[0] == 5.60
 
@@ -272,8 +266,7 @@ def test_the_numbers_of_a_page_are_those_of_the_results(page: str, results: repo
 
 
 def test_results_that_change_change_the_text() -> None:
-    one = report.Results([])
-    one.append(latency_result())
+    one = results_of(latency_result())
     where = "latency shape=tiny arm=sink context=400 median_ms"
     text = f"It takes <!-- figure: {where} -->9<!-- end --> ms.\n<!-- table: new lengths -->\nold\n<!-- end -->\n"
     written = report.write(text, one)
@@ -288,17 +281,16 @@ def test_results_that_change_change_the_text() -> None:
 def test_a_marker_chooses_rows_and_columns_and_figures_within_others(monkeypatch: pytest.MonkeyPatch) -> None:
     frame = pd.DataFrame({"shape": ["a", "b", "b"], "step, ms": [1.0, 2.0, 3.0], "n": [7, 8, 9]})
     monkeypatch.setitem(report.TABLES, "some", lambda results: frame)
-    found = report.some_table(report.Results([]), "some; shape=b; n; step, ms")
+    found = report.some_table(results_of(), "some; shape=b; n; step, ms")
     assert found.to_dict("list") == {"n": [8, 9], "step, ms": [2.0, 3.0]}
-    assert report.some_table(report.Results([]), "some; n=7")["step, ms"].tolist() == [1.0]
+    assert report.some_table(results_of(), "some; n=7")["step, ms"].tolist() == [1.0]
     for bad in ("some; n; m", "some; m=1"):
         with pytest.raises(BenchmarkError, match="has shape, step, ms, n, but not m"):
-            report.some_table(report.Results([]), bad)
+            report.some_table(results_of(), bad)
 
-    one = report.Results([])
     of_ppl = ppl_result(1.0, 1.0) | {"data": {"max_tokens": 300}}
     of_ppl["rows"][1] |= {"cache_bytes": 3 * 2**20, "same_tokens": {"perplexity": 25.0}}
-    one.append(of_ppl)
+    one = results_of(of_ppl)
     assert report.number(one, "ppl arm=sink max_tokens=300 cache_mib") == "3.00"
     assert report.number(one, "ppl arm=sink same_tokens.perplexity") == "25.0"
     with pytest.raises(BenchmarkError, match="no result has the figure"):
@@ -324,11 +316,31 @@ def test_pictures_and_the_page_need_nothing_but_result_files(tmp_path: Path, mon
 
 @pytest.mark.parametrize("kind", ["", "latency", "ppl", "throughput"])
 def test_what_there_are_no_results_of_is_left_out(results: report.Results, kind: str, tmp_path: Path) -> None:
-    some = report.Results([])
-    some.extend(one for one in results if one["harness"] == kind)
+    some = results_of(*results.of(kind))
     for table in report.TABLES.values():
         table(some)
     assert len(report.draw(some, tmp_path)) < len(report.PICTURES)
+
+
+def test_a_title_says_what_the_numbers_say(results: report.Results) -> None:
+    # Here a window without sinks is the better one, nothing breaks, and new lengths cost nothing.
+    other = results_of(*copy.deepcopy([*results]))
+    for row in (row for one in other if one["harness"] in ("ppl", "latency") for row in one["rows"]):
+        if row["arm"] in ("dense", "sink", "window") and row.get("beyond_trained_context"):
+            row["beyond_trained_context"] = {"perplexity": {"dense": 7.0, "sink": 9.0, "window": 8.0}[row["arm"]]}
+        if row["arm"] in ("sink", "window") and "perplexity" in row:
+            row["perplexity"] = {"sink": 9.0, "window": 8.0}[row["arm"]]
+        if row.get("first_time_ms"):
+            row["first_time_ms"] = row["again_ms"]
+    titles = {part: part(other, plt.figure().subplots()) for part in (report.by_position, report.by_capacity)}
+    assert titles[report.by_position] == "Perplexity beyond the trained context: dense 7.00, no sinks 8.00, ours 9.00"
+    assert titles[report.by_capacity] == "Perplexity at 2,048 tokens: 9.00 with sinks, 8.00 without"
+    title = report.price_of_new_lengths(other, plt.figure().subplots())
+    assert title.startswith("At a new length a dense step takes up to 1.00 times as long")
+    run = ppl_result(DENSE_MS / 1e3, 2 * SINK_MS / 1e3)  # the whole run gains half of what its steps say
+    title = report.by_regime(results_of(latency_result(), run), plt.figure().subplots())
+    assert title.endswith("100% off (median), at most 100%")
+    plt.close("all")
 
 
 def test_the_commands_of_the_whole_set_are_understood_and_resumed(
