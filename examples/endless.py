@@ -14,7 +14,7 @@ from transformers import StoppingCriteriaList, TextStreamer
 
 from sink_cache import cache_kwargs, endless
 
-from .command_line import at_least, cache_for, device, load, noting_ctrl_c
+from .command_line import at_least, cache_for, device, load, noting_ctrl_c, run
 
 PROMPT = "The keeper of the lighthouse had not spoken to anyone since the winter began. One evening, in the storm,"
 
@@ -54,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

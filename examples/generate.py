@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from sink_cache import cache_kwargs
 
-from .command_line import at_least, cache_bytes, cache_for, device, load, noting_ctrl_c
+from .command_line import at_least, cache_bytes, cache_for, device, load, noting_ctrl_c, run
 
 PROMPT = "The keeper of the lighthouse had not spoken to anyone since the winter began. One evening, in the storm,"
 LAST = 128  # tokens at the end of a run that are timed by themselves
@@ -100,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
