@@ -1,6 +1,7 @@
 """What the examples share: errors in one line, and Ctrl-C that ends a text where it is."""
 
 import argparse
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,12 +16,14 @@ from benchmarks import smollm2
 from sink_cache import SinkWindowCache
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """The type of an argument that is an integer of at least this."""
+def at_least(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """The type of an argument that is an integer of at least this, and at most that."""
 
     def integer(text: str) -> int:
         if int(text) < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, but is {text}")
+        if int(text) > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, but is {text}")
         return int(text)
 
     return integer
@@ -32,6 +35,13 @@ def device(text: str) -> str:
         torch.empty(0, device=text)
     except (AssertionError, RuntimeError) as reason:  # a torch without CUDA asserts that it has it
         raise argparse.ArgumentTypeError(f"{text} cannot be used: {first_line(reason)}") from None
+    return text
+
+
+def prompt(text: str) -> str:
+    """The type of an argument with which a text begins. Many tokenizers make no token of an empty one."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
     return text
 
 

@@ -153,6 +153,7 @@ def pressing_ctrl_c(streamer: type) -> type:
         (["--script", sys.executable], "is not a text in UTF-8"),
         (["--temperature", "-1"], "must be a number of at least 0, but is -1"),
         (["--temperature", "nan"], "must be a number of at least 0, but is nan"),
+        (["--prompt", ""], "must not be empty"),
     ],
 )
 @pytest.mark.parametrize("example", [chat_example.main, endless_example.main, generate_example.main])
@@ -165,6 +166,8 @@ def test_a_mistake_is_answered_in_one_line(
 ) -> None:
     if options[0] in ("--script", "--temperature") and example is not chat_example.main:
         pytest.skip("an option of chat alone")
+    if options[0] == "--prompt" and example is chat_example.main:
+        pytest.skip("chat has messages instead")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(sys, "argv", ["example", *options])
     with pytest.raises(SystemExit) as exit:

@@ -541,7 +541,7 @@ def test_an_interrupt_ends_it_cleanly(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [["--model", "no/such-model"], ["--device", "cuda:99"], ["--dtype", "float33"]],
+    [["--model", "no/such-model"], ["--device", "cuda:99"]],
     ids=lambda options: options[0],
 )
 def test_a_mistake_is_answered_in_one_line(folder: Path, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

