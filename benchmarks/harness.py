@@ -78,29 +78,43 @@ class BenchmarkError(Exception):
 class Parser(argparse.ArgumentParser):
     """An argument parser with the options that all harnesses share; bad input gets one sentence."""
 
-    def __init__(self, prog: str, says: str | None, *, measures: bool = True) -> None:
+    def __init__(
+        self, prog: str, says: str | None, *, measures: bool = True, output: str | None = "build/benchmarks"
+    ) -> None:
         epilog = "The manual and the result format are in docs/benchmarks.md."
         super().__init__(f"python -m benchmarks.{prog}", description=says, epilog=epilog, allow_abbrev=False)
         self.least = {"n_sink": 0}
-        self.add_argument("--output", default="build/benchmarks", help="folder of what is written (%(default)s)")
+        self.add_argument("--output", default=output, help=f"folder to write to ({output or 'that of the part'})")
         if not measures:
             return
         source = self.add_argument_group("model and cache")
         source.add_argument("--model", help="an id on the hub or a folder, with trained weights")
         source.add_argument("--gguf-file", help="a GGUF file in the model's folder or repository")
-        source.add_argument("--random-weights", nargs="+", metavar="SHAPE", help="see docs/benchmarks.md; one run each")
+        source.add_argument(
+            "--random-weights", nargs="+", metavar="SHAPE", help="shapes of models, such as llama-3-8b; one run each"
+        )
         source.add_argument("--offline", action="store_true", help="ask no hub: what is named must be here")
         source.add_argument(
-            "--quantize", nargs="+", choices=QUANTIZE, default=["no"], help="weights, one run each (no)"
+            "--quantize",
+            nargs="+",
+            choices=QUANTIZE,
+            default=["no"],
+            help="how to round the weights; one run each (no)",
         )
         source.add_argument("--attn-implementation", help="sdpa or eager (the model's default)")
-        source.add_argument("--capacities", nargs="+", type=int, metavar="N", help="of the caches, sinks included")
-        source.add_argument("--n-sink", type=int, default=4, help="(%(default)s)")
+        source.add_argument(
+            "--capacities", nargs="+", type=int, metavar="N", help="tokens in a bounded cache, sinks included"
+        )
+        source.add_argument("--n-sink", type=int, default=4, help="how many of these are sinks (%(default)s)")
         machine = self.add_argument_group("machine and output")
         machine.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (%(default)s)")
-        machine.add_argument("--dtype", choices=DTYPES, help="(bfloat16 on CUDA, else float32; ppl: float32)")
-        machine.add_argument("--sdpa-backend", choices=SDPA_CHOICES, default="auto", help="(torch's choice)")
-        machine.add_argument("--name", help="of the result file, without .json (made of what is measured)")
+        machine.add_argument(
+            "--dtype", choices=DTYPES, help="of weights and cache (bfloat16 on CUDA, else float32; ppl: float32)"
+        )
+        machine.add_argument(
+            "--sdpa-backend", choices=SDPA_CHOICES, default="auto", help="torch's attention backends (torch's choice)"
+        )
+        machine.add_argument("--name", help="name of the result file, without .json (made of what is measured)")
 
     def error(self, message: str) -> NoReturn:
         """Raise the message as a `BenchmarkError`."""
@@ -117,7 +131,8 @@ class Parser(argparse.ArgumentParser):
         for name, (default, says) in options.items():
             kind = float if isinstance(default, float) else int
             several = {"nargs": "+", "metavar": "N"} if isinstance(default, list) or name == "contexts" else {}
-            shown = says if default is None else f"{says} (%(default)s)"
+            values = " ".join(map(str, default if isinstance(default, list) else [default]))
+            shown = f"{says} ({values})" if default or default == 0 else says  # an empty list is filled in later
             self.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=shown, **several)
             self.least[name] = 0 if kind is float else 1
 
@@ -130,11 +145,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Parse, and refuse numbers that are too low and shared options that do nothing together."""
         args = self.parse_args(argv)
-        for name, lowest in self.least.items():
-            found = getattr(args, name)
-            values = [] if found is None else found if isinstance(found, list) else [found]
-            below = min(values, default=lowest)
-            self.refuse({f"--{name.replace('_', '-')} must be at least {lowest}, but is {below}": below < lowest})
+        self.check_numbers(args)
         args.module = self.prog.rpartition(".")[2].partition(" ")[0]
         self.check_capacities(args)
         several = len(args.random_weights or []) > 1 or len(args.quantize) > 1
@@ -148,6 +159,14 @@ class Parser(argparse.ArgumentParser):
             }
         )
         return args
+
+    def check_numbers(self, args: argparse.Namespace) -> None:
+        """Refuse numbers that are too low."""
+        for name, lowest in self.least.items():
+            found = getattr(args, name, None)
+            values = [] if found is None else found if isinstance(found, list) else [found]
+            below = min(values, default=lowest)
+            self.refuse({f"--{name.replace('_', '-')} must be at least {lowest}, but is {below}": below < lowest})
 
     def check_capacities(self, args: argparse.Namespace) -> None:
         """Refuse capacities that the sinks fill."""

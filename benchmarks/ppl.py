@@ -399,14 +399,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     several = "several numbers of sinks, each with rows of its own, instead of --n-sink"
     parser.add_argument("--n-sinks", nargs="+", type=int, metavar="N", help=several)
     parser.least["n_sinks"] = 0
-    mode = "tokens a forward: many, or one (%(default)s)"
+    mode = "chunk: many tokens a forward; step: one (%(default)s)"
     parser.add_argument("--mode", choices=MODE_DEFAULTS, default="chunk", help=mode)
     parser.numbers(
-        max_tokens=(None, "to predict in each sample (the model's trained context)"),
-        num_samples=(None, "from the start of the text (all of it)"),
-        score_from=(1, "score tokens after at least so many others"),
-        position_bin=(None, "tokens of the bins by position (a 20th of a sample)"),
-        recompute_tokens=(None, "to predict with recompute (1024)"),
+        max_tokens=(None, "tokens to predict in each sample (the model's trained context)"),
+        num_samples=(None, "samples, from the start of the text (all of it)"),
+        score_from=(1, "tokens of each sample that come before the first scored one"),
+        position_bin=(None, "tokens in a bin of by_position (a 20th of a sample)"),
+        recompute_tokens=(None, "tokens to predict with recompute (1024)"),
         chunk_size=(None, "tokens per forward in chunk mode (128)"),
         batch_size=(None, "samples read together (8 in chunk mode, 1 in step mode)"),
     )
