@@ -1,4 +1,4 @@
-"""The whole set of results of one GPU, in parts that can be run one by one. Results that exist are not measured again."""
+"""The set of results of one GPU, in parts that can be run one by one. Results that exist are not measured again."""
 
 from __future__ import annotations
 
@@ -72,9 +72,8 @@ def is_there(path: Path) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the commands whose results are missing, each in a process of its own, to which all lengths are new."""
-    parser = harness.Parser("all", __doc__, measures=False)
-    parser.set_defaults(output=None)
-    parts = "1 to 5: of a GPU, under 9 minutes each; 6: of the CPU (1 to 5)"
+    parser = harness.Parser("all", __doc__, measures=False, output=None)
+    parts = "1 to 5: on a GPU, under 9 minutes each, to results/h200; 6: on the CPU, to results/cpu (1 to 5)"
     parser.add_argument("--part", type=int, choices=range(1, 7), help=parts)
     parser.add_argument("--list", action="store_true", help="only show what is missing, and its estimated seconds")
     parser.add_argument("--smollm2", default="build/smollm2", help="folder of SmolLM2-135M-Instruct (%(default)s)")

@@ -287,8 +287,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if kind == "long":
         models.add_text_options(parser)
         parser.numbers(
-            tokens=(100_000, "to generate, or of each pass"),
-            passes=(None, "read a text so many times, and do not generate"),
+            tokens=(100_000, "tokens to generate, or to read in each pass"),
+            passes=(None, "how often to read a text, instead of generating"),
             chunk_size=(None, "tokens per forward when reading (512)"),
         )
         args = parser.parse(rest)
@@ -304,13 +304,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         harness.fill_in(args, chunk_size=512)
     else:
         parser.numbers(
-            new_tokens=(220, "of each call", WARM_UP_TOKENS + 2),
-            rounds=(6, "of turns"),
-            contexts=([4096], "lengths of prompts"),
-            call_tokens=(1024, "of each whole call"),
+            new_tokens=(220, "tokens that each timed call generates", WARM_UP_TOKENS + 2),
+            rounds=(6, "how often each arm has its turn"),
+            contexts=([4096], "tokens of the prompts"),
+            call_tokens=(1024, "tokens that each whole call generates"),
         )
         parser.names("--arms", of=NAMES)
-        parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="also compiled steps (on CUDA)")
+        parser.add_argument(
+            "--compile", action=argparse.BooleanOptionalAction, help="measure compiled steps, too (on CUDA)"
+        )
         parser.add_argument("--profile", action="store_true", help="in the end, the kernels of a step; CUDA, one shape")
         args = parser.parse(rest)
         parser.fill_in_sizes(args, [1024])

@@ -92,28 +92,42 @@ def at_least(lowest: float, kind: type = int) -> Callable[[str], float]:
 class Parser(argparse.ArgumentParser):
     """An argument parser with the options that all harnesses share; bad input gets one sentence."""
 
-    def __init__(self, prog: str, says: str | None, *, measures: bool = True) -> None:
+    def __init__(
+        self, prog: str, says: str | None, *, measures: bool = True, output: str | None = "build/benchmarks"
+    ) -> None:
         epilog = "The manual and the result format are in docs/benchmarks.md."
         super().__init__(f"python -m benchmarks.{prog}", description=says, epilog=epilog, allow_abbrev=False)
-        self.add_argument("--output", default="build/benchmarks", help="folder of what is written (%(default)s)")
+        self.add_argument("--output", default=output, help=f"folder to write to ({output or 'that of the part'})")
         if not measures:
             return
         source = self.add_argument_group("model and cache")
         source.add_argument("--model", help="an id on the hub or a folder, with trained weights")
         source.add_argument("--gguf-file", help="a GGUF file in the model's folder or repository")
-        source.add_argument("--random-weights", nargs="+", metavar="SHAPE", help="see docs/benchmarks.md; one run each")
+        source.add_argument(
+            "--random-weights", nargs="+", metavar="SHAPE", help="shapes of models, such as llama-3-8b; one run each"
+        )
         source.add_argument("--offline", action="store_true", help="ask no hub: what is named must be here")
         source.add_argument(
-            "--quantize", nargs="+", choices=QUANTIZE, default=["no"], help="weights, one run each (no)"
+            "--quantize",
+            nargs="+",
+            choices=QUANTIZE,
+            default=["no"],
+            help="how to round the weights; one run each (no)",
         )
         source.add_argument("--attn-implementation", help="sdpa or eager (the model's default)")
-        source.add_argument("--capacities", nargs="+", type=int, metavar="N", help="of the caches, sinks included")
-        source.add_argument("--n-sink", type=at_least(0), help=f"({N_SINK})")
+        source.add_argument(
+            "--capacities", nargs="+", type=int, metavar="N", help="tokens in a bounded cache, sinks included"
+        )
+        source.add_argument("--n-sink", type=at_least(0), help=f"how many of these are sinks ({N_SINK})")
         machine = self.add_argument_group("machine and output")
         machine.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (%(default)s)")
-        machine.add_argument("--dtype", choices=DTYPES, help="(bfloat16 on CUDA, else float32; ppl: float32)")
-        machine.add_argument("--sdpa-backend", choices=SDPA_CHOICES, default="auto", help="(torch's choice)")
-        machine.add_argument("--name", help="of the result file, without .json (made of what is measured)")
+        machine.add_argument(
+            "--dtype", choices=DTYPES, help="of weights and cache (bfloat16 on CUDA; CPU, ppl: float32)"
+        )
+        machine.add_argument(
+            "--sdpa-backend", choices=SDPA_CHOICES, default="auto", help="of torch's attention (torch's choice)"
+        )
+        machine.add_argument("--name", help="name of the result file, without .json (made of what is measured)")
 
     def error(self, message: str) -> NoReturn:
         """Raise the message as a `BenchmarkError`."""
@@ -133,7 +147,7 @@ class Parser(argparse.ArgumentParser):
             kind = float if isinstance(default, float) else int
             several = {"nargs": "+", "metavar": "N"} if isinstance(default, list) else {}
             number = at_least(lowest[0] if lowest else int(kind is int), kind)
-            says += " (%(default)s)" if default else ""
+            says += f" ({' '.join(map(str, default if several else [default]))})" if default else ""
             flag = f"--{name.replace('_', '-')}"
             self.add_argument(flag, type=number, default=default or None, help=says, **several)
 

@@ -447,13 +447,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = harness.Parser("latency", __doc__)
     parser.numbers(
         contexts=([], "tokens of text before a step", 2),
-        rounds=(None, "turns of each arm at each context (24; 12 on a CPU)"),
-        steps=(4, "of a turn, at least"),
-        min_seconds=(0.25, "time of all turns of an arm"),
-        warm_up_seconds=(0.1, "after the first steps"),
+        rounds=(None, "how often each arm has its turn at each context (24; 12 on a CPU)"),
+        steps=(4, "least number of steps in a turn"),
+        min_seconds=(0.25, "least time of all turns of an arm together"),
+        warm_up_seconds=(0.1, "how long an arm is warmed up, after its first steps"),
     )
     parser.names("--arms", of=NAMES)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="also compiled steps (on CUDA)")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="measure compiled steps, too (on CUDA)"
+    )
     at = "contexts whose static cache is compiled; each takes long (the largest)"
     parser.add_argument("--compile-static-at", nargs="*", type=int, metavar="N", help=at)
     profile = "in the end, kernels at the largest context; CUDA, one shape"

@@ -207,7 +207,7 @@ def add_text_options(parser: Any) -> None:
     """Add the options that `chosen_text` reads."""
     text = parser.add_argument_group("text")
     for name, default in WIKITEXT.items():
-        text.add_argument(f"--{name.replace('_', '-')}", help=f"({default})")
+        text.add_argument(f"--{name.replace('_', '-')}", help=f"{name.replace('_', ' ')} to read ({default})")
     text.add_argument("--text-file", help="a text in UTF-8 instead of a dataset")
 
 

@@ -415,11 +415,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mode", choices=MODE_DEFAULTS, default="chunk", help=mode)
     parser.numbers(
         n_sinks=([], "several numbers of sinks, each with rows of its own, instead of --n-sink", 0),
-        max_tokens=(None, "to predict in each sample (the model's trained context)"),
-        num_samples=(None, "from the start of the text (all of it)"),
-        score_from=(1, "score tokens after at least so many tokens"),
-        position_bin=(None, "tokens of the bins by position (a 20th of a sample)"),
-        recompute_tokens=(None, "to predict with recompute (1024)"),
+        max_tokens=(None, "tokens to predict in each sample (the model's trained context)"),
+        num_samples=(None, "samples, from the start of the text (all of it)"),
+        score_from=(1, "tokens of each sample that come before the first scored one"),
+        position_bin=(None, "tokens in a bin of by_position (a 20th of a sample)"),
+        recompute_tokens=(None, "tokens to predict with recompute (1024)"),
         chunk_size=(None, "tokens per forward in chunk mode (128)"),
         batch_size=(None, "samples read together (8 in chunk mode, 1 in step mode)"),
     )

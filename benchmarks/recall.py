@@ -271,18 +271,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.names("--arms", of=METHODS)
     parser.numbers(
         num_samples=(None, "texts, or questions (32)"),
-        max_tokens=(None, f"of a text of copy or streameval (what the model was trained on, at most {LONGEST})"),
-        distances=([], "of copy, in tokens (64 to 4096)"),
-        line_distances=([], "of streameval, from a line to the question about it (20 to 200)"),
-        further=([], "of pinned: tokens from the sinks to where they come again (2000 10000 100000)"),
-        segment=(None, "tokens that come again together (60)", 2),
-        pairs=(None, "segments of copy for each distance in a text (3)"),
-        recompute_questions=(None, "for each distance, with recompute (8)"),
-        text_tokens=(None, "of the text of questions (30000)"),
-        question_tokens=(None, "of each of its questions (32)"),
+        max_tokens=(None, f"tokens of a text of copy or streameval (what the model was trained on, at most {LONGEST})"),
+        distances=([], "copy: tokens from a token to the same token again (64 to 4096)"),
+        line_distances=([], "streameval: lines from a line to the question about it (20 to 200)"),
+        further=([], "pinned: tokens between the sinks and their repetition (2000 10000 100000)"),
+        segment=(None, "tokens of a repeated segment (60)", 2),
+        pairs=(None, "copy: segments for each distance in a text (3)"),
+        recompute_questions=(None, "segments that recompute is asked at each distance (8)"),
+        text_tokens=(None, "questions: tokens of the text (30000)"),
+        question_tokens=(None, "questions: tokens of a question (32)"),
         chunk_size=(None, "tokens per forward (256)"),
         batch_size=(None, "texts read together (16)"),
-        seed=(None, "of texts (0)", 0),
+        seed=(None, "seed of the random texts (0)", 0),
     )
     parser.set_defaults(arms=None)  # so that given arms can be told from the default ones
     args = parser.parse(argv)

@@ -98,9 +98,8 @@ def alone(message: str, model: Any, tokenizer: Any, new_tokens: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the server and its clients, compare, and write the result file; see the module docstring."""
-    parser = harness.Parser("serve", "many clients at once, of whom a third leave in the middle", measures=False)
-    parser.add_argument("--clients", type=int, default=32, help="(%(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=32, help="of each answer (%(default)s)")
+    parser = harness.Parser("serve", __doc__.partition("\n")[0], measures=False)
+    parser.numbers(clients=(32, "how many at once"), new_tokens=(32, "tokens of each answer"))
     args = parser.parse_args(argv)
     args.module, args.name = "serve", "serve"
     if hasattr(os, "sched_setaffinity"):  # two cores for this process, and so for the server that it starts

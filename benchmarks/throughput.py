@@ -23,16 +23,16 @@ from .calls import WARM_UP_TOKENS, StepTimes, generate, summarize
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95}
 ARMS = ("pool", "generate", "generate_batch")
 OPTIONS = {
-    "streams": ([64], "at once"),
-    "prefill_chunk_size": (512, "of prompts"),
-    "prompt_tokens": (None, "of each stream (the capacity)"),
-    "new_tokens": (300, "of the last stream in the pool, or of each row"),
-    "others_new_tokens": (32, "of each stream in the arms that are not the pool"),
-    "rounds": (6, "of turns"),
-    "long_prompt": (32768, "tokens of the text that is read meanwhile"),
-    "requests": (256, "of all together"),
-    "scale": (1.0, "of the lengths of prompts and answers"),
-    "soak_steps": (20000, "of the pool"),
+    "streams": ([64], "how many streams at once"),
+    "prefill_chunk_size": (512, "tokens of a prompt that are read at once"),
+    "prompt_tokens": (None, "tokens of each prompt (the capacity)"),
+    "new_tokens": (300, "tokens that the pool's last stream, or each row, generates"),
+    "others_new_tokens": (32, "tokens that each stream generates in the arms other than pool"),
+    "rounds": (6, "how often each kind of rows has its turn"),
+    "long_prompt": (32768, "tokens of the long text"),
+    "requests": (256, "how many requests"),
+    "scale": (1.0, "factor on the lengths of prompts and answers"),
+    "soak_steps": (20000, "how many steps of the pool"),
     "text_tokens": (65536, "of each text"),
     "chunk_sizes": ([1020, 4096, 8192], "tokens per forward"),
 }
@@ -289,7 +289,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     }.get(what, {})
     shared = ("streams",) if what == "read" else ("streams", "prefill_chunk_size")
     parser.numbers(**{name: options[name] for name in (*shared, *MODES[what][1])})
-    parser.add_argument("--seed", type=int, default=0, help="of texts (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random texts (%(default)s)")
     if what == "steady":
         parser.names("--arms", of=ARMS)
     args = parser.parse(rest)

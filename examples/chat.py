@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from sink_cache import cache_kwargs, endless, stream
 
-from .command_line import at_least, cache_for, device, file, load, noting_ctrl_c
+from .command_line import at_least, cache_for, device, file, load, noting_ctrl_c, read_text, run
 
 SYSTEM = "You are a keeper of a lighthouse. You answer in one or two sentences, and you never mention the year."
 
@@ -68,15 +68,15 @@ class Chat:
 
 def temperature(text: str) -> float:
     """The type of an argument that is a temperature."""
-    if float(text) < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, but is {text}")
+    if not 0 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, but is {text}")
     return float(text)
 
 
 def messages(script: Path | None) -> Iterator[str]:
     """Yield what the user says: the lines of the script, or what is typed."""
     if script is not None:
-        for line in script.read_text().splitlines():
+        for line in read_text(script).splitlines():
             print(f"> {line}")
             yield line
         return
@@ -123,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

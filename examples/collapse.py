@@ -25,7 +25,19 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from sink_cache import SinkWindowCache, cache_kwargs, stream
 
-from .command_line import CtrlC, at_least, cache_bytes, cache_for, device, file, load, noting_ctrl_c
+from .command_line import (
+    CtrlC,
+    at_least,
+    cache_bytes,
+    cache_for,
+    device,
+    file,
+    first_line,
+    load,
+    noting_ctrl_c,
+    read_text,
+    run,
+)
 
 ROW = 1000  # tokens of a line, and of its perplexity
 CHUNK = 500  # tokens in a forward
@@ -157,10 +169,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/collapse.png"), help="the picture (%(default)s)")
     args = parser.parse_args()
 
-    try:
-        text = args.text.read_text(encoding="utf-8") if args.text else HELP
-    except UnicodeDecodeError:
-        raise SystemExit(f"error: {args.text} is not a text in UTF-8") from None
+    text = read_text(args.text) if args.text else HELP
     model, tokenizer = load(args.model, args.device)
     # Not verbose: it would warn that the text is longer than the model's context, which is the point.
     ids = tokenizer(text, add_special_tokens=False, verbose=False, return_tensors="pt").input_ids.to(args.device)
@@ -174,7 +183,7 @@ def main() -> None:
         with noting_ctrl_c() as ctrl_c:
             read_side_by_side(*readings, trained, ctrl_c)
     except (NotImplementedError, ValueError, torch.OutOfMemoryError) as reason:
-        raise SystemExit(f"error: {str(reason).splitlines()[0]}") from None
+        raise SystemExit(f"error: {first_line(reason)}") from None
     dense_rows, our_rows = (reading.rows for reading in readings)
     if not our_rows:
         raise SystemExit(f"stopped before {ROW:,} tokens were read: there is nothing to show")
@@ -183,4 +192,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

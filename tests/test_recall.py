@@ -269,7 +269,12 @@ def test_the_recipe_for_many_questions_answers_as_if_the_text_were_read_anew(gue
     text, *questions = (torch.randint(256, (1, n), generator=draw) for n in (40, 5, 9))
     (block,) = (part.partition("```")[0] for part in CHOOSING.read_text().split("```python\n")[1:])
     block = block.replace("1020", "12").replace("=200)", "=8, do_sample=False)\n    answers.append(answer)")
-    exec(block, {"model": guessing.model, "text": text, "questions": questions, "answers": (answers := [])})
+    ids = iter(questions)  # which the tokenizer gives, one for each question of the page
+    given = {
+        "inputs": SimpleNamespace(input_ids=text),
+        "tokenizer": lambda *_, **__: SimpleNamespace(input_ids=next(ids)),
+    }
+    exec(block, {"model": guessing.model, "answers": (answers := []), **given})
     for question, answer in zip(questions, answers, strict=True):
         logits = streamed_logits(guessing.model, answer[:, :-1], n_sink=40, window=12)
         assert answer.shape[1] == 40 + question.shape[1] + 8

@@ -19,12 +19,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 httpx = pytest.importorskip("httpx", reason="pip install -r examples/serve/requirements.txt")
-openai = pytest.importorskip("openai", reason="the official client comes with '.[test]'")
+openai = pytest.importorskip("openai", reason="pip install -r tests/requirements.txt")
 uvicorn = pytest.importorskip("uvicorn", reason="pip install -r examples/serve/requirements.txt")
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 
+from examples.serve.__main__ import main as serve_from_the_command_line  # noqa: E402
 from examples.serve.app import Server, create_app  # noqa: E402
-from examples.serve.conversations import home  # noqa: E402
+from examples.serve.conversations import Conversations, Held, home  # noqa: E402
+from examples.serve.engine import Turn  # noqa: E402
 from examples.serve.protocol import StopStrings  # noqa: E402
 
 from .families import VOCAB  # noqa: E402
@@ -535,6 +537,23 @@ def test_an_interrupt_ends_it_cleanly(folder: Path) -> None:
         process.kill()
     assert process.returncode in (0, -signal.SIGINT)
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--model", "no/such-model"], ["--device", "cuda:99"]],
+    ids=lambda options: options[0],
+)
+def test_a_mistake_is_answered_in_one_line(folder: Path, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(sys, "argv", ["serve", "--model", str(folder), *options])
+    with pytest.raises(SystemExit, match=r"\Aerror: .+\Z"):
+        serve_from_the_command_line()
+
+
+def test_no_conversation_is_held_if_none_may_be() -> None:
+    held = Held(Turn(), b"", 1, 1, None)
+    assert Conversations(0).hold(held) == [held]
 
 
 def test_a_model_without_a_chat_template(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

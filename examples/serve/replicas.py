@@ -106,8 +106,6 @@ class _Families:
 
 def application(replicas: int, options: dict[str, Any]) -> Any:
     """Makes the application for `ray.serve.run`; `options` are those of `load_app`."""
-    if replicas < 1:
-        raise ValueError(f"replicas must be at least 1, but is {replicas}")
     needs = {"num_cpus": 1, "num_gpus": int(options["device"].startswith("cuda"))}
     # No request waits in Ray, which would refuse none: a full pool says so by itself.
     deployment = ray_serve.deployment(max_ongoing_requests=10_000)
