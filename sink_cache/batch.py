@@ -225,16 +225,20 @@ class Reader:
         """Reads the next piece; after the last one, returns the token that follows."""
         with self._reading():
             logits = next(self._pieces)
-            self.pieces_left -= 1
-            if self.pieces_left:
+            if self.pieces_left > 1:
+                self.pieces_left -= 1
                 return None
             self.cache.rebase()
             if sampling.is_greedy:
-                return int(logits.argmax())
-            logits = logits.to(self.device)
-            options = torch.tensor([sampling.numbers(logits.shape[1])], device=self.device)
-            seen = torch.tensor([recent], device=self.device)
-            return int(choose(logits, options, seen, draws.next().to(self.device)))
+                token = int(logits.argmax())
+            else:
+                logits = logits.to(self.device)
+                options = torch.tensor([sampling.numbers(logits.shape[1])], device=self.device)
+                seen = torch.tensor([recent], device=self.device)
+                token = int(choose(logits, options, seen, draws.next.to(self.device)))
+                draws.advance()
+            self.pieces_left = 0  # at last, because a text whose reading was interrupted is read anew
+            return token
 
     def row(self) -> Row:
         """The stream that was read, as views."""

@@ -72,11 +72,10 @@ class Draws:
         self._renew()
         return True
 
+    @property
     def next(self) -> torch.Tensor:
-        """The next number, `[1, 1]`."""
-        number = self.block[self.drawn].view(1, 1)
-        self.advance()
-        return number
+        """The next number, `[1, 1]`, which is still to be counted."""
+        return self.block[self.drawn].view(1, 1)
 
 
 def choose(

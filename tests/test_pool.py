@@ -676,5 +676,24 @@ def test_an_interrupt_in_the_middle_of_reading(model: PreTrainedModel) -> None:
     assert stream.tokens == Alone(model).turn(text(4 * PIECE), max_new_tokens=4)
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_an_interrupt_after_the_last_piece(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, do_sample: bool
+) -> None:
+    # The text counted as read without its first new token, so that the last token of the prompt was fed again.
+    options = {"max_new_tokens": 6, "do_sample": do_sample, "seed": 3}
+    pool = pool_of(model)
+    undisturbed = pool_of(model)
+    expected = undisturbed.add(text(PIECE), **options)
+    run(undisturbed)
+    stream = pool.add(text(PIECE), **options)
+    with monkeypatch.context() as patched:
+        patched.setattr("sink_cache.batch.choose" if do_sample else "torch.Tensor.argmax", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pool.step()
+    run(pool)
+    assert stream.tokens == expected.tokens
+
+
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
