@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .cache import SinkWindowCache
 from .internals import cache_kwargs
-from .rows import Row, note_pauses, put_row, take_row
+from .rows import Row, bring_rows_back, counts_of_rows, note_pauses, put_row, take_row
 from .sampling import BLOCK, GREEDY, Draws, SamplingOptions, choose
 from .steps import Step, pieces, read, steps_between_rebases
 
@@ -67,9 +67,9 @@ class Batch:
             self._options = torch.tensor([GREEDY.numbers(self.vocab_size)] * rows, device=self.device)
             self._recent, self._place = numbers(rows, keep_tokens), numbers(rows, 1)  # a ring, and its next index
             self._draws, self._drawn = numbers(rows, BLOCK), numbers(rows, 1)
+            self._on_host = torch.zeros(rows, dtype=torch.long, pin_memory=self.device.type == "cuda", device="cpu")
         self._step = Step(model, cache, rows, self.device, config, kwargs, self._running)
         self._tokens = self._step.tokens  # each row's last one
-        self._on_host = torch.zeros(rows, dtype=torch.long, pin_memory=self.device.type == "cuda", device="cpu")
         self._launched = torch.cuda.Event() if self.device.type == "cuda" else None
         self._every = self._until_rebase = steps_between_rebases(cache)
         self._compiles_choice = self._step.is_compiled and self.device.type == "cuda"
@@ -136,13 +136,24 @@ class Batch:
             self._settle()
             self._step.rebase()
             self._until_rebase = self._every
-        logits = self._step(self._tokens)
+        with self._whole_or_not_at_all():
+            self._choose(self._step(self._tokens))
         self._until_rebase -= 1
         self._paused = [steps + (not runs) for steps, runs in zip(self._paused, self._run_on_device, strict=True)]
-        self._choose(logits)
         self._on_host.copy_(self._tokens[:, 0], non_blocking=True)
         if self._launched is not None:
             self._launched.record()
+
+    @contextmanager
+    def _whole_or_not_at_all(self) -> Iterator[None]:
+        """Within, rows advance, unless something fails. A row without its next token would be fed its last one again."""
+        counts, positions = counts_of_rows(self.cache), self._step.positions.clone()
+        try:
+            yield
+        except BaseException:
+            bring_rows_back(self.cache, counts)
+            self._step.positions.copy_(positions)
+            raise
 
     def tokens(self) -> list[int]:
         """Waits for the launched step, and returns the token of each row, paused rows included."""
@@ -214,16 +225,20 @@ class Reader:
         """Reads the next piece. After the last piece, returns the token that follows the text."""
         with self._reading():
             logits = next(self._pieces)
-            self.pieces_left -= 1
-            if self.pieces_left:
+            if self.pieces_left > 1:
+                self.pieces_left -= 1
                 return None
             self.cache.rebase()
             if sampling.is_greedy:
-                return int(logits.argmax())
-            logits = logits.to(self.device)
-            options = torch.tensor([sampling.numbers(logits.shape[1])], device=self.device)
-            seen = torch.tensor([recent], device=self.device)
-            return int(choose(logits, options, seen, draws.next().to(self.device)))
+                token = int(logits.argmax())
+            else:
+                logits = logits.to(self.device)
+                options = torch.tensor([sampling.numbers(logits.shape[1])], device=self.device)
+                seen = torch.tensor([recent], device=self.device)
+                token = int(choose(logits, options, seen, draws.next.to(self.device)))
+                draws.advance()
+            self.pieces_left = 0  # at last, because a text whose reading was interrupted is read anew
+            return token
 
     def row(self) -> Row:
         """Returns the stream that was read; its tensors are views."""

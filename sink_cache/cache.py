@@ -101,6 +101,7 @@ class SinkWindowCache(GivenToGenerate, Cache):
         self._accepts_changed_model = False  # True for `verify`, which measures whether the cache is exact on the model
         self._model: weakref.ref[PreTrainedModel] | None = None  # the text model that was last seen
         self._chunk_offsets: dict[bool, ChunkOffset] = {}  # by whether the layer is sliding
+        self._records_for_generate = False  # whether generate() has activated recording, and not the user
         self._is_step = False  # whether the call that is under way is a step of a static ring
         super().__init__(layers=[])
         if config is not None:
@@ -149,9 +150,16 @@ class SinkWindowCache(GivenToGenerate, Cache):
         if self._finds_model and (model := look_at_caller().model) is not None:
             self.prepare_for(model)
 
-    def _refuse_generate(self) -> None:
+    def _begin_generate(self) -> None:
         if self._finds_model:
             calling_model()  # or a refusal
+        if self._records_for_generate:  # for the one before, which does not say when it has ended
+            self._stop_recording()
+        self._stack.checks.read_next_positions()
+
+    def _stop_recording(self) -> None:
+        self._stack.stop_recording()
+        self._records_for_generate = False
 
     def _look_if_not_begun(self) -> None:
         # The cache may have been prepared for another model, by config= or before a reset. A forward asks for this before it
@@ -319,8 +327,8 @@ class SinkWindowCache(GivenToGenerate, Cache):
             state.forget_start()
         if self._stack.has_recurrent_layers(layer_idx):
             state.unfinished = True  # recurrent layers have taken in the tokens already
-        if self._finds_model and generate_call():
-            state.recording = False  # generate() activates it again whenever it needs it
+        if self._records_for_generate:
+            self._stop_recording()
 
     # --- masks ---
 
@@ -434,13 +442,15 @@ class SinkWindowCache(GivenToGenerate, Cache):
 
         Assisted decoding uses this to check candidates as if they were fed one at a time. Its first call has the prompt and the
         first candidates. Each prompt token sees the whole prompt before it, as in plain `generate()`. Each candidate sees the
-        sinks and its own window. So greedy decoding gives the same text with and without help.
+        sinks and its own window. So greedy decoding gives the same text with and without help. Recording that `generate()` has
+        activated ends with the next `generate()`. All recording ends with `reset()`.
         """
         if self.compileable:
             raise self._not_supported("assisted decoding with compileable=True", _NOT_COMPILEABLE)
         if not self.layers:
             raise ValueError("activate_past_recording needs a model: pass SinkWindowCache(..., config=model.config).")
         register_mask_functions()
+        self._records_for_generate = self._finds_model and bool(generate_call())
         self._stack.state.recording = True
         for other in self.layers:
             if not isinstance(other, RingLayer) and hasattr(other, "activate_past_recording"):

@@ -96,6 +96,12 @@ class CallChecks:
         if self._rings[0].is_compileable and new_tokens == 1:
             return  # a static ring hides the empty slots of each row by itself
         self.refuse_interrupted()
+        # transformers would hide what is beyond the end of a mask.
+        if mask is not None and mask.shape[-1] < state.fed + new_tokens:
+            raise ValueError(
+                f"attention_mask covers {mask.shape[-1]} of the {state.fed + new_tokens} tokens of the text: pass one for all "
+                "that the cache has seen and the new tokens, or none if no row is padded."
+            )
         if mask is None and state.padded and self.tokens_until_full():
             raise ValueError(
                 "rows of this cache began with padding that is not yet out of sight. Until then every call needs the "
@@ -180,11 +186,20 @@ class CallChecks:
         """Checks the first layer's tensors before they are stored. That layer may be transformers' own, which checks nothing."""
         first, dtypes = self._rings[0], (key_states.dtype, value_states.dtype)
         first.refuse_gradients(key_states, value_states)
+        if key_states.shape[2] != (tokens := value_states.shape[2]):
+            raise ValueError(
+                f"the model made {key_states.shape[2]} keys of {tokens} new tokens: position_ids must have one position for each "
+                f"new token, and none for those that the cache has seen. Pass next_position_ids({tokens})."
+            )
         if not self.state.fed:
             self._dtypes = dtypes
             return
         given, expected = (key_states.shape[0], *dtypes), (first.keys.shape[0], *(self._dtypes or dtypes))
         first.refuse_unless_equal(("batch size", "dtype", "value dtype"), given, expected)
+
+    def read_next_positions(self) -> None:
+        """A loop begins, of which the first step is read."""
+        self._positions_unread = _READ_EVERY
 
     def must_read_positions(self) -> bool:
         """Counts a step, and returns whether to read its positions. Reading walks up the frames, and waits for the GPU."""

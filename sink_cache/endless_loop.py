@@ -155,6 +155,8 @@ def refuse_unsupported(
         )
     if keep_tokens is not None and (not isinstance(keep_tokens, int) or keep_tokens < 1):
         raise ValueError(f"keep_tokens must be an integer of at least 1, but is {keep_tokens!r}")
+    if config.prefill_chunk_size is not None and config.prefill_chunk_size < 1:
+        raise ValueError(f"prefill_chunk_size must be at least 1, but is {config.prefill_chunk_size}")
     if config.num_beams not in (None, 1):
         raise ValueError(f"endless does greedy decoding and sampling, but num_beams is {config.num_beams}")
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):

@@ -35,7 +35,8 @@ from transformers import (
 # Relies on: these are the layer classes of a DynamicCache. Recurrent states are LinearAttention layers, and a layer of attention
 # beside a recurrent state takes `number_of_states`, which says how many states it has. A sliding layer has the last
 # `sliding_window - 1` keys and values in `keys` and `values`, and counts tokens in `cumulative_length`. Layers forget all tokens
-# at `reset()`. After `activate_past_recording()`, `crop(-n)` takes back the last n tokens.
+# at `reset()`. After `activate_past_recording()`, `crop(-n)` takes back the last n tokens, and cuts sliding layers to their
+# window. Layers record until `record_past` is set to False.
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
@@ -508,10 +509,10 @@ class GivenToGenerate:
 
     @_is_user_defined.setter
     def _is_user_defined(self, given: bool) -> None:
-        self._refuse_generate()
+        self._begin_generate()
         self._given = given
 
-    def _refuse_generate(self) -> None:
+    def _begin_generate(self) -> None:
         """Raises an error if the cache is not for the calling model."""
 
 

@@ -467,8 +467,9 @@ class StaticSinkWindowLayer(RingLayer):
                 self.check(key_states, value_states)
                 self.lazy_initialization(key_states, value_states)  # of another kind than before a reset
             return self.step(key_states, value_states)
+        attended = super().update(key_states, value_states)  # or a refusal, which changes nothing
         self.sinks_complete = self.state.least_after(key_states.shape[2]) >= self.n_sink
-        return super().update(key_states, value_states)
+        return attended
 
     def step(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores one token of each row, `[batch_size, num_heads, 1, head_dim]`, and returns all slots."""

@@ -122,6 +122,20 @@ def pause_rows(cache: SinkWindowCache, running: torch.Tensor) -> None:
     state.pause(running)
 
 
+def counts_of_rows(cache: SinkWindowCache) -> dict[torch.device, torch.Tensor]:
+    """The counts `[rows]` of a compileable cache on its devices, before a step that may fail."""
+    state = stack_of(cache).state
+    assert isinstance(state, DeviceStreamState)
+    return state.copied_counts()
+
+
+def bring_rows_back(cache: SinkWindowCache, counts: dict[torch.device, torch.Tensor]) -> None:
+    """Undoes a step that failed after the cache took it in; `counts` are those before. Its tokens are overwritten later."""
+    state = stack_of(cache).state
+    assert isinstance(state, DeviceStreamState)
+    state.bring_back(counts)
+
+
 def note_pauses(cache: SinkWindowCache, steps: Sequence[int]) -> None:
     """Notes for how many steps each row has paused since the last call. For a paused row, a step counts as padding."""
     state = stack_of(cache).state

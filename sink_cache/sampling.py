@@ -72,11 +72,10 @@ class Draws:
         self._renew()
         return True
 
+    @property
     def next(self) -> torch.Tensor:
-        """Takes the next number, int64 `[1, 1]`."""
-        number = self.block[self.drawn].view(1, 1)
-        self.advance()
-        return number
+        """The next number, int64 `[1, 1]`; `advance` counts it as drawn."""
+        return self.block[self.drawn].view(1, 1)
 
 
 def choose(

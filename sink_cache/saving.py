@@ -54,11 +54,17 @@ def save_stack(stack: LayerStack, path: str | os.PathLike[str]) -> None:
 def write_whole(
     path: str | os.PathLike[str], tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file under a temporary name, and renames it when it is complete."""
+    """Writes a safetensors file under a temporary name, and renames it when it is complete.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
     unfinished = Path(f"{path}.{os.getpid()}.tmp")
     try:
         save_file(tensors, unfinished, metadata=metadata)
         os.replace(unfinished, path)
+    except SafetensorError as error:  # which hides the reason of the system in its text
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         unfinished.unlink(missing_ok=True)
 

@@ -103,6 +103,7 @@ class LayerStack:
 
     def reset(self) -> None:
         """Forgets the stream. The layers forget their tokens by themselves."""
+        self.stop_recording()
         self.state.reset()
         self.fed_text = None
         if self.rings:
@@ -271,6 +272,16 @@ class LayerStack:
         for storage in self.storages():
             storage.bring_back(left)
         state.fed = left
+
+    def stop_recording(self) -> None:
+        """Records no longer. Sliding layers of transformers, which keep every token while they record, forget what is too old."""
+        for layer in self.layers:
+            if not getattr(layer, "record_past", False):
+                continue
+            if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized:
+                layer.crop(0)
+            layer.record_past = False
+        self.state.recording = False
 
     def can_take_back_states(self) -> bool:
         """Whether recurrent states, if there are any, can be put back as they were."""

@@ -276,6 +276,16 @@ class DeviceStreamState(StreamState):
         for counts in self._counts.values():
             counts.add_(running.to(counts.device) - 1)
 
+    def copied_counts(self) -> dict[torch.device, torch.Tensor]:
+        """A copy of the counts on each device."""
+        return {device: counts.clone() for device, counts in self._counts.items()}
+
+    def bring_back(self, counts: dict[torch.device, torch.Tensor]) -> None:
+        """Writes counts that were copied before a step."""
+        with torch.inference_mode():  # in which any tensor can be written to
+            for device, before in counts.items():
+                self._counts[device].copy_(before)
+
     def set_pads(self, pads: PerRow) -> None:
         """As in the base class."""
         with self._keeping_fed():

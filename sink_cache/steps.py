@@ -123,8 +123,9 @@ class Step:
         running: torch.Tensor | None = None,
     ) -> None:
         self.cache, self.kwargs, self.running = cache, kwargs, running
-        self.positions = cache.next_position_ids().expand(rows, -1).to(device).clone()
-        self.tokens = torch.zeros_like(self.positions)
+        with torch.inference_mode(False):  # tensors that are made in it could not be written to outside of it
+            self.positions = cache.next_position_ids().expand(rows, -1).to(device).clone()
+            self.tokens = torch.zeros_like(self.positions)
         self.forward: Any = model.__call__
         self.warm_up = 3  # how many calls come before the graph is captured
         self.captures = False

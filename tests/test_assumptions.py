@@ -817,7 +817,8 @@ def test_recording_layers_take_back() -> None:
     model(input_ids[:, :20], **{generate_name(): cache})
     with assumed(
         "transformers' own sliding layers no longer record several calls after activate_past_recording(), or crop(-n) no longer "
-        "takes back the last n tokens: SinkWindowCache.crop leaves them to it (see the imports of internals.py)."
+        "takes back the last n tokens, or does not cut them to their window: SinkWindowCache.crop leaves them to it (see the "
+        "imports of internals.py)."
     ):
         cache.activate_past_recording()
         for t in range(4):
@@ -825,6 +826,9 @@ def test_recording_layers_take_back() -> None:
         cache.crop(-4)
         logits = model(input_ids[:, 20:], **{generate_name(): cache}).logits
         assert torch.allclose(logits, model(input_ids, use_cache=False).logits[:, 20:], atol=1e-5)
+        cache.crop(0)
+        sliding = [layer for layer in cache.layers if isinstance(layer, cache_utils.DynamicSlidingWindowLayer)]
+        assert all(layer.record_past and layer.keys.shape[2] == layer.sliding_window - 1 for layer in sliding)
 
 
 @guards("transformers.cache_utils")

@@ -428,6 +428,12 @@ def test_a_table_of_positions_does_not_end_the_text(compileable: bool) -> None:
         (DynamicCache, {}, TypeError, "but got DynamicCache"),
         (lambda: None, {}, TypeError, "but got"),
         (lambda: SinkWindowCache(2, 9), {"num_beams": 2}, ValueError, "num_beams is 2"),
+        (
+            lambda: SinkWindowCache(2, 9),
+            {"prefill_chunk_size": -1},
+            ValueError,
+            "prefill_chunk_size must be at least 1",
+        ),
         (lambda: SinkWindowCache(2, 9), {"synced_gpus": True}, NotImplementedError, "does not keep processes in step"),
         (
             lambda: SinkWindowCache(2, 9),

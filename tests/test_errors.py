@@ -22,12 +22,13 @@ from transformers import (
     LogitsProcessor,
     PreTrainedModel,
 )
+from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sink_cache import SinkWindowCache, stream, verify
 from sink_cache.cache import stack_of
 
-from .families import cache_name, tiny_model
+from .families import PLAIN, cache_name, tiny_model
 from .oracle import relative_error, streamed_logits
 from .test_exact import one_by_one, tokens
 
@@ -109,8 +110,14 @@ def _padded(batch: list[list[int]]) -> Callable[[PreTrainedModel, SinkWindowCach
             ValueError,
             "device of the keys is meta",
         ),
+        (
+            lambda m, c: m(tokens(1), past_key_values=c, position_ids=torch.arange(21)[None]),
+            ValueError,
+            "21 keys of 1 new tokens: position_ids must have one position for each",
+        ),
         (_with_grad, NotImplementedError, "torch.no_grad()"),
         (_after(2**24), ValueError, "16,777,216 positions"),
+        (_padded([[1]]), ValueError, "attention_mask covers 1 of the 21 tokens"),
         (_padded([[0] + [1] * 20]), ValueError, "begins with 1 zeros in row 0, but began with 0"),
         (_padded([[1] * 20 + [0]]), NotImplementedError, "left padding only"),
         (_padded([[1] * 5 + [0] + [1] * 15]), NotImplementedError, "Set tokenizer.padding_side = 'left'"),
@@ -785,6 +792,43 @@ def test_refused_assisted_decoding_is_over(model_type: str) -> None:
         model.generate(tokens(30), past_key_values=caches[0], prompt_lookup_num_tokens=3, **options)
     texts = [model.generate(tokens(30), past_key_values=cache, **options) for cache in caches]
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_assisted_decoding_is_over_in_the_next_turn(model_type: str) -> None:
+    # transformers leaves the cache recording. The next turn was not the one of plain turns, and sliding layers kept every token.
+    model, caches = tiny_model(model_type), [SinkWindowCache(4, 12) for _ in range(2)]
+    options: dict[str, Any] = {"max_new_tokens": 20, **PLAIN}
+    texts = []
+    for cache, helped in zip(caches, ({"prompt_lookup_num_tokens": 3}, {}), strict=True):
+        text = model.generate(tokens(10), past_key_values=cache, **helped, **options)
+        text = torch.cat([text, tokens(9, seed=1)], dim=1)
+        texts.append(model.generate(text, past_key_values=cache, **options))
+    assert torch.equal(*texts)
+    assert caches[0].nbytes == caches[1].nbytes
+
+
+def test_reset_ends_recording_in_every_layer() -> None:
+    cache, model = SinkWindowCache(4, 12), tiny_model("gemma3_text")
+    one_by_one(model, tokens(1), cache)
+    cache.activate_past_recording()
+    cache.reset()
+    one_by_one(model, tokens(30), cache)
+    sliding = [layer for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    assert {layer.keys.shape[2] for layer in sliding} == {layer.sliding_window - 1 for layer in sliding}
+
+
+def test_the_first_step_of_generate_is_read(llama: PreTrainedModel) -> None:
+    # Without its mask, a padded text is numbered wrongly. A turn of one token was taken for the next step of the turn before.
+    cache = SinkWindowCache(2, 16, compileable=True)
+    input_ids = tokens(7, batch_size=2)
+    mask = torch.tensor([[0] * 3 + [1] * 4, [1] * 7])
+    options: dict[str, Any] = {"past_key_values": cache, "max_new_tokens": 3, **PLAIN}
+    text = llama.generate(input_ids, attention_mask=mask, **options)
+    seen = cache.get_seq_length()
+    with pytest.raises(ValueError, match="now begins with 0 zeros in row 0, but began with 3"):
+        llama.generate(text, attention_mask=torch.ones_like(text), **options)
+    assert cache.get_seq_length() == seen
 
 
 def test_a_long_call_on_natively_sliding_layers_is_refused() -> None:

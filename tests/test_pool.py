@@ -1,5 +1,6 @@
 """A pool of streams: each gets what it gets alone in `endless`, whatever the others do."""
 
+import itertools
 import signal
 import threading
 from pathlib import Path
@@ -394,6 +395,32 @@ def test_a_forward_that_fails_midway_harms_no_other(model: PreTrainedModel) -> N
     assert again.tokens == Alone(model).turn(text(30, seed=2), max_new_tokens=5)
 
 
+@pytest.mark.parametrize("failing", range(2, 9))  # of the calls: some read a prompt, the others are steps
+def test_a_step_that_fails_after_the_last_attention_can_be_repeated(model: PreTrainedModel, failing: int) -> None:
+    # The cache had taken the tokens in, and took them in once more.
+    pool, calls = pool_of(model, 3), itertools.count(1)
+    idle = pool.add(text(4, seed=2), max_new_tokens=1, do_sample=False)
+    run(pool)
+    streams = [pool.add(text(length), max_new_tokens=12, do_sample=False) for length in (3, 4)]
+
+    def fail(*_: Any) -> None:
+        if next(calls) == failing:
+            raise MemoryError("no room")
+
+    hook = model.lm_head.register_forward_pre_hook(fail)  # type: ignore[union-attr]
+    try:
+        run(pool)
+    except MemoryError:
+        run(pool)
+    hook.remove()
+    idle.send([], max_new_tokens=4)
+    run(pool)
+    for stream, length in zip(streams, (3, 4), strict=True):
+        if stream.status != "failed":
+            assert stream.tokens == Alone(model).turn(text(length), max_new_tokens=12)
+    assert idle.tokens == Alone(model).turn(text(4, seed=2), max_new_tokens=5)[1:]
+
+
 def test_an_interrupt_waits_for_the_step(model: PreTrainedModel) -> None:
     pool = pool_of(model)
     stream = pool.add(text(9), max_new_tokens=30, do_sample=False)
@@ -609,17 +636,14 @@ def test_a_turn_is_read_from_low_positions_on() -> None:
         stream.close()
 
 
-def test_a_folder_that_cannot_be_written_to(
-    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_cannot_be_written_to(model: PreTrainedModel, tmp_path: Path) -> None:
     # The stream that joined failed, for want of a file of the one that had to leave its row.
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("sink_cache.saving.save_file", full)
-    pool = pool_of(model, 1, park_to=tmp_path)
+    folder = tmp_path / "parked"
+    folder.mkdir()
+    pool = pool_of(model, 1, park_to=folder)
+    folder.rmdir()
     first, second = (pool.add(text(9, seed=seed), max_new_tokens=4, do_sample=False) for seed in (1, 2))
-    with pytest.warns(UserWarning, match=r"cannot be written \(no space left.*parked in memory"):
+    with pytest.warns(UserWarning, match=r"cannot be written.*parked in memory"):
         run(pool)
     assert (first.status, second.status) == ("idle", "idle")
     first.send(text(2), max_new_tokens=4)
@@ -628,6 +652,14 @@ def test_a_folder_that_cannot_be_written_to(
     alone = Alone(model)
     alone.turn(text(9, seed=1), max_new_tokens=4)
     assert first.tokens == alone.turn(text(2), max_new_tokens=4)
+
+
+def test_made_in_inference_mode_and_run_outside_of_it(model: PreTrainedModel) -> None:
+    with torch.inference_mode():
+        pool = pool_of(model)
+    stream = pool.add(text(9), max_new_tokens=12, do_sample=False)
+    run(pool)
+    assert stream.tokens == Alone(model).turn(text(9), max_new_tokens=12)
 
 
 def test_an_interrupt_in_the_middle_of_reading(model: PreTrainedModel) -> None:
@@ -642,6 +674,25 @@ def test_an_interrupt_in_the_middle_of_reading(model: PreTrainedModel) -> None:
     assert stream.status == "queued"
     run(pool)
     assert stream.tokens == Alone(model).turn(text(4 * PIECE), max_new_tokens=4)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_an_interrupt_after_the_last_piece(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, do_sample: bool
+) -> None:
+    # The text counted as read without its first new token, so that the last token of the prompt was fed again.
+    options = {"max_new_tokens": 6, "do_sample": do_sample, "seed": 3}
+    pool = pool_of(model)
+    undisturbed = pool_of(model)
+    expected = undisturbed.add(text(PIECE), **options)
+    run(undisturbed)
+    stream = pool.add(text(PIECE), **options)
+    with monkeypatch.context() as patched:
+        patched.setattr("sink_cache.batch.choose" if do_sample else "torch.Tensor.argmax", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pool.step()
+    run(pool)
+    assert stream.tokens == expected.tokens
 
 
 def _interrupt(*_: Any) -> None:

@@ -194,6 +194,17 @@ def test_a_refused_call_does_not_fill_the_cache(llama: PreTrainedModel, first: i
     assert relative_error(logits, streamed_logits(llama, input_ids, 3, 9)[:, 7:]) <= TOLERANCE
 
 
+def test_a_call_that_a_layer_refuses_does_not_complete_the_sinks(llama: PreTrainedModel) -> None:
+    # The steps after it would not have watched for the sinks that are still to come.
+    cache, input_ids = SinkWindowCache(4, 3, compileable=True), tokens(20)
+    one_by_one(llama, input_ids[:, :3], cache)
+    elsewhere = torch.zeros(1, 2, 2, 16, device="meta")
+    with pytest.raises(ValueError, match="device of the keys is meta"):
+        cache.update(elsewhere, elsewhere, 0)
+    logits = one_by_one(llama, input_ids[:, 3:], cache)
+    assert relative_error(logits, streamed_logits(llama, input_ids, 4, 3)[:, 3:]) <= TOLERANCE
+
+
 @pytest.mark.parametrize("model_type", ["modernbert-decoder", "gemma3_text"])
 @pytest.mark.parametrize("how", [{}, {"custom_generate": endless}])
 def test_eager_attention_has_its_mask(model_type: str, how: dict[str, Any]) -> None:
