@@ -322,6 +322,22 @@ def can_take_back(layer: Any) -> bool:
     return bool(layer.is_croppable)
 
 
+def end_recording(layer: Any) -> None:
+    """Ends the recording of a layer of transformers, and leaves it as if it had not recorded.
+
+    Relies on: layers that record have `record_past`, and keep all keys and all inputs of convolutions until `crop`. A layer that
+    does not record writes into `conv_kernel_size` inputs, with zeros before the first token.
+    """
+    if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized:
+        layer.crop(0)
+    for index, inputs in getattr(layer, "conv_states", {}).items():
+        if inputs is not None:
+            size = layer.conv_kernel_size[index]
+            last = inputs[..., -size:]
+            layer.conv_states[index] = torch.nn.functional.pad(last, (size - last.shape[-1], 0))
+    layer.record_past = False
+
+
 def layer_index(module: torch.nn.Module) -> int | None:
     """The index of the layer to which this attention module belongs; None for other modules.
 

@@ -17,7 +17,13 @@ from transformers import PreTrainedConfig
 
 from .checks import CallChecks
 from .fed import FedText
-from .internals import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin, attention_of, can_take_back
+from .internals import (
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    attention_of,
+    can_take_back,
+    end_recording,
+)
 from .layers import RingLayer, StaticSinkWindowLayer
 from .masks import SUPPORTED_ATTENTION, StepOffset, register_mask_functions
 from .rotary import ForwardRotations
@@ -274,13 +280,10 @@ class LayerStack:
         state.fed = left
 
     def stop_recording(self) -> None:
-        """Records no longer. Sliding layers of transformers, which keep every token while they record, forget what is too old."""
+        """Records no longer. Layers of transformers, which keep every token while they record, forget what is too old."""
         for layer in self.layers:
-            if not getattr(layer, "record_past", False):
-                continue
-            if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized:
-                layer.crop(0)
-            layer.record_past = False
+            if getattr(layer, "record_past", False):
+                end_recording(layer)
         self.state.recording = False
 
     def can_take_back_states(self) -> bool:

@@ -779,6 +779,28 @@ def test_layers_say_whether_they_can_take_back() -> None:
     assert torch.equal(layer.keys, keys[:, :, :3]), says
 
 
+@guards("end_recording")
+def test_layers_that_record_keep_everything() -> None:
+    with assumed(
+        "A cache layer with record_past no longer keeps all keys, or all inputs of its convolutions in conv_states. A layer "
+        "without it has conv_kernel_size of them: internals.end_recording cuts them off or fills them up."
+    ):
+        sliding = cache_utils.DynamicSlidingWindowLayer(sliding_window=4)
+        sliding.activate_past_recording()
+        sliding.update(torch.ones(1, 1, 9, 2), torch.ones(1, 1, 9, 2))
+        assert (sliding.record_past, sliding.keys.shape[2]) == (True, 9)
+        for tokens_fed, length in ((2, 2), (9, 9)):
+            recorded, plain = cache_utils.LinearAttentionLayer(), cache_utils.LinearAttentionLayer()
+            assert plain.conv_states == {0: None}
+            recorded.activate_past_recording()
+            for layer in (recorded, plain):
+                layer.update_conv_state(torch.ones(1, 2, tokens_fed), conv_kernel_size=3)
+            assert recorded.record_past is True
+            assert recorded.conv_kernel_size == {0: 3}
+            assert recorded.conv_states[0].shape[-1] == length
+            assert plain.conv_states[0][0, 0].tolist() == [float(tokens_fed > 2), 1, 1]
+
+
 @guards("transformers.cache_utils")
 @torch.no_grad()
 def test_sliding_layers_hold_what_is_saved_and_moved() -> None:

@@ -818,6 +818,22 @@ def test_reset_ends_recording_in_every_layer() -> None:
     assert {layer.keys.shape[2] for layer in sliding} == {layer.sliding_window - 1 for layer in sliding}
 
 
+@pytest.mark.parametrize("prompt", [1, 10])
+def test_convolutions_go_on_after_they_have_recorded(prompt: int) -> None:
+    # A layer that records keeps as many inputs as there are tokens. Without recording, it writes into as many as its kernel has.
+    cache, model = SinkWindowCache(4, 12), tiny_model("lfm2")
+    options: dict[str, Any] = {"max_new_tokens": 2, **PLAIN}
+    text = model.generate(tokens(prompt), past_key_values=cache, prompt_lookup_num_tokens=2, **options)
+    text = torch.cat([text, tokens(2, seed=1)], dim=1)
+    turn = model.generate(text, past_key_values=cache, **options)
+    assert torch.equal(turn, model.generate(text, **options))
+
+    cache.activate_past_recording()
+    one_by_one(model, tokens(9), cache)
+    cache.reset()
+    assert torch.equal(model.generate(text, past_key_values=cache, **options), turn)
+
+
 def test_the_first_step_of_generate_is_read(llama: PreTrainedModel) -> None:
     # Without its mask, a padded text is numbered wrongly. A turn of one token was taken for the next step of the turn before.
     cache = SinkWindowCache(2, 16, compileable=True)
