@@ -469,6 +469,7 @@ class StreamPool:
         try:
             if begins:
                 self._reader.begin(stream._unread, self._row_of(stream))
+                begins = False
             if self._reader.pieces_left:
                 token = self._reader.read_piece(stream._turn.sampling, list(stream._recent), stream._draws)
                 if token is None:
@@ -487,7 +488,7 @@ class StreamPool:
                     self._forget(stream, FAILED)
         except BaseException:  # an interrupt: the text will be read again from its beginning
             with self._lock:
-                if self._reader.pieces_left and stream.status != CLOSED:
+                if (begins or self._reader.pieces_left) and stream.status != CLOSED:
                     stream.status, self._reading = QUEUED, None
                     self._queue.appendleft(stream)
             raise

@@ -695,5 +695,19 @@ def test_an_interrupt_after_the_last_piece(
     assert stream.tokens == expected.tokens
 
 
+def test_an_interrupt_before_the_first_piece(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The reader still held the text before, and the new stream went on with that.
+    pool = pool_of(model)
+    pool.add(text(PIECE), max_new_tokens=1)
+    run(pool)
+    stream = pool.add(text(9), max_new_tokens=6, do_sample=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(pool._reader, "begin", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pool.step()
+    run(pool)
+    assert stream.tokens == Alone(model).turn(text(9), max_new_tokens=6)
+
+
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
