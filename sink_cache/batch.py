@@ -165,16 +165,17 @@ class Batch:
     def _choose(self, logits: torch.Tensor) -> None:
         is_greedy = all(row.is_greedy for row, runs in zip(self._sampling, self._run_on_device, strict=True) if runs)
         if self._compiles_choice and self._warm_up:
-            is_greedy = False  # compiles sampling in the first steps, and not when the first stream samples
+            self._choose_uncaptured(logits, False)  # compiles sampling now, and not when the first stream samples
             self._warm_up -= self._step.is_settled
-        elif self._step.graph is not None:
+        elif self._step.graph is None:
+            self._choose_uncaptured(logits, is_greedy)
+        else:
             if is_greedy not in self._graphs:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     self._choose_uncaptured(logits, is_greedy)
                 self._graphs[is_greedy] = graph
-            return self._graphs[is_greedy].replay()
-        self._choose_uncaptured(logits, is_greedy)
+            self._graphs[is_greedy].replay()
 
     def _choose_uncaptured(self, logits: torch.Tensor, is_greedy: bool) -> None:
         runs = self._running[:, None] > 0

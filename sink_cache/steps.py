@@ -142,11 +142,15 @@ class Step:
             self.tokens.copy_(tokens)
         if self.captures and self.warm_up == 0:
             self._capture()
-        self.warm_up -= 1
         if self.graph is None:
-            return self._run()
-        self.graph.replay()
-        return self.logits
+            logits = self._run()
+        else:
+            self.graph.replay()
+            logits = self.logits
+        self.warm_up -= (
+            1  # last, because a call that failed, or was interrupted while it compiled, may have compiled nothing
+        )
+        return logits
 
     @property
     def is_settled(self) -> bool:

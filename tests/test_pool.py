@@ -421,6 +421,29 @@ def test_a_step_that_fails_after_the_last_attention_can_be_repeated(model: PreTr
     assert idle.tokens == Alone(model).turn(text(4, seed=2), max_new_tokens=5)[1:]
 
 
+def test_steps_that_fail_do_not_count_as_warm_up(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    # After interrupts while it compiles, a step would be captured that has not been compiled, and so would a choice.
+    pool = pool_of(model)
+    stream = pool.add(text(9), max_new_tokens=12, do_sample=False)
+    batch = pool._batch
+    monkeypatch.setattr(batch, "_compiles_choice", True)
+    left = batch._step.warm_up, batch._warm_up
+    hook = model.register_forward_pre_hook(lambda *_: _interrupt() if stream.status == "running" else None)
+    with pytest.raises(KeyboardInterrupt):
+        run(pool)
+    hook.remove()
+    assert (batch._step.warm_up, batch._warm_up) == left
+    with monkeypatch.context() as patched:
+        patched.setattr("sink_cache.batch.choose", _interrupt)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                run(pool)
+    assert batch._warm_up == left[1]
+    monkeypatch.setattr(batch, "_compiles_choice", False)
+    run(pool)
+    assert stream.tokens == Alone(model).turn(text(9), max_new_tokens=12)
+
+
 def test_an_interrupt_waits_for_the_step(model: PreTrainedModel) -> None:
     pool = pool_of(model)
     stream = pool.add(text(9), max_new_tokens=30, do_sample=False)
@@ -709,5 +732,5 @@ def test_an_interrupt_before_the_first_piece(model: PreTrainedModel, monkeypatch
     assert stream.tokens == Alone(model).turn(text(9), max_new_tokens=6)
 
 
-def _interrupt(*_: Any) -> None:
+def _interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
