@@ -626,7 +626,7 @@ def figure(value: Any, doubtful: object = "") -> str:
     """Return a float with three significant digits, and a question mark if it is doubtful; a missing value as a dash."""
     if pd.isna(value):
         return "–"
-    if isinstance(value, (str, bool)):
+    if isinstance(value, (str, bool, np.bool_)):
         return str(value)
     if isinstance(value, (int, np.integer)):
         return f"{value:,}"

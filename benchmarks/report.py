@@ -250,8 +250,11 @@ def throughput_rows(results: Results, what: str, columns: dict[str, str]) -> pd.
     """Return some columns of a mode of `benchmarks.throughput`, renamed for readers."""
     rows = pick(pd.json_normalize(results.frame("throughput").to_dict("records")), what=what)
     rows = rows.reindex(columns=["shape", "streams", *columns])
-    both = [f"{name} × {streams:.0f}" for name, streams in zip(rows.pop("shape"), rows.pop("streams"), strict=True)]
-    rows.insert(0, "shape × streams", both)
+    both = zip(rows.pop("shape"), rows.pop("streams"), strict=True)
+    # Older results do not have the streams of every mode.
+    rows.insert(
+        0, "shape × streams", [name if pd.isna(streams) else f"{name} × {streams:.0f}" for name, streams in both]
+    )
     return rows.rename(columns=columns)
 
 

@@ -186,6 +186,7 @@ def test_a_table() -> None:
     assert [*map(harness.figure, (None, 0.34812, 26.502, 16384.2, 4096, "text", False))] == [*shown]
     assert harness.figure(float("nan")) == "–"
     assert harness.figure(26.502, "wide") == "26.5 ?"
+    assert harness.figure(np.True_) == "True"
     rows = [{"arm": "a", "cache_bytes": 2**20, "step_ms": [1.0], "reason": ""}, {"arm": "b", "more": {"n": 3}}]
     header, _, *lines = [line.split("|")[1:-1] for line in harness.table(rows).splitlines()]
     assert [one.strip() for one in header] == ["arm", "cache, MiB", "more.n"]

@@ -193,6 +193,7 @@ def test_the_streams_that_were_measured_are_shown(results: report.Results) -> No
     gap, soak = (report.TABLES[what](results) for what in ("gap", "soak"))
     assert len(gap) == len(soak) == 1
     assert soak.notna().all(axis=None)
+    assert list(soak["shape × streams"]) == ["llama-tiny"]  # this result does not have its streams
 
 
 def test_a_table_has_five_columns_at_most(results: report.Results) -> None:
