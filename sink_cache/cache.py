@@ -450,7 +450,8 @@ class SinkWindowCache(GivenToGenerate, Cache):
         if not self.layers:
             raise ValueError("activate_past_recording needs a model: pass SinkWindowCache(..., config=model.config).")
         register_mask_functions()
-        self._records_for_generate = self._finds_model and bool(generate_call())
+        is_users = self._stack.state.recording and not self._records_for_generate  # and goes on after generate()
+        self._records_for_generate = self._finds_model and bool(generate_call()) and not is_users
         self._stack.state.recording = True
         for other in self.layers:
             if not isinstance(other, RingLayer) and hasattr(other, "activate_past_recording"):

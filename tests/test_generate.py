@@ -492,6 +492,19 @@ def test_recording_outside_of_generate_begins_with_a_prompt_that_fits(llama: Pre
     assert relative_error(logits, streamed_logits(llama, tokens(40), 3, 9)) <= TOLERANCE
 
 
+def test_recording_that_a_user_began_goes_on_after_assisted_decoding(llama: PreTrainedModel) -> None:
+    cache = SinkWindowCache(3, 9, config=llama.config)
+    options: dict[str, Any] = {"past_key_values": cache, **PLAIN}
+    cache.activate_past_recording()
+    text = llama.generate(tokens(6), prompt_lookup_num_tokens=3, max_new_tokens=9, **options)
+    text = llama.generate(text, max_new_tokens=9, **options)
+    seen = cache.get_seq_length()
+    with torch.no_grad():
+        llama(tokens(5), past_key_values=cache)
+    cache.crop(-5)
+    assert cache.get_seq_length() == seen
+
+
 def test_what_is_recorded_does_not_grow(llama: PreTrainedModel, draft: PreTrainedModel) -> None:
     # Nobody crops after assisted decoding, and recording every token for ever would be a leak.
     cache = SinkWindowCache(3, 9)
