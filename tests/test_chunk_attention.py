@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, GPTJForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import sink_cache.layers
@@ -45,9 +45,10 @@ def read(model: PreTrainedModel, input_ids: torch.Tensor, cache: SinkWindowCache
     return torch.cat(list(stream(model, input_ids, cache, chunk_size=chunk_size)), dim=1)
 
 
-MERGED = ["llama", "qwen2", "mistral", "gpt_neox", "gptj", "gemma3_text", "llama4_text", "gemma3n_text"]
+MERGED = ["llama", "qwen2", "mistral", "gpt_neox", "gemma3_text", "llama4_text", "gemma3n_text"]
 # A softcap, learned sinks (both eager), latents instead of keys, and attention that is not looked up.
 COPIED = ["gemma2", "gpt_oss", "deepseek_v2", "falcon"]
+(MERGED if GPTJForCausalLM._supports_sdpa else COPIED).append("gptj")  # from transformers 5.24 on
 
 
 @pytest.mark.parametrize("model_type, road", [*((m, "merged") for m in MERGED), *((m, "copied") for m in COPIED)])
@@ -55,6 +56,8 @@ def test_each_kind_of_attention_takes_its_road_and_is_exact(
     model_type: str, road: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, input_ids = tiny_model(model_type), tokens(30, batch_size=2)
+    if model_type == "gemma3n_text":  # reads chunks otherwise than steps, in float32 by up to 1.4e-5 with a dense cache
+        model = copy.deepcopy(model).double()
     one_by_one(model, input_ids[:, :1], SinkWindowCache(2, 4))  # the twin takes roads, too
     assert attends_plainly(model) == (road == "merged")
     with roads_taken(monkeypatch) as roads:
