@@ -111,8 +111,15 @@ def pivot(cells: pd.DataFrame, index: Sequence[str], wanted: Sequence[str] = (),
 
     `wanted` chooses and orders the columns. Of several figures for the same place, the last one is taken.
     """
-    found = cells.groupby([*index, what], sort=False)["shown"].last().unstack(what, sort=False).reset_index()
-    return found.reindex(columns=[*index, *wanted]) if wanted or found.empty else found
+    # Not by `unstack(sort=False)`: pandas 2, which is the newest for Python 3.10, puts figures into wrong places.
+    cells = cells.dropna(subset=[*index, what])
+    found = cells[[*index]].drop_duplicates(ignore_index=True)
+    figures = cells.dropna(subset=["shown"]).drop_duplicates([*index, what], keep="last")
+    for name in wanted or cells[what].drop_duplicates():
+        found = found.merge(figures.loc[figures[what] == name, [*index, "shown"]], how="left").rename(
+            columns={"shown": name}
+        )
+    return found
 
 
 def arrow(frame: pd.DataFrame, before: str, after: str) -> Any:
@@ -289,7 +296,7 @@ THROUGHPUT = {
 def recall(results: Results, task: str = "copy") -> pd.DataFrame:
     """Return the rows of a task of `recall`, of the last run of each model; of copy at the capacity of the tables."""
     rows = results.frame("recall").reindex(columns=[*RECALL, "shape", "file"])
-    rows = pick(rows, task=task, capacity=[CAPACITY, None] if task == "copy" else list(rows["capacity"].unique()))
+    rows = pick(rows, task=task, **({"capacity": [CAPACITY, None]} if task == "copy" else {}))
     return rows[rows["file"].isin(rows.drop_duplicates(["shape", "n_sink"], keep="last")["file"])]
 
 
