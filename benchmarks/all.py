@@ -19,6 +19,7 @@ SHORT = {
     "LINES": "--num-samples 3 --max-tokens 4096 --line-distances 20 40 60 --arms dense sink",
     "BOOK": "--num-samples 1 --max-tokens 4096 --score-from 2048 --chunk-size 256",
     "QUANTIZED": "--arms endless --rounds 5 --new-tokens 96 --quantize",
+    "LAPTOP": "--device cpu --arms dense endless --contexts 2000 --rounds 5 --new-tokens 48 --call-tokens 32 --quantize",
     "SMOL": "--model {smollm2}",
     "WIKI": "--model {smollm2} --text-file {wiki}",
     "STUDY": "--mode step --capacities 256 --arms dense sink",
@@ -61,6 +62,9 @@ SET = """
 6  60 recall-streameval recall --task streameval SMOL LINES --device cpu
 6 200 sinks-moby ppl SMOL --text-file {moby} --device cpu --arms sink line-breaks --capacities 1024 --n-sinks 0 1 2 4 8 BOOK
 6  80 sizes-moby ppl SMOL --text-file {moby} --device cpu --arms sink --n-sinks 4 BOOK
+6 150 calls-smollm2 calls steps SMOL LAPTOP no
+6 200 calls-smollm2-int8 calls steps SMOL LAPTOP int8
+6 200 calls-smollm2-int4 calls steps SMOL LAPTOP int4
 6 900 study-5000 ppl WIKI STUDY --device cpu --max-tokens 5000 --num-samples 1
 """
 

@@ -38,6 +38,7 @@ COLUMNS = [
     "shape", "device", "on", "attention", "file", "arm", "compiled", "context", "capacity", "name", "note", "warning", "what",
     "median_ms", "gpu_ms", "cache_bytes", "value", "gpu_value", "first_time_ms", "again_ms", "kernel_ms", "perplexity", "streams",
     "same_tokens", "text", "tokens", "measured", "predicted", "last step", "floor_ms", "tokens_per_second", "step_ms",
+    "weight_bytes",
 ]  # of frames without rows  # fmt: skip
 
 RECALL = ["task", "method", "n_sink", "capacity", "asked", "distance_tokens", "text_tokens", "questions"]
@@ -69,6 +70,7 @@ class Results(list[dict[str, Any]]):
                 about = {"shape": shape(result), "device": result["device"]["name"], "on": result["device"]["type"]}
                 about |= {"attention": attention(result), "file": result["file"]}
                 about["max_tokens"] = result.get("data", {}).get("max_tokens")
+                about["weight_bytes"] = result["model"]["weight_bytes"]
                 found = latency.ratios(result["rows"]) if kind == "latency-ratios" else result["rows"]
                 rows += [{"note": "", "warning": "", **row, **about} for row in found if not row.get("reason")]
             self.frames[kind] = pd.DataFrame(rows, columns=None if rows else COLUMNS)
@@ -181,6 +183,19 @@ def kernels(results: Results) -> pd.DataFrame:
     sums = pd.DataFrame(list(rows["kernel_ms"]), rows.index, ["attention", "matrix products", "cache", "other"])
     sums["rest"] = sums.pop("cache") + sums.pop("other")
     return rows[["shape", "arm"]].join(sums)
+
+
+def quantised(results: Results) -> pd.DataFrame:
+    """Return the steps of models with quantised weights, and of the same models without, dense and in `endless`."""
+    rows = results.frame("calls")
+    base = rows["shape"].str.replace(r" int[48]$", "", regex=True)
+    rows = rows[base.isin(base[base != rows["shape"]])]
+    doubts = rows["warning"].str.contains(DOUBTS)
+    shown = [figure(value, doubt) for value, doubt in zip(rows["median_ms"], doubts, strict=True)]
+    names = rows["shape"] + ", " + rows["device"]
+    rows = rows.assign(shown=shown, what=rows["arm"] + ", ms", **{"model, device": names})
+    rows["weights, MiB"] = rows["weight_bytes"].map(lambda size: figure(size / MIB))
+    return pivot(rows, ["model, device", "weights, MiB"], ["dense, ms", "endless, ms"])
 
 
 def study_steps(results: Results) -> pd.DataFrame:
@@ -474,6 +489,7 @@ TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
     "memory": memory,
     "time and memory": time_and_memory,
     "kernels": kernels,
+    "quantised": quantised,
     "regimes": two_regimes,
     "new lengths": new_lengths,
     "the study's steps": study_steps,

@@ -256,6 +256,21 @@ def test_numbers_of_sinks_stand_beside_those_of_the_paper() -> None:
     assert breaks["line breaks"].iloc[0] == 5.60
 
 
+def test_quantised_weights_stand_beside_the_same_model_without() -> None:
+    files = []
+    for name, size in (("tiny", 4), ("tiny int8", 2), ("another", 8)):
+        rows = [
+            step_row("dense", 100, 2.0 * size),
+            step_row("endless", 100, size, 50, warning="the spread is too wide"),
+        ]
+        files.append(
+            result("calls", rows=rows, protocol={}, model=MODEL | {"name": name, "weight_bytes": size * 2**20})
+        )
+    whole, rounded = report.TABLES["quantised"](results_of(*files)).to_dict("records")
+    assert list(whole.values()) == ["tiny, a CPU", "4.00", "8.00", "4.00 ?"]
+    assert list(rounded.values()) == ["tiny int8, a CPU", "2.00", "4.00", "2.00 ?"]
+
+
 # --- the README and docs/, pictures, the page, the whole set ---
 
 
