@@ -64,7 +64,6 @@ SET = """
 6  80 sizes-moby ppl SMOL --text-file {moby} --device cpu --arms sink --n-sinks 4 BOOK
 6 150 calls-smollm2 calls steps SMOL LAPTOP no
 6 200 calls-smollm2-int8 calls steps SMOL LAPTOP int8
-6 200 calls-smollm2-int4 calls steps SMOL LAPTOP int4
 6 900 study-5000 ppl WIKI STUDY --device cpu --max-tokens 5000 --num-samples 1
 """
 
