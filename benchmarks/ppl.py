@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import gc
 import itertools
@@ -457,6 +458,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table, and write the result file."""
     args = parse(argv)
     state = PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())
+    atexit.register(state.destroy_process_group)  # threads of a group that is left alone may abort a process at its end
     harness.fill_in(args, dtype="float32")
     device, dtype = harness.set_up(args, state.local_process_index)
     text = models.chosen_text(args) if args.text_file else None
