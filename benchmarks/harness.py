@@ -36,6 +36,8 @@ from transformers import Cache
 
 from sink_cache import SinkWindowCache
 
+from .arguments import at_least
+
 SCHEMA, SCHEMA_VERSION = "sink_cache.benchmarks", 2
 N_SINK = 4  # by default
 QUANTIZE = ("no", "int8", "int4")
@@ -74,19 +76,6 @@ ATTENTION = {
 
 class BenchmarkError(Exception):
     """An error that the user can mend. The message is one sentence that says how."""
-
-
-def at_least(lowest: float, kind: type = int) -> Callable[[str], float]:
-    """Return a `type` for argparse: numbers of this kind that are not below `lowest`."""
-
-    def number(text: str) -> float:
-        value: float = kind(text)
-        if not value >= lowest:  # also refuses nan
-            raise argparse.ArgumentTypeError(f"must be at least {lowest}, but is {text}")
-        return value
-
-    number.__name__ = kind.__name__  # argparse names it if `text` is no number
-    return number
 
 
 class Parser(argparse.ArgumentParser):
@@ -146,7 +135,7 @@ class Parser(argparse.ArgumentParser):
         for name, (default, says, *lowest) in options.items():
             kind = float if isinstance(default, float) else int
             several = {"nargs": "+", "metavar": "N"} if isinstance(default, list) else {}
-            number = at_least(lowest[0] if lowest else int(kind is int), kind)
+            number = at_least(lowest[0] if lowest else int(kind is int), kind=kind)
             says += f" ({' '.join(map(str, default if several else [default]))})" if default else ""
             flag = f"--{name.replace('_', '-')}"
             self.add_argument(flag, type=number, default=default or None, help=says, **several)

@@ -118,9 +118,8 @@ def pivot(cells: pd.DataFrame, index: Sequence[str], wanted: Sequence[str] = (),
     found = cells[[*index]].drop_duplicates(ignore_index=True)
     figures = cells.dropna(subset=["shown"]).drop_duplicates([*index, what], keep="last")
     for name in wanted or cells[what].drop_duplicates():
-        found = found.merge(figures.loc[figures[what] == name, [*index, "shown"]], how="left").rename(
-            columns={"shown": name}
-        )
+        column = figures.loc[figures[what] == name, [*index, "shown"]].rename(columns={"shown": name})
+        found = found.merge(column, how="left")
     return found
 
 
@@ -311,7 +310,9 @@ THROUGHPUT = {
 def recall(results: Results, task: str = "copy") -> pd.DataFrame:
     """Return the rows of a task of `recall`, of the last run of each model; of copy at the capacity of the tables."""
     rows = results.frame("recall").reindex(columns=[*RECALL, "shape", "file"])
-    rows = pick(rows, task=task, **({"capacity": [CAPACITY, None]} if task == "copy" else {}))
+    rows = pick(rows, task=task)
+    if task == "copy":
+        rows = pick(rows, capacity=[CAPACITY, None])
     return rows[rows["file"].isin(rows.drop_duplicates(["shape", "n_sink"], keep="last")["file"])]
 
 

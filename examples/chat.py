@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextStreamer
 
+from benchmarks.arguments import at_least
 from sink_cache import cache_kwargs, endless, stream
 
-from .command_line import at_least, cache_for, device, file, load, noting_ctrl_c, read_text, run
+from .command_line import cache_for, device, file, load, noting_ctrl_c, read_text, run
 
 SYSTEM = "You are a keeper of a lighthouse. You answer in one or two sentences, and you never mention the year."
 

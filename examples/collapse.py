@@ -23,11 +23,11 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from rich.console import Console
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from benchmarks.arguments import at_least
 from sink_cache import SinkWindowCache, cache_kwargs, stream
 
 from .command_line import (
     CtrlC,
-    at_least,
     cache_bytes,
     cache_for,
     device,

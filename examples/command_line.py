@@ -1,7 +1,6 @@
 """What the examples share: errors in one line, and Ctrl-C that ends a text where it is."""
 
 import argparse
-import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,19 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedM
 
 from benchmarks import smollm2
 from sink_cache import SinkWindowCache
-
-
-def at_least(least: int, most: float = math.inf) -> Callable[[str], int]:
-    """The type of an argument that is an integer of at least this, and at most that."""
-
-    def integer(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, but is {text}")
-        if int(text) > most:
-            raise argparse.ArgumentTypeError(f"must be at most {most}, but is {text}")
-        return int(text)
-
-    return integer
 
 
 def device(text: str) -> str:

@@ -12,9 +12,10 @@ import argparse
 import torch
 from transformers import StoppingCriteriaList, TextStreamer
 
+from benchmarks.arguments import at_least
 from sink_cache import cache_kwargs, endless
 
-from .command_line import at_least, cache_for, device, load, noting_ctrl_c, prompt, run
+from .command_line import cache_for, device, load, noting_ctrl_c, prompt, run
 
 PROMPT = "The keeper of the lighthouse had not spoken to anyone since the winter began. One evening, in the storm,"
 

@@ -17,9 +17,10 @@ from tqdm import tqdm
 from transformers import Cache, DynamicCache, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from benchmarks.arguments import at_least
 from sink_cache import cache_kwargs
 
-from .command_line import at_least, cache_bytes, cache_for, device, load, noting_ctrl_c, prompt, run
+from .command_line import cache_bytes, cache_for, device, load, noting_ctrl_c, prompt, run
 
 PROMPT = "The keeper of the lighthouse had not spoken to anyone since the winter began. One evening, in the storm,"
 LAST = 128  # tokens at the end of a run that are timed by themselves

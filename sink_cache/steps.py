@@ -147,9 +147,8 @@ class Step:
         else:
             self.graph.replay()
             logits = self.logits
-        self.warm_up -= (
-            1  # last, because a call that failed, or was interrupted while it compiled, may have compiled nothing
-        )
+        # Last, because a call that failed, or was interrupted while it compiled, may have compiled nothing.
+        self.warm_up -= 1
         return logits
 
     @property

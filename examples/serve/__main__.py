@@ -17,8 +17,9 @@ from pathlib import Path
 import uvicorn
 
 from benchmarks import smollm2
+from benchmarks.arguments import at_least
 
-from ..command_line import at_least, first_line
+from ..command_line import first_line
 from .app import Server, load_app
 
 
